@@ -1,0 +1,50 @@
+"""On-policy distillation: reverse KL to the domain's teacher, over the whole vocabulary, on the student's own samples.
+
+Source: paper 5.1, eq. 29. Our choices: a plain mean over all response tokens of the step, teachers weighted alike.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..kernels.losses import reverse_kl
+from ..rl.packing import Row
+from ..rl.trajectory import Trajectory
+
+
+def rows(trajectories: list[Trajectory], teacher_hidden: list[np.ndarray], teacher: list[int]) -> list[Row]:
+    """A learner's row for each trajectory: which teacher it has, and that teacher's hidden states fp32 [P + R, d']."""
+    total = sum(len(t.response_ids) for t in trajectories)
+    result = []
+    for trajectory, hidden, index in zip(trajectories, teacher_hidden, teacher, strict=True):
+        row = trajectory.row()
+        row["weight"] = row.pop("response") / np.float32(total)
+        row["teacher"] = np.full(len(trajectory), index, dtype=np.int64)
+        row["teacher_hidden"] = hidden
+        result.append(row)
+    return result
+
+
+def distillation_loss(
+    hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher: Tensor, heads: dict[int, Tensor], weight: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """sum of weight * KL(student || teacher) over tokens; hidden states [T, .] are those that predict each token.
+
+    `teacher` [T] says whose `heads` entry [V, d'] turns a token's teacher_hidden into logits; one head is used at a time.
+    Metrics: "loss", the weighted sum.
+    """
+    total = hidden.new_zeros(())
+    for index in torch.unique(teacher[weight > 0]).tolist():
+        mine = ((teacher == index) & (weight > 0)).nonzero().squeeze(1)
+        kl = reverse_kl(hidden[mine], head, teacher_hidden[mine], heads[index])
+        total = total + (weight[mine] * kl).sum()
+    return total, {"loss": total}
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor], shared: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """`distillation_loss` on a packed batch of `rows`; shared["head.I"] is teacher I's head."""
+    hidden = model(batch["tokens"], batch["cu_seqlens"]).hidden
+    heads = {int(name.removeprefix("head.")): head for name, head in shared.items()}
+    # A token's distribution comes from the state before it; a document's first token has weight 0.
+    fields = (batch["teacher_hidden"][:-1], batch["teacher"][1:], heads, batch["weight"][1:])
+    return distillation_loss(hidden[:-1], model.lm_head.weight, *fields)  # pyright: ignore

@@ -1,0 +1,31 @@
+"""Attention of V4's three layer kinds: one softmax over window rows, compressed rows and a sink."""
+
+import torch
+from torch import Tensor
+
+
+def attend(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) -> Tensor:
+    """Multi-query attention with K = V over blocks of queries that share a set of rows (paper 2.3; DeepSeek's code).
+
+    q [N, M, H, D]; rows [N, S, D], both keys and values; visible [N, M, S] bool; sinks [H]: exp(sink) joins the
+    softmax's denominator and carries no value. Scale D^-0.5. Returns [N, M, H, D] in q's dtype; a query that sees
+    nothing gets zeros. Training passes blocks of one window's length, decoding blocks of one query: the same function
+    of one token and its visible past.
+    """
+    return reference_attend(q, rows, visible, sinks)
+
+
+def reference_attend(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) -> Tensor:
+    """The definition, for any device: fp32 scores and softmax, reduced over all S rows at once."""
+    n, m, heads, dim = q.shape
+    keys = rows.float()
+    queries = (q.float() * dim**-0.5).reshape(n, m * heads, dim)
+    scores = torch.bmm(queries, keys.transpose(1, 2)).view(n, m, heads, -1)
+    scores = scores.masked_fill(~visible.unsqueeze(2), float("-inf"))
+    sinks = sinks.float().view(1, 1, heads, 1)
+    # The sink keeps the maximum finite where no row is visible; the result does not depend on the shift.
+    shift = torch.maximum(scores.detach().amax(-1, keepdim=True), sinks.detach())
+    weights = torch.exp(scores - shift)
+    total = weights.sum(-1, keepdim=True) + torch.exp(sinks - shift)
+    values = torch.bmm(weights.view(n, m * heads, -1), keys).view(n, m, heads, dim)
+    return (values / total).to(q.dtype)

@@ -1,0 +1,54 @@
+"""Manifold-constrained hyper-connections: the residual as `n` streams, mixed by a doubly stochastic matrix."""
+
+import torch
+from torch import Tensor
+
+
+def mixing(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iterations: int, norm_eps: float, eps: float):
+    """pre [n, T], post [n, T], comb [n, n, T] of one site, fp32, from streams [T, n, d] (paper 2.2, eq. 8).
+
+    fn [(2 + n) n, n d], base [(2 + n) n], scale [3]. The softmax counts as the first row pass of Sinkhorn-Knopp;
+    `iterations` - 1 rounds of row and column passes follow the first column pass, each with `eps` in its divisor, as in
+    DeepSeek's code. Tokens are the last dimension here: sums over four numbers are then vector additions.
+    """
+    n = streams.shape[1]
+    logits = _projected(streams, fn, norm_eps)
+    pre, post, comb = logits.split([n, n, n * n])
+    bias_pre, bias_post, bias_comb = base.float().unsqueeze(-1).split([n, n, n * n])
+    gate_pre, gate_post, gate_comb = scale.float().unbind()
+    pre = torch.sigmoid(pre * gate_pre + bias_pre) + eps
+    post = 2 * torch.sigmoid(post * gate_post + bias_post)
+    comb = torch.softmax((comb * gate_comb + bias_comb).view(n, n, -1), dim=1) + eps
+    comb = comb / (comb.sum(0, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        comb = comb / (comb.sum(1, keepdim=True) + eps)
+        comb = comb / (comb.sum(0, keepdim=True) + eps)
+    return pre, post, comb
+
+
+def head_mixing(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float) -> Tensor:
+    """pre [n, T] of the final collapse (no Sinkhorn): fn [n, n d], base [n], scale [1]."""
+    logits = _projected(streams, fn, norm_eps)
+    return torch.sigmoid(logits * scale.float() + base.float().unsqueeze(-1)) + eps
+
+
+def collapse(streams: Tensor, pre: Tensor) -> Tensor:
+    """sum_j pre[j] * streams[:, j]: [T, n, d], [n, T] -> [T, d] in streams' dtype."""
+    return torch.bmm(pre.t().contiguous().unsqueeze(1), streams.float()).squeeze(1).to(streams.dtype)
+
+
+def expand(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """New streams k: post[k] * output + sum_j comb[j, k] * streams[:, j]; comb enters transposed. [T, n, d].
+
+    One small product a token over its n streams and the sublayer's output as a fifth.
+    """
+    weights = torch.cat([comb, post.unsqueeze(0)]).permute(2, 1, 0).contiguous()
+    rows = torch.cat([streams, output.unsqueeze(1)], dim=1).float()
+    return torch.bmm(weights, rows).to(streams.dtype)
+
+
+def _projected(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+    """fn times the RMS-normalized, flattened streams: [rows of fn, T], fp32; the norm is applied after the product."""
+    flat = streams.float().flatten(1)
+    rms = torch.rsqrt(flat.square().mean(1) + norm_eps)
+    return torch.mm(fn.float(), flat.t()) * rms

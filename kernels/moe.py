@@ -1,0 +1,58 @@
+"""Mixture of experts: routing, and the clamped SwiGLU of the chosen experts without padding or capacity."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def route(
+    x: Tensor, gate: Tensor, *, topk: int, scaling: float, bias: Tensor | None = None, chosen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Expert ids int64 [T, k] and their weights fp32 [T, k] for x [T, d], gate [E, d] (paper 2.1; DeepSeek's code).
+
+    Affinity s = sqrt(softplus(gate x)) in fp32. Ids: the `topk` highest s + bias, ties to the lowest id; or `chosen`
+    [T, k] (hash layers, replay), where a row that holds -1 falls back to the learned choice. Weights never see the
+    bias: s / (sum of the chosen s + 1e-20) * scaling; with replayed ids they are recomputed, so the gate gets gradient.
+    """
+    scores = F.softplus(F.linear(x.float(), gate.float())).sqrt()
+    if chosen is None or bool((chosen < 0).any()):
+        biased = scores.detach() if bias is None else scores.detach() + bias.float()
+        ids = biased.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
+        if chosen is not None:
+            ids = torch.where((chosen < 0).any(-1, keepdim=True), ids, chosen)
+    else:
+        ids = chosen
+    picked = scores.gather(1, ids)
+    return ids, picked / (picked.sum(-1, keepdim=True) + 1e-20) * scaling
+
+
+def swiglu(gate_up: Tensor, limit: float) -> Tensor:
+    """silu(min(gate, limit)) * clip(up, -limit, limit) of gate_up [..., 2I] -> [..., I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
+    """Sum over the k chosen experts of down_e(weight * swiglu(gate_up_e x)); x [T, d], ids, weights [T, k] -> [T, d].
+
+    gate_up [E, 2I, d], down [E, d, I]. The weight multiplies before the down projection and slots are added in order,
+    in fp32, as in DeepSeek's code. Tokens are sorted by expert (stably), each expert with tokens does two products.
+    """
+    return reference_experts(x, ids, weights, gate_up, down, limit)
+
+
+def reference_experts(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float
+) -> Tensor:
+    tokens, k = ids.shape
+    order = ids.flatten().argsort(stable=True)
+    counts = torch.bincount(ids.flatten(), minlength=gate_up.shape[0]).tolist()
+    used = [e for e, count in enumerate(counts) if count]
+    sizes = [counts[e] for e in used]
+    up_weights, down_weights = gate_up.unbind(0), down.unbind(0)
+    inputs = x.index_select(0, order // k).split(sizes)
+    hidden = swiglu(torch.cat([F.linear(rows, up_weights[e]) for e, rows in zip(used, inputs, strict=True)]), limit)
+    hidden = (hidden.float() * weights.flatten()[order].unsqueeze(-1)).to(x.dtype).split(sizes)
+    outputs = torch.cat([F.linear(rows, down_weights[e]) for e, rows in zip(used, hidden, strict=True)])
+    slots = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    return outputs.index_select(0, slots).view(tokens, k, -1).float().sum(1)

@@ -1,0 +1,146 @@
+"""Checkpoints on disk: safetensors in transformers' names, config.json, and the tokenizer beside them."""
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import DeepseekV4Config
+
+from ..errors import UserError
+from .deepseek_v4 import DeepseekV4
+
+PRESETS = Path(__file__).parent / "presets"
+_BESIDE = ("tokenizer.json", "tokenizer_config.json", "encoding.json")
+# What V4 computes in fp32 whatever the model's dtype (transformers keeps the same list).
+_FP32 = ("_hc.", "hc_head.", ".sinks", "position_bias", "e_score_correction_bias", "norm.weight", "_frequencies")
+
+
+def resolve(path_or_preset: str | Path) -> Path:
+    """The folder of a checkpoint, or of a preset that ships with the package; UserError names what there is."""
+    preset = PRESETS / str(path_or_preset)
+    if (preset / "config.json").is_file():
+        return preset
+    folder = Path(path_or_preset)
+    if not (folder / "config.json").is_file():
+        names = ", ".join(sorted(p.name for p in PRESETS.iterdir() if p.is_dir()))
+        raise UserError(f"{path_or_preset}: neither a checkpoint's folder (no config.json) nor a preset; presets: {names}")
+    return folder
+
+
+def config_of(path_or_preset: str | Path) -> DeepseekV4Config:
+    file = resolve(path_or_preset) / "config.json"
+    try:
+        values = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
+    if values.get("model_type") != "deepseek_v4":
+        raise UserError(f"{file}: model_type: {values.get('model_type')!r} is not built; it must be 'deepseek_v4'")
+    return DeepseekV4Config(**{k: v for k, v in values.items() if k not in ("architectures", "transformers_version")})
+
+
+def load(path_or_preset: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DeepseekV4:
+    """The model of a checkpoint's folder or a preset, in `dtype` (V4's fp32 islands stay fp32), on `device`.
+
+    Every tensor of the file is used and every tensor of the model is filled, or a UserError names the first that is not.
+    """
+    folder = resolve(path_or_preset)
+    model = DeepseekV4(config_of(folder))
+    file = folder / "model.safetensors"
+    state = model.state_dict()
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = set(tensors.keys())
+            if missing := sorted(state.keys() - names):
+                raise UserError(f"{file}: {missing[0]}: missing ({len(missing)} tensors of the model are not there)")
+            if unknown := sorted(names - state.keys()):
+                raise UserError(f"{file}: {unknown[0]}: not a tensor of this model ({len(unknown)} such)")
+            for name, target in state.items():
+                tensor = tensors.get_tensor(name)
+                if tensor.shape != target.shape:
+                    shapes = f"{list(tensor.shape)}, config.json asks for {list(target.shape)}"
+                    raise UserError(f"{file}: {name}: shape {shapes}")
+                target.copy_(tensor)
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: missing; a checkpoint's folder holds model.safetensors") from error
+    except SafetensorError as error:
+        raise UserError(f"{file}: cut short or not safetensors: {error}") from error
+    model.origin = folder
+    return cast(model, dtype).to(device)
+
+
+def cast(model: DeepseekV4, dtype: torch.dtype) -> DeepseekV4:
+    """Floating-point tensors to `dtype`, in place, but for the fp32 islands."""
+    for module_name, module in model.named_modules():
+        for name, tensor in [*module.named_parameters(module_name, False), *module.named_buffers(module_name, False)]:
+            if tensor.is_floating_point() and not any(part in name for part in _FP32):
+                tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def save(model: DeepseekV4, path: str | Path) -> None:
+    """Writes model.safetensors, config.json and, from the model's origin, the tokenizer; renamed into place at the end."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    beside.mkdir()
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, beside / "model.safetensors", metadata={"format": "pt"})
+    config = {**model.config.to_dict(), "architectures": ["DeepseekV4ForCausalLM"]}
+    config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in _BESIDE:
+        if model.origin is not None and (model.origin / name).is_file():
+            shutil.copyfile(model.origin / name, beside / name)
+    replace_folder(beside, path)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Renames folder `new` to `path`; a folder that is there is moved aside first and then removed."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(new, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@torch.no_grad()
+def initialize(config: DeepseekV4Config, seed: int) -> DeepseekV4:
+    """A new model. Normal(0, initializer_range) for matrices, ones for norms, zeros for biases and sinks.
+
+    Where V4 publishes nothing, our choice: hyper-connections start near a plain residual (dynamic parts gated by 0.01
+    as in the mHC paper, static mixing leaning to the identity), and a hash layer's table gives each token `k` distinct
+    experts, spread evenly by a seeded permutation.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = DeepseekV4(config)
+    n, std = config.hc_mult, config.initializer_range
+    for name, parameter in model.named_parameters():
+        if name.endswith(("_hc.scale", "hc_scale")):
+            parameter.fill_(0.01)
+        elif name.endswith("_hc.base"):
+            parameter[2 * n :] = (2.0 * torch.eye(n)).flatten()
+        elif parameter.dim() >= 2 and not name.endswith("position_bias"):
+            parameter.normal_(0.0, std, generator=generator)
+    for name, buffer in model.named_buffers():
+        if name.endswith("tid2eid"):
+            buffer.copy_(_hash_table(config, generator))
+    return model
+
+
+def _hash_table(config: DeepseekV4Config, generator: torch.Generator) -> torch.Tensor:
+    """int64 [V, k]: token t takes k experts in a row of a permuted circle, so ids differ and loads are level."""
+    count, k = config.n_routed_experts, config.num_experts_per_tok
+    tokens = torch.randperm(config.vocab_size, generator=generator)
+    circle = torch.randperm(count, generator=generator)
+    return circle[(tokens.unsqueeze(1) * k + torch.arange(k)) % count]
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

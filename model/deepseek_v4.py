@@ -1,0 +1,237 @@
+"""DeepSeek-V4 over packed sequences: residual streams, MoE, the whole model, its decoding step.
+
+Module and parameter names are transformers', so that a state dict means the same in both. Not here yet: the MTP block,
+low precision. Shapes: T packed tokens, B documents, L layers, k experts a token, n residual streams, d hidden size.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DeepseekV4Config
+
+from ..kernels.hyper import collapse, expand, head_mixing, mixing
+from ..kernels.losses import token_logprobs
+from ..kernels.moe import experts, route, swiglu
+from ..kernels.rope import inverse_frequencies
+from .attention import Attention, RMSNorm, linear
+from .cache import Cache, LayerCache
+from .layout import Packed, Step, packed, step
+
+
+class Output(NamedTuple):
+    hidden: Tensor  # [T, d] after the final norm
+    experts: Tensor  # int64 [T, L, k]: the expert ids of every MoE layer, hash layers in their slots
+
+
+class HyperConnection(nn.Module):
+    def __init__(self, config: DeepseekV4Config):
+        super().__init__()
+        n, self.config = config.hc_mult, config
+        self.fn = nn.Parameter(torch.zeros((2 + n) * n, n * config.hidden_size))
+        self.base = nn.Parameter(torch.zeros((2 + n) * n))
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sublayer's input [T, d], post [n, T] and comb [n, n, T] for streams [T, n, d]."""
+        c = self.config
+        pre, post, comb = mixing(
+            streams, self.fn, self.base, self.scale, iterations=c.hc_sinkhorn_iters, norm_eps=c.rms_norm_eps, eps=c.hc_eps
+        )
+        return collapse(streams, pre), post, comb
+
+
+class HyperHead(nn.Module):
+    def __init__(self, config: DeepseekV4Config):
+        super().__init__()
+        n, self.config = config.hc_mult, config
+        self.hc_fn = nn.Parameter(torch.zeros(n, n * config.hidden_size))
+        self.hc_base = nn.Parameter(torch.zeros(n))
+        self.hc_scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, streams: Tensor) -> Tensor:
+        c = self.config
+        weights = (self.hc_fn, self.hc_base, self.hc_scale)
+        return collapse(streams, head_mixing(streams, *weights, norm_eps=c.rms_norm_eps, eps=c.hc_eps))
+
+
+class Router(nn.Module):
+    """The gate's weight, and a hash layer's table or a learned layer's correction bias (both are buffers)."""
+
+    tid2eid: Tensor
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: DeepseekV4Config, hashed: bool):
+        super().__init__()
+        self.hashed, self.topk, self.scaling = hashed, config.num_experts_per_tok, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size))
+        if hashed:
+            self.register_buffer("tid2eid", torch.zeros(config.vocab_size, self.topk, dtype=torch.int64))
+        else:
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+
+    def forward(self, x: Tensor, tokens: Tensor, replay: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Ids and weights [T, k]. A hash layer's table always wins over `replay`, which can only repeat it."""
+        if self.hashed:
+            return route(x, self.weight, topk=self.topk, scaling=self.scaling, chosen=self.tid2eid[tokens])
+        bias = self.e_score_correction_bias
+        return route(x, self.weight, topk=self.topk, scaling=self.scaling, bias=bias, chosen=replay)
+
+
+class Experts(nn.Module):
+    def __init__(self, config: DeepseekV4Config):
+        super().__init__()
+        e, d, i = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.zeros(e, 2 * i, d))
+        self.down_proj = nn.Parameter(torch.zeros(e, d, i))
+
+
+class SharedExpert(nn.Module):
+    def __init__(self, config: DeepseekV4Config):
+        super().__init__()
+        d, i = config.hidden_size, config.moe_intermediate_size
+        self.gate_proj, self.up_proj, self.down_proj = linear(d, i), linear(d, i), linear(i, d)
+        self.limit = config.swiglu_limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_up = F.linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight]))
+        return self.down_proj(swiglu(gate_up, self.limit))
+
+
+class MoE(nn.Module):
+    def __init__(self, config: DeepseekV4Config, layer: int):
+        super().__init__()
+        self.gate = Router(config, config.mlp_layer_types[layer] == "hash_moe")
+        self.experts = Experts(config)
+        self.shared_experts = SharedExpert(config)
+        self.limit = config.swiglu_limit
+
+    def forward(self, x: Tensor, tokens: Tensor, replay: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[T, d] -> [T, d] and the expert ids [T, k]; the routed sum and the shared expert are added in fp32."""
+        ids, weights = self.gate(x, tokens, replay)
+        routed = experts(x, ids, weights, self.experts.gate_up_proj, self.experts.down_proj, self.limit)
+        return (routed + self.shared_experts(x).float()).to(x.dtype), ids
+
+
+class Block(nn.Module):
+    def __init__(self, config: DeepseekV4Config, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MoE(config, layer)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn_hc = HyperConnection(config)
+        self.ffn_hc = HyperConnection(config)
+
+    def forward(
+        self,
+        streams: Tensor,
+        tokens: Tensor,
+        place: Packed | Step,
+        cache: LayerCache | None,
+        room: int,
+        replay: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        x, post, comb = self.attn_hc(streams)
+        x = self.input_layernorm(x)
+        if isinstance(place, Packed):
+            x = self.self_attn(x, place, cache, room)
+        else:
+            assert cache is not None
+            x = self.self_attn.decode(x, place, cache)
+        streams = expand(streams, x, post, comb)
+        x, post, comb = self.ffn_hc(streams)
+        x, ids = self.mlp(self.post_attention_layernorm(x), tokens, replay)
+        return expand(streams, x, post, comb), ids
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: DeepseekV4Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hc_head = HyperHead(config)
+
+
+class DeepseekV4(nn.Module):
+    """The model. `origin` is the folder that it was loaded from (its tokenizer and encoding travel with it).
+
+    The indexer's parameters do not require gradients: V4's language-model loss does not reach them (the choice is
+    discrete), and the published post-training runs of others freeze them too.
+    """
+
+    main_frequencies: Tensor
+    compress_frequencies: Tensor
+
+    def __init__(self, config: DeepseekV4Config):
+        super().__init__()
+        self.config = config
+        self.origin: Path | None = None
+        self.model = Backbone(config)
+        self.lm_head = linear(config.hidden_size, config.vocab_size)
+        self.ratios = {a.ratio for a in self._attentions() if a.ratio}
+        for kind in ("main", "compress"):
+            table = inverse_frequencies(config.qk_rope_head_dim, config.rope_parameters[kind])
+            self.register_buffer(f"{kind}_frequencies", table, persistent=False)
+        for attention in self._attentions():
+            if indexer := getattr(attention.compressor, "indexer", None):
+                indexer.requires_grad_(False)
+
+    def _attentions(self) -> list[Attention]:
+        return [block.self_attn for block in self.model.layers]  # pyright: ignore
+
+    def _frequencies(self) -> dict[str, Tensor]:
+        return {"main": self.main_frequencies, "compress": self.compress_frequencies}
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None) -> Output:
+        """A pack of whole documents: tokens int64 [T], cu_seqlens [B + 1]; no document sees another.
+
+        `replay` int64 [T, L, k] forces recorded expert ids on learned layers (rows with -1 choose by themselves).
+        """
+        layout = packed(cu_seqlens, self.config.sliding_window, self.ratios, self._frequencies())
+        if tokens.shape != layout.position.shape:
+            raise ValueError(f"cu_seqlens ends at {layout.position.numel()}, but there are {tokens.numel()} tokens")
+        return self._run(tokens, layout, [None] * self.config.num_hidden_layers, 0, replay)
+
+    def prefill(self, tokens: Tensor, cu_seqlens: Tensor, capacity: int) -> tuple[Output, Cache]:
+        """As `forward`, and a cache for the B documents with room for `capacity` tokens each."""
+        layout = packed(cu_seqlens, self.config.sliding_window, self.ratios, self._frequencies())
+        lengths = layout.cu_seqlens.diff()
+        if int(lengths.max()) > capacity:
+            raise ValueError(f"a prompt of {int(lengths.max())} tokens does not fit a cache of {capacity}")
+        cache = Cache(lengths, capacity, [{} for _ in self.model.layers])
+        return self._run(tokens, layout, cache.layers, capacity, None), cache
+
+    def decode(self, tokens: Tensor, cache: Cache) -> Output:
+        """The next token of each of B requests, tokens int64 [B]; updates `cache` in place. hidden [B, d]."""
+        if int(cache.length.max()) >= cache.capacity:
+            raise ValueError(f"the cache is full: a request holds {cache.capacity} tokens already")
+        place = step(cache.length, self.config.sliding_window, self.ratios, self._frequencies())
+        output = self._run(tokens, place, cache.layers, cache.capacity, None)
+        cache.length = cache.length + 1
+        return output
+
+    def _run(self, tokens: Tensor, place: Packed | Step, caches: list, room: int, replay: Tensor | None) -> Output:
+        streams = self.model.embed_tokens(tokens).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+        chosen = []
+        for i, (block, cache) in enumerate(zip(self.model.layers, caches, strict=True)):
+            streams, ids = block(streams, tokens, place, cache, room, None if replay is None else replay[:, i])
+            chosen.append(ids)
+        return Output(self.model.norm(self.model.hc_head(streams)), torch.stack(chosen, dim=1))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] -> fp32 [..., V]."""
+        return F.linear(hidden.float(), self.lm_head.weight.float())
+
+    def logprobs(
+        self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """fp32 [T]: log p(token | its document's prefix) for tokens int64 [T]; 0 for each document's first token."""
+        hidden = self(tokens, cu_seqlens, replay=replay).hidden
+        scores = token_logprobs(hidden[:-1], self.lm_head.weight, tokens[1:], temperature)
+        first = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+        first[cu_seqlens[:-1].long()] = True
+        return F.pad(scores, (1, 0)).masked_fill(first, 0.0)

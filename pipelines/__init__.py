@@ -1,0 +1,1 @@
+"""The front door: command line, recipes, the stages, tracking, report and submission."""

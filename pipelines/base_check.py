@@ -1,0 +1,61 @@
+"""Is a recipe's base model there and whole? Answered from a few hundred bytes, without torch.
+
+`amalgam.model.load` checks every tensor, later; this check lets a run stop before anything starts.
+"""
+
+import json
+from pathlib import Path
+
+from .recipe_errors import suggest
+
+PRESETS = Path(__file__).parent.parent / "model" / "presets"
+_MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+def base_problem(base: str) -> str | None:
+    """What is wrong with a base, a preset's name or a checkpoint's folder; None where nothing is."""
+    folder = PRESETS / base if base in _presets() else Path(base)
+    if not folder.is_dir():
+        return f"'{base}' is neither a preset nor a folder; {suggest(base, _presets())}"
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    for file in (config, weights):
+        if not file.is_file():
+            return f"{file} is missing; a checkpoint's folder holds {config.name} and {weights.name}"
+    return _config_problem(config) or _safetensors_problem(weights)
+
+
+def preset_problem(name: str) -> str | None:
+    """What is wrong with a preset's name; None where nothing is."""
+    return None if name in _presets() else f"no preset '{name}'; {suggest(name, _presets())}"
+
+
+def _presets() -> list[str]:
+    return sorted(config.parent.name for config in PRESETS.glob("*/config.json"))
+
+
+def _config_problem(file: Path) -> str | None:
+    try:
+        config = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return f"{file} is not JSON; it should be the model's configuration as transformers writes it"
+    return None if isinstance(config, dict) else f"{file} is not a JSON object"
+
+
+def _safetensors_problem(file: Path) -> str | None:
+    """The format: 8 bytes with the header's length (little-endian), the header (JSON), the tensors' bytes."""
+    actual = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(length) if length <= _MOST_HEADER_BYTES else b""
+    try:
+        tensors = json.loads(header)
+        end = max(info["data_offsets"][1] for name, info in tensors.items() if name != "__metadata__")
+        expected = 8 + length + end
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        if header.startswith(b"{") and len(header) < length:
+            return f"{file} is cut short inside its header; copy or save the checkpoint again"
+        return f"{file} is not a safetensors file; save the model with save_pretrained or amalgam.model.save"
+    if actual != expected:
+        problem = "cut short" if actual < expected else "too long"
+        return f"{file} is {problem}: {actual} bytes, its header says {expected}; copy or save it again"
+    return None

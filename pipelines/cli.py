@@ -1,0 +1,138 @@
+"""The command line. It imports nothing heavy: what a command needs is loaded when the command runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes; any other failure is a bug and shows its traceback
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A shipped recipe's name (quickstart, tiny-base), or a YAML file.",
+        show_default=False,
+    ),
+]
+SetOption = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one key, e.g. **--set stages.grpo-strings.steps=5**. The value is YAML. Repeatable; "
+        "the last one wins. **stages.grpo-{domain}.steps=5** sets it for the stages of all domains.",
+        show_default=False,
+    ),
+]
+RunsOption = Annotated[
+    Path,
+    typer.Option("--runs", metavar="DIR", help="Where runs are kept; this one in DIR/NAME.", file_okay=False),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(f"amalgam {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", metavar="", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Raise domain experts with SFT and GRPO, and merge them into one model by on-policy distillation.
+
+    **amalgam run quickstart** does all of it with a tiny model on a laptop, in about ten minutes.
+    """
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],  # noqa: B006 - typer copies it
+    runs: RunsOption = Path("runs"),
+    show: Annotated[
+        bool,
+        typer.Option(
+            "--print", metavar="", help="Print the recipe with every default and override in it, and end."
+        ),
+    ] = False,
+) -> None:
+    """Run a recipe: train its stages, evaluate every model, write the report.
+
+    Finished stages are skipped and a stage that was cut off goes on from its last saved step, so after an
+    interruption (Ctrl-C, a crash, a reboot) the same command continues the run.
+
+    **amalgam run quickstart --set seed=1 --set name=quickstart-1**
+    """
+    with _exit_codes():
+        from .recipe import load_recipe, resolved_yaml
+
+        loaded = load_recipe(recipe, overrides)
+        if show:
+            typer.echo(resolved_yaml(loaded), nl=False)
+            return
+        from .run import run_recipe
+
+        typer.echo(f"report: {run_recipe(loaded, runs)}")
+
+
+@app.command()
+def submit(
+    recipe: RecipeArgument,
+    address: Annotated[
+        str, typer.Option("--address", metavar="URL", help="The cluster's dashboard, e.g. http://HOST:8265.")
+    ],
+    overrides: SetOption = [],  # noqa: B006 - typer copies it
+    runs: RunsOption = Path("runs"),
+) -> None:
+    """Run a recipe on an existing Ray cluster and follow its log.
+
+    The recipe is checked here first. DIR has to be a folder that the cluster's machines share. Ctrl-C stops
+    the log, not the run. The command ends with the run's own exit code.
+    """
+    with _exit_codes():
+        from .submit import submit as submit_recipe
+
+        raise typer.Exit(submit_recipe(recipe, overrides, address, runs))
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Bad input: its lines on stderr, exit code 2. Ctrl-C: exit code 130 (the run says where it stopped)."""
+    try:
+        yield
+    except UserError as error:
+        prefix = typer.style("error:", fg="red", bold=True)
+        for line in str(error).splitlines():
+            typer.echo(f"{prefix} {line}", err=True)
+        raise typer.Exit(BAD_INPUT) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="amalgam")
+
+
+if __name__ == "__main__":
+    main()

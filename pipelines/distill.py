@@ -1,0 +1,47 @@
+"""Multi-teacher on-policy distillation: the student answers every domain's prompts, each domain's expert teaches.
+
+Teachers give only their last hidden states; the learner turns them into logits with the teacher's head, a piece at a
+time. Samples go to the teachers sorted by teacher, so one is in memory at once. The objective is in distill/opd.py.
+"""
+
+import time
+
+from ..distill.opd import rows
+from ..distill.teacher import Teachers
+from .recipe import Distill
+from .rollout import draw, length_metrics, sample, shown, write_rollouts
+from .stage import StageRun, speaker
+
+
+def distill(stage: StageRun, settings: Distill) -> None:
+    run, model = stage.run, stage.run.model(settings.from_)
+    encoding, tokenizer = speaker(run, settings.from_)
+    domains = [run.domains[name] for name in settings.domains]
+    limits = {"temperature": settings.sampling.temperature, "max_new_tokens": settings.sampling.max_new_tokens}
+    paths = [run.model(settings.teachers[name]) for name in settings.domains]
+    with (
+        stage.learner(model, settings.optimizer) as learner,
+        stage.rollouts(model, settings.rollout_workers) as rollouts,
+        Teachers(paths, **run.fleet.place) as teachers,
+    ):
+        heads = teachers.heads()
+        while stage.step < stage.steps:
+            began, step = time.monotonic(), stage.step
+            rollouts.sync(learner.weights(step), step)
+            problems = draw(domains, "train", step, settings.prompts)
+            trajectories = sample(
+                rollouts, encoding, tokenizer, problems,
+                first=step * settings.prompts, group_size=1, **limits, seed=run.seed(stage.name),
+            )  # fmt: skip
+            teacher = [settings.domains.index(t.domain) for t in trajectories]
+            documents = [t.row()["tokens"] for t in trajectories]
+            hidden = teachers.hidden(documents, teacher, settings.optimizer.micro_batch_tokens)
+            metrics = learner.step(rows(trajectories, hidden, teacher), "distill.opd:loss", heads)
+            metrics["kl"] = metrics.pop("loss")
+            metrics |= length_metrics(trajectories)
+            write_rollouts(stage.folder / "rollouts", step + 1, trajectories)
+            stage.log.samples(step + 1, [shown(t) for t in trajectories[:16]])
+            metrics["tokens_per_second"] = sum(map(len, trajectories)) / (time.monotonic() - began)
+            stage.commit(learner, metrics, {name: metrics[name] for name in ("kl", "tokens_per_second")})
+        learner.save_model(stage.folder / "checkpoint")
+    stage.finish(f"reverse KL {stage.facts['metrics']['kl']:.4f}")

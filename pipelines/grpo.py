@@ -1,0 +1,58 @@
+"""GRPO with verifiable rewards: sample groups, grade them, learn from the groups that disagree with themselves.
+
+One rollout batch a step and, with `updates: 1`, one optimizer step on it, so that the policy that samples is the
+policy that learns. The algorithm's own parts are in rl/grpo.py.
+"""
+
+import time
+
+import numpy as np
+
+from ..rl.grpo import group_advantages, rows
+from ..rl.trajectory import Trajectory
+from .recipe import Grpo
+from .rollout import draw, length_metrics, sample, score, shown, write_rollouts
+from .stage import StageRun, speaker
+
+
+def grpo(stage: StageRun, settings: Grpo) -> None:
+    run, model = stage.run, stage.run.model(settings.from_)
+    encoding, tokenizer = speaker(run, settings.from_)
+    domains = [run.domains[name] for name in settings.domains]
+    limits = {"temperature": settings.sampling.temperature, "max_new_tokens": settings.sampling.max_new_tokens}
+    loss = {"clip_low": settings.clip_low, "clip_high": settings.clip_high, "temperature": limits["temperature"]}
+    with (
+        stage.learner(model, settings.optimizer) as learner,
+        stage.rollouts(model, settings.rollout_workers) as rollouts,
+        stage.grader() as grader,
+    ):
+        while stage.step < stage.steps:
+            began, step = time.monotonic(), stage.step
+            rollouts.sync(learner.weights(step), step)
+            problems = draw(domains, "train", step, settings.prompts)
+            trajectories = sample(
+                rollouts, encoding, tokenizer, problems,
+                first=step * settings.prompts, group_size=settings.group_size, **limits, seed=run.seed(stage.name),
+            )  # fmt: skip
+            score(grader, trajectories)
+            kept, dropped = group_advantages(trajectories)
+            metrics = reward_metrics(trajectories) | length_metrics(trajectories)
+            metrics["dropped_groups"] = dropped
+            for part in np.array_split(np.arange(len(kept)), settings.updates):
+                if len(part):
+                    metrics |= learner.step(rows([kept[i] for i in part]), "rl.grpo:loss", **loss)
+            write_rollouts(stage.folder / "rollouts", step + 1, trajectories)
+            stage.log.samples(step + 1, [shown(t) for t in trajectories[:: settings.group_size]])
+            metrics["tokens_per_second"] = sum(map(len, trajectories)) / (time.monotonic() - began)
+            show = {name: metrics[name] for name in ("reward", "correct", "tokens_per_second")}
+            stage.commit(learner, metrics, show)
+        learner.save_model(stage.folder / "checkpoint")
+    stage.finish(f"reward {stage.facts['metrics']['reward']:.3f}")
+
+
+def reward_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
+    """Means of the reward, of its parts, and of being correct."""
+    scores = [t.score for t in trajectories if t.score is not None]
+    parts = {f"part_{name}": float(np.mean([s.parts[name] for s in scores])) for name in scores[0].parts}
+    means = {"reward": float(np.mean([s.value for s in scores])), "correct": float(np.mean([s.correct for s in scores]))}
+    return means | parts

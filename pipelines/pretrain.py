@@ -1,0 +1,62 @@
+"""Next-token training of a new base model on the procedural corpus of pipelines/corpus.py.
+
+Left out: the balance rule for the routers' correction bias (it stays at zero), MTP, a schedule of sequence lengths.
+"""
+
+import numpy as np
+
+from ..errors import UserError
+from ..model import initialize, save
+from ..model.checkpoint import config_of, resolve
+from ..model.tokenizer import load as load_tokenizer
+from ..rl.packing import Row
+from .corpus import build_corpus, load_corpus, save_corpus
+from .recipe import Pretrain
+from .sft import weighted
+from .stage import StageRun
+
+
+def pretrain(stage: StageRun, settings: Pretrain) -> None:
+    start = stage.folder / "start"
+    if stage.step == 0:
+        model = initialize(config_of(settings.init), stage.run.seed(stage.name) % 2**32)
+        model.origin = resolve(settings.init)
+        save(model, start)
+    tokens, borders = corpus(stage, settings)
+    with stage.learner(start, settings.optimizer) as learner:
+        while stage.step < stage.steps:
+            rows = batch(stage, settings, tokens, borders)
+            metrics = learner.step(weighted(rows), "pipelines.sft:loss")
+            stage.commit(learner, metrics, {"loss": metrics["loss"], "lr": metrics["lr"]})
+        learner.save_model(stage.folder / "checkpoint")
+    stage.finish(f"loss {stage.facts['metrics']['loss']:.4f}")
+
+
+def corpus(stage: StageRun, settings: Pretrain) -> tuple[np.ndarray, np.ndarray]:
+    """Packed tokens and the documents' borders: the recipe's file, or one made without any held-out question."""
+    if settings.corpus is not None:
+        return load_corpus(settings.corpus)
+    file = stage.folder / "corpus.safetensors"
+    if not file.exists():
+        heldout = {p.question for d in stage.run.domains.values() for p in d.problems("heldout", 0, d.heldout)}
+        tokenizer = load_tokenizer(resolve(settings.init))
+        save_corpus(file, *build_corpus(tokenizer, stage.run.recipe.seed, settings.documents, heldout))
+    return load_corpus(file)
+
+
+def batch(stage: StageRun, settings: Pretrain, tokens: np.ndarray, borders: np.ndarray) -> list[Row]:
+    """The documents of the stage's next step: `batch_tokens` tokens on average, shuffled anew in each epoch."""
+    count = len(borders) - 1
+    lengths = np.minimum(np.diff(borders), settings.document_tokens)
+    per_step = max(1, round(settings.batch_tokens / float(lengths.mean())))
+    if per_step > count:
+        raise UserError(f"stages.{stage.name}.batch_tokens: {settings.batch_tokens} is more than the corpus has")
+    epoch, place = divmod(stage.step, count // per_step)
+    order = np.random.default_rng([stage.run.seed(stage.name), epoch]).permutation(count)
+    rows = []
+    for i in order[place * per_step : (place + 1) * per_step]:
+        ids = tokens[borders[i] : borders[i] + lengths[i]].astype(np.int32)
+        trained = np.ones(len(ids), dtype=np.float32)
+        trained[0] = 0.0  # nothing precedes the first token
+        rows.append({"tokens": ids, "trained": trained})
+    return rows

@@ -1,0 +1,325 @@
+"""The report: one HTML file that shows a whole run and needs nothing but itself.
+
+Everything is read from the run's folder, so a report can be written at any time; what a run has not made yet
+is shown as missing. What models wrote is untrusted text: the template escapes all of it, and the page forbids
+itself scripts and any network (Content-Security-Policy).
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from . import report_charts as charts
+from .report_data import Run
+from .statistics import Paired, mean_paired_difference, paired_difference, paired_ratio, wilson
+
+KINDS = {
+    "base": "the model that everything starts from",
+    "pretrain": "next-token training from random weights",
+    "sft": "supervised fine-tuning on demonstrations",
+    "grpo": "reinforcement learning on verified answers",
+    "average": "uniform average of the experts' weights",
+    "distill": "on-policy distillation from the experts",
+}
+CURVES_SHOWN = 6  # per stage; the others fold away
+# The order of a stage's curves by what their names contain: the telling ones, any others, bookkeeping.
+TELLING = ("held_out", "reward", "correct", "kl", "loss", "entropy", "length")
+BOOKKEEPING = ("grad", "ratio", "clip", "lr", "drop", "token", "version", "second", "memory")
+SAMPLES = 2  # right ones and wrong ones, per model and domain
+TEXT_LIMIT = 4000  # characters of one prompt or response
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write RUN/report.html and return its path. Raises UserError where a file of the run cannot be read."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    run = Run(Path(run_dir))
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"visible": visible, "duration": duration}
+    page = environment.get_template("report.html").render(view(run))
+    path = run.folder / "report.html"
+    beside = path.with_suffix(".html.new")
+    beside.write_text(page, encoding="utf-8")
+    os.replace(beside, path)
+    return path
+
+
+# What the page shows
+
+
+def view(run: Run) -> dict[str, Any]:
+    """The template's variables."""
+    finished = [name for name in run.stages if name in run.done]
+    evaluated = {name for name, stage in run.stages.items() if stage.get("evaluate", True)}
+    comparisons = _comparisons(run)
+    return {
+        "name": run.recipe.get("name", run.folder.resolve().name),
+        "finished": len(finished),
+        "complete": bool(run.stages) and len(finished) == len(run.stages) and evaluated <= run.scores.keys(),
+        "stages": {name: stage["kind"] for name, stage in run.stages.items()},
+        "domains": run.domains,
+        "kinds": KINDS,
+        "headlines": list(_headlines(comparisons, run)),
+        "table": _table(run),
+        "graph": _graph(run),
+        "comparisons": comparisons,
+        "curves": [
+            {"stage": name, "kind": run.kind(name), **_curves(rows)} for name, rows in run.metrics.items()
+        ],
+        "samples": [*_evaluation_samples(run), *_rollout_samples(run)],
+        "timings": _timings(run),
+        "recipe": run.recipe_text,
+        "versions": _flat(run.versions),
+    }
+
+
+def _table(run: Run) -> list[dict[str, Any]]:
+    """A row a model: a cell for each domain and one for their mean; None where it was not evaluated."""
+    means = {
+        model: sum(correct / total for correct, total in scores.values()) / len(scores)
+        for model, scores in run.scores.items()
+        if len(scores) == len(run.domains)
+    }
+    shares = {d: [s[d][0] / s[d][1] for s in run.scores.values() if d in s] for d in run.domains}
+    experts = {teacher: domain for domain, teacher, _ in _lessons(run)}
+    table = []
+    for model, scores in run.scores.items():
+        cells = []
+        for domain in run.domains:
+            correct, total = scores.get(domain, (0, 0))
+            cells.append(total and {
+                "correct": correct, "total": total,
+                "share": correct / total, "interval": wilson(correct, total),
+                "best": correct / total == max(shares[domain]), "home": experts.get(model) == domain,
+            })  # fmt: skip
+        mean = means.get(model)
+        table.append({
+            "model": model, "kind": run.kind(model), "cells": cells, "mean": mean,
+            "best": mean is not None and mean == max(means.values()),
+        })  # fmt: skip
+    return table
+
+
+def _lessons(run: Run) -> Iterator[tuple[str, str, str]]:
+    """(domain, its teacher, the student) of every distillation."""
+    for name, stage in run.stages.items():
+        for domain, teacher in stage.get("teachers", {}).items():
+            yield domain, teacher, name
+
+
+def _pairs(run: Run, a: str, b: str, domains: Sequence[str]) -> list[Paired] | None:
+    """Two models' outcomes on each domain; None where one is missing or they answered different problems."""
+    pairs: list[Paired] = []
+    for domain in domains:
+        ours, theirs = run.answers(a, domain), run.answers(b, domain)
+        if not ours or not theirs or ours.problems != theirs.problems:
+            return None
+        pairs.append((ours.correct, theirs.correct, ours.problems))
+    return pairs or None
+
+
+def _comparisons(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Paired: what GRPO adds, what distillation keeps, what it adds to an average of weights."""
+    gains, kept, merged = [], [], []
+    for expert, stage in run.stages.items():
+        if stage["kind"] == "grpo" and len(stage.get("domains", ())) == 1:
+            (domain,) = stage["domains"]
+            for other in dict.fromkeys([stage["from"], run.base or stage["from"]]):
+                if pairs := _pairs(run, expert, other, [domain]):
+                    estimate = paired_difference(*pairs[0])
+                    gains.append({"a": expert, "b": other, "on": domain, "estimate": estimate})
+    for domain, teacher, student in _lessons(run):
+        pairs = _pairs(run, student, teacher, [domain])
+        if pairs and any(pairs[0][1]):
+            kept.append({"a": student, "b": teacher, "on": domain, "estimate": paired_ratio(*pairs[0])})
+    for student in dict.fromkeys(student for _, _, student in _lessons(run)):
+        for other in (name for name, stage in run.stages.items() if stage["kind"] == "average"):
+            if pairs := _pairs(run, student, other, run.domains):
+                estimate, on = mean_paired_difference(pairs), "the mean of the domains"
+                merged.append({"a": student, "b": other, "on": on, "estimate": estimate})
+    for row in [*gains, *merged]:
+        row["sign"] = "above" if row["estimate"][1] > 0 else "below" if row["estimate"][2] < 0 else "open"
+    for row in kept:
+        row["sign"] = "kept"
+    _place_on_axis([*gains, *merged], mark=0.0)
+    _place_on_axis(kept, mark=1.0)
+    return {"gains": gains, "kept": kept, "merged": merged}
+
+
+def _place_on_axis(rows: Sequence[dict[str, Any]], mark: float) -> None:
+    """Add where each interval lies on one axis of all rows, in percent of it; it holds 0 and `mark`."""
+    ends = [0.0, mark, *(end for row in rows for end in row["estimate"] if end < float("inf"))]
+    low, high = min(ends), max(ends)
+    margin = (high - low) * 0.05 or 1.0
+
+    def place(value: float) -> float:
+        return 100 * (min(value, high) - low + margin) / (high - low + 2 * margin)
+
+    for row in rows:
+        value, start, end = row["estimate"]
+        row |= {"value": place(value), "start": place(start), "end": place(end), "mark": place(mark)}
+
+
+def _headlines(comparisons: Mapping[str, list[dict[str, Any]]], run: Run) -> Iterator[dict[str, Any]]:
+    """The few numbers that say how the run went: a title, and rows of (value, what it belongs to)."""
+
+    def points(row: Mapping[str, Any]) -> str:
+        return f"{100 * row['estimate'][0]:+.1f}".replace("-", "−")
+
+    over_own = [row for row in comparisons["gains"] if row["b"] != run.base]
+    if gains := [(points(row), f"points, {row['on']}") for row in over_own]:
+        yield {"title": "Reinforcement learning adds to fine-tuning", "rows": gains}
+    if kept := [(f"{100 * row['estimate'][0]:.1f} %", row["on"]) for row in comparisons["kept"]]:
+        yield {"title": "The merged model keeps of each expert", "rows": kept}
+    if merged := [(points(row), "points, mean") for row in comparisons["merged"]]:
+        yield {"title": "Distillation against averaging the weights", "rows": merged}
+    if run.done:
+        wall = duration(sum(done["wall_seconds"] for done in run.done.values()))
+        peak = max(done["peak_rss_bytes"] for done in run.done.values()) / 2**30
+        yield {"title": "All stages took", "rows": [(wall, "in all"), (f"{peak:.1f} GiB", "memory at most")]}
+
+
+def _graph(run: Run) -> str:
+    edges = [charts.Edge(start, name, teaches) for name in run.stages for start, teaches in run.inputs(name)]
+    inputs = {name: [start for start, _ in run.inputs(name)] for name in run.stages}
+    nodes = [_node(run, name) for name in TopologicalSorter(inputs).static_order()]
+    return charts.stage_graph(nodes, edges)
+
+
+def _node(run: Run, name: str) -> charts.Node:
+    kind, done = run.kind(name), run.done.get(name)
+    if name not in run.stages:
+        return charts.Node(name, "base", str(run.recipe.get("base", "")), True)
+    if done:
+        return charts.Node(name, kind, f"{kind} · {duration(done['wall_seconds'])}", True)
+    state = f"at step {run.metrics[name][-1]['step']}" if name in run.metrics else "not yet"
+    return charts.Node(name, kind, f"{kind} · {state}", False)
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A stage's charts, the telling ones first, and the rest to fold away."""
+    points: dict[str, list[charts.Point]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key not in ("stage", "kind", "step", "time"):
+                points.setdefault(key, []).append((row["step"], value))
+    drawn = []
+    for key in sorted(points, key=_curve_rank):
+        label = key.replace("_", " ").replace("/", " / ")
+        last = next((value for _, value in reversed(points[key]) if value is not None), None)
+        chart = charts.line_chart(charts.Curve(label, points[key]))
+        shown = "–" if last is None else f"{last:.4g}".replace("-", "−")
+        drawn.append({"label": label, "last": shown, "svg": chart})
+    return {"steps": rows[-1]["step"], "shown": drawn[:CURVES_SHOWN], "folded": drawn[CURVES_SHOWN:]}
+
+
+def _curve_rank(key: str) -> tuple[int, str]:
+    kept = [rank for rank, part in enumerate(BOOKKEEPING, len(TELLING) + 1) if part in key]
+    told = [rank for rank, part in enumerate(TELLING) if part in key]
+    return min(kept or told, default=len(TELLING)), key
+
+
+# Samples
+
+
+def _evaluation_samples(run: Run) -> Iterator[dict[str, Any]]:
+    """Held-out problems with the last model's answers: the one that the run is for."""
+    model = next((model for model in reversed(run.scores) if model in run.evaluations), None)
+    if model is None:
+        return
+    picked = []
+    for domain, answers in run.evaluations[model]["domains"].items():
+        for row in _right_and_wrong(answers, "question"):
+            shown = {"domain": domain, "prompt": row["question"], "expected": row["answer"], "note": ""}
+            picked.append({**row, **shown})
+    what = "answers to held-out problems"
+    yield {"title": model, "kind": run.kind(model), "what": what, "rows": picked}
+
+
+def _rollout_samples(run: Run) -> Iterator[dict[str, Any]]:
+    """What each stage sampled in the last step that it kept."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for stage in run.stages:
+        files = run.folder.glob(f"stages/{stage}/rollouts/*.parquet")
+        last = max(files, key=lambda path: (len(path.stem), path.stem), default=None)  # 9 before 10
+        if last is None:
+            continue
+        try:
+            rows = pq.read_table(last).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{last}: not a Parquet file ({error}); remove it or restore it") from None
+        picked = []
+        for domain in dict.fromkeys(row["domain"] for row in rows):
+            for row in _right_and_wrong([row for row in rows if row["domain"] == domain], "prompt"):
+                parts = {"task": row["part_task"], "format": row["part_format"]}
+                picked.append({**row, "parts": parts, "expected": None})
+        what = f"samples of step {rows[0]['step']}" if rows else "no samples"
+        yield {"title": stage, "kind": run.kind(stage), "what": what, "rows": picked}
+
+
+def _right_and_wrong(rows: Sequence[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
+    """The first SAMPLES right and SAMPLES wrong ones, each kind on different prompts."""
+    picked: list[dict[str, Any]] = []
+    for correct in (True, False):
+        fresh: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            if bool(row["correct"]) == correct:
+                fresh.setdefault(row[prompt], row)
+        picked += list(fresh.values())[:SAMPLES]
+    return picked
+
+
+def visible(text: str) -> str:
+    """Text as a page can show it: control and other invisible characters spelt out, and not too long."""
+
+    def hidden(char: str) -> bool:
+        return char not in "\n\t" and unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co")
+
+    shown = "".join(f"\\u{ord(char):04x}" if hidden(char) else char for char in text[:TEXT_LIMIT])
+    return shown + (f"\n[{len(text) - TEXT_LIMIT} more characters]" if len(text) > TEXT_LIMIT else "")
+
+
+# Timings and versions
+
+
+def _timings(run: Run) -> list[dict[str, Any]]:
+    longest = max((done["wall_seconds"] for done in run.done.values()), default=0) or 1
+    rows = []
+    for name, stage in run.stages.items():
+        done = run.done.get(name)
+        rows.append({
+            "stage": name, "kind": stage["kind"],
+            "done": done, "share": done and done["wall_seconds"] / longest,
+            "step": run.metrics[name][-1]["step"] if name in run.metrics else None,
+        })  # fmt: skip
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """8.2 s, 41 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """{"torch": "2.13", "machine.cores": "2"} of nested mappings."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat

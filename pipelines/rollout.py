@@ -1,0 +1,97 @@
+"""From problems to scored trajectories: what GRPO, distillation and evaluation have in common."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..model.encoding import Encoding
+from ..rewards.domains import Domain
+from ..rewards.grader import Grader
+from ..rewards.problem import Problem
+from ..rl.rollout import Rollouts
+from ..rl.trajectory import Request, Trajectory
+
+
+def draw(domains: list[Domain], split: str, step: int, count: int) -> list[tuple[Domain, Problem]]:
+    """`count` problems of step `step`, evenly from the domains; no problem comes twice in a stage."""
+    drawn = []
+    for i, domain in enumerate(domains):
+        mine = len(range(i, count, len(domains)))
+        drawn += [(domain, problem) for problem in domain.problems(split, step * mine, mine)]
+    return drawn
+
+
+def sample(
+    rollouts: Rollouts,
+    encoding: Encoding,
+    tokenizer: Any,
+    problems: list[tuple[Domain, Problem]],
+    *,
+    first: int,
+    group_size: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+) -> list[Trajectory]:
+    """`group_size` responses to each problem; groups and requests are numbered from `first` * (their size) on."""
+    requests = []
+    for i, (domain, problem) in enumerate(problems, start=first):
+        prompt = np.array(encoding.prompt_ids(tokenizer, domain.messages(problem), domain.mode), np.int32)
+        requests += [Request(i * group_size + j, i, prompt) for j in range(group_size)]
+    limits = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    trajectories = rollouts.generate(requests, **limits, seed=seed)
+    for trajectory, (domain, problem) in zip(trajectories, _repeated(problems, group_size), strict=True):
+        trajectory.domain, trajectory.mode, trajectory.problem = domain.name, domain.mode, problem
+    return trajectories
+
+
+def score(grader: Grader, trajectories: list[Trajectory]) -> None:
+    """Grades the responses, each in a process that can be killed, and writes the scores into the trajectories."""
+    items = [(t.problem, t.text, t.finish == "stop", t.mode) for t in trajectories if t.problem is not None]
+    for trajectory, result in zip(trajectories, grader.grade(items), strict=True):
+        trajectory.score = result
+
+
+def shown(trajectory: Trajectory) -> dict[str, Any]:
+    """A trajectory as a row of a table."""
+    problem, result = trajectory.problem, trajectory.score
+    row = {
+        "request": trajectory.request,
+        "group": trajectory.group,
+        "domain": trajectory.domain,
+        "prompt": problem.question if problem else "",
+        "response": trajectory.text,
+        "finish": trajectory.finish,
+        "tokens": len(trajectory.response_ids),
+    }
+    if result is not None:
+        row |= {"value": result.value, "correct": result.correct, "note": result.note}
+        row |= {f"part_{name}": part for name, part in result.parts.items()}
+    return row
+
+
+def write_rollouts(folder: Path, step: int, trajectories: list[Trajectory]) -> None:
+    """rollouts/STEP.parquet: a row for each trajectory, with its ids and log-probs; renamed into place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"step": step, **shown(t), "response_ids": t.response_ids, "logprobs": t.logprobs, "versions": t.versions}
+        for t in trajectories
+    ]
+    file = folder / f"{step:06}.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file.with_suffix(".new"))
+    file.with_suffix(".new").rename(file)
+
+
+def length_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
+    """Mean response length in tokens, and the share of responses that were cut."""
+    return {
+        "response_tokens": float(np.mean([len(t.response_ids) for t in trajectories])),
+        "unfinished": float(np.mean([t.finish == "length" for t in trajectories])),
+    }
+
+
+def _repeated(problems: list[tuple[Domain, Problem]], times: int) -> list[tuple[Domain, Problem]]:
+    return [pair for pair in problems for _ in range(times)]

@@ -1,0 +1,76 @@
+"""Supervised fine-tuning: next-token loss on what the assistant writes, packed, to the lowest held-out loss.
+
+A fixed set of demonstrations per domain; after each epoch the loss on other, held-out demonstrations decides whether
+the model is the best so far. The checkpoint is the best epoch's.
+"""
+
+import shutil
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..rl.learner import Learner
+from ..rl.packing import Row
+from .recipe import Sft
+from .stage import StageRun, speaker
+
+
+def nll(logprobs: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """-sum of weight * logprobs, both fp32 [T]; metrics "loss" (the same) and "tokens" (how many have a weight)."""
+    loss = -(weight * logprobs).sum()
+    return loss, {"loss": loss, "tokens": (weight > 0).sum()}
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor], shared: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """`nll` on a packed batch of `weighted` rows."""
+    return nll(model.logprobs(batch["tokens"], batch["cu_seqlens"]), batch["weight"])  # pyright: ignore
+
+
+def weighted(rows: list[Row]) -> list[Row]:
+    """Rows {"tokens", "trained"} with "weight": the loss is the mean over all trained tokens of these rows."""
+    total = np.float32(sum(row["trained"].sum() for row in rows))
+    return [{"tokens": row["tokens"], "weight": row["trained"] / total} for row in rows]
+
+
+def sft(stage: StageRun, settings: Sft) -> None:
+    train, held_out = demonstrations(stage, settings)
+    per_epoch = -(-len(train) // settings.batch_size)
+    facts = stage.facts = stage.facts or {"best": float("inf"), "best_epoch": 0}
+    with stage.learner(stage.run.model(settings.from_), settings.optimizer) as learner:
+        while stage.step < stage.steps and stage.step // per_epoch - facts["best_epoch"] < settings.patience:
+            epoch, place = divmod(stage.step, per_epoch)
+            order = np.random.default_rng([stage.run.seed(stage.name), epoch]).permutation(len(train))
+            rows = [train[i] for i in order[place * settings.batch_size :][: settings.batch_size]]
+            metrics = learner.step(weighted(rows), "pipelines.sft:loss")
+            if place + 1 == per_epoch:
+                metrics["held_out_loss"] = keep_best(stage, learner, held_out, epoch + 1)
+            stage.commit(learner, metrics, {"loss": metrics["loss"], "held-out": facts["best"]})
+    shutil.rmtree(stage.folder / "checkpoint", ignore_errors=True)
+    shutil.copytree(stage.folder / "best", stage.folder / ".checkpoint")
+    (stage.folder / ".checkpoint").rename(stage.folder / "checkpoint")
+    stage.finish(f"held-out loss {facts['best']:.4f} after epoch {facts['best_epoch']}")
+
+
+def demonstrations(stage: StageRun, settings: Sft) -> tuple[list[Row], list[Row]]:
+    """The training rows and the held-out rows of the stage's domains."""
+    encoding, tokenizer = speaker(stage.run, settings.from_)
+    train: list[Row] = []
+    held_out: list[Row] = []
+    for name in settings.domains:
+        domain = stage.run.domains[name]
+        parts = [("demonstrations", domain.demonstrations, train), ("validation", settings.validation, held_out)]
+        for split, count, rows in parts:
+            for problem in domain.problems(split, 0, count):
+                answer = {"role": "assistant", "content": domain.demonstration(problem)}
+                ids, trained = encoding.ids(tokenizer, [*domain.messages(problem), answer], domain.mode)
+                rows.append({"tokens": np.array(ids, np.int32), "trained": np.array(trained, np.float32)})
+    return train, held_out
+
+
+def keep_best(stage: StageRun, learner: Learner, held_out: list[Row], epoch: int) -> float:
+    """The held-out loss; saves the model if it is the lowest so far."""
+    value = learner.evaluate(weighted(held_out), "pipelines.sft:loss")["loss"]
+    if value < stage.facts["best"]:
+        learner.save_model(stage.folder / "best")
+        stage.facts.update(best=value, best_epoch=epoch)
+    return value

@@ -1,0 +1,174 @@
+"""What every stage shares: the run around it, its folder, its progress on disk, and its meters."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..model.checkpoint import resolve
+from ..model.encoding import Encoding
+from ..model.tokenizer import load as load_tokenizer
+from ..rewards.domains import Domain
+from ..rewards.grader import Grader
+from ..rl.cluster import usage
+from ..rl.fleet import Fleet
+from ..rl.learner import Learner
+from ..rl.rollout import Rollouts
+from ..rl.settings import Optimization
+from .console import Console, StageLine
+from .recipe import BASE, Recipe
+from .tracking import StageLog, Tracker
+
+
+class Interrupted(Exception):
+    """A stage stopped between two steps because it was asked to."""
+
+
+@dataclass
+class Run:
+    """One run of a recipe. Stages run in threads; `stop` asks them to end after their current step."""
+
+    recipe: Recipe
+    folder: Path
+    fleet: Fleet
+    tracker: Tracker
+    console: Console
+    domains: dict[str, Domain]
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def model(self, name: str) -> Path:
+        """The checkpoint's folder of a stage's model, or of `base`."""
+        if name == BASE:
+            assert self.recipe.base is not None
+            return resolve(self.recipe.base)
+        return self.folder / "stages" / name / "checkpoint"
+
+    def new_grader(self) -> Grader:
+        return Grader(workers=1)
+
+    def seed(self, name: str) -> int:
+        """63 bits for the noise of one stage, from the recipe's seed and the stage's name."""
+        digest = hashlib.blake2b(f"{self.recipe.seed}/{name}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass
+class StageRun:
+    """One stage of a run, while it runs. Its progress is one file, renamed into place after everything it points to."""
+
+    run: Run
+    name: str
+    settings: Any
+    steps: int
+    log: StageLog
+    step: int = 0  # finished steps
+    facts: dict[str, Any] = field(default_factory=dict)  # what the stage itself has to remember
+    failures: dict[str, int] = field(default_factory=dict)  # failed grades by kind
+    _state: str = ""
+    line: StageLine = field(init=False)
+    _began: float = field(default_factory=time.monotonic)
+    _cpu: float = 0.0
+    _peak: int = 0
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder / "stages" / self.name
+
+    @contextmanager
+    def learner(self, model: Path, optimization: Optimization) -> Iterator[Learner]:
+        """A learner with the model, or with the state that an interrupted run of this stage left."""
+        with self.run.fleet.learner(model, optimization, self.steps) as learner:
+            if self._state:
+                learner.load_state(self.folder / self._state)
+            with self._metered(learner.workers):
+                yield learner
+
+    @contextmanager
+    def rollouts(self, model: Path, workers: int) -> Iterator[Rollouts]:
+        with self.run.fleet.rollouts(model, workers) as rollouts:
+            with self._metered(rollouts.workers):
+                yield rollouts
+
+    @contextmanager
+    def grader(self) -> Iterator[Grader]:
+        with self.run.fleet.lend("grader", self.run.new_grader) as grader:
+            before = Counter(grader.failures)
+            yield grader
+            self.failures = dict(Counter(grader.failures) - before)
+
+    @contextmanager
+    def _metered(self, workers: list[Any]) -> Iterator[None]:
+        before = sum(cpu for cpu, _ in usage(workers))
+        yield
+        after = usage(workers)
+        self._cpu += sum(cpu for cpu, _ in after) - before
+        self._peak += sum(peak for _, peak in after)
+
+    def commit(self, learner: Learner, metrics: dict[str, float], shown: dict[str, float | str]) -> None:
+        """One more step is finished: log it, show it, and save the learner's state every `checkpoint_every` steps."""
+        self.step += 1
+        self.facts["metrics"] = metrics
+        self.log.step(self.step, metrics)
+        self.line.update(self.step, **shown)
+        if self.step % self.run.recipe.checkpoint_every == 0 or self.step == self.steps:
+            self.save(learner)
+        if self.run.stop.is_set():
+            raise Interrupted(f"{self.name} step {self.step}")
+
+    def save(self, learner: Learner) -> None:
+        old, self._state = self._state, f"state-{self.step}"
+        learner.save_state(self.folder / self._state)
+        write_json(self.folder / "progress.json", {"step": self.step, "state": self._state, "facts": self.facts})
+        if old and old != self._state:
+            shutil.rmtree(self.folder / old, ignore_errors=True)
+
+    def start(self) -> None:
+        """From the beginning, or from the last saved step if there is one."""
+        file = self.folder / "progress.json"
+        if file.is_file():
+            saved = json.loads(file.read_text())
+            self.step, self._state, self.facts = saved["step"], saved["state"], saved["facts"]
+        self.log.rewind(self.step)
+        self.line = self.run.console.stage(self.name, self.settings.kind, self.steps, self.step)
+
+    def finish(self, summary: str) -> None:
+        """The checkpoint is in place: the stage is done, and its state is not needed any more."""
+        self.log.artifact(self.folder / "checkpoint")
+        write_json(
+            self.folder / "done.json",
+            {
+                "stage": self.name,
+                "kind": self.settings.kind,
+                "inputs": self.run.recipe.inputs(self.name),
+                "steps": self.step,
+                "wall_seconds": time.monotonic() - self._began,
+                "cpu_seconds": self._cpu + time.thread_time(),
+                "peak_rss_bytes": self._peak + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "failures": self.failures,
+            },
+        )
+        for state in self.folder.glob("state-*"):
+            shutil.rmtree(state, ignore_errors=True)
+        self.line.done(summary)
+
+
+def speaker(run: Run, model: str) -> tuple[Encoding, Any]:
+    """The chat encoding and the tokenizer of a model of the run."""
+    folder = run.model(model)
+    return Encoding.from_checkpoint(folder), load_tokenizer(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written beside and renamed."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    os.replace(beside, path)

@@ -1,0 +1,1 @@
+"""On-policy machinery: rollouts, the learner, weight sync, packing, GRPO."""

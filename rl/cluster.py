@@ -1,0 +1,96 @@
+"""Ray: starting or joining a cluster, and waiting with a deadline. Ray is imported on first use (0.7 s)."""
+
+import logging
+import os
+import secrets
+import sys
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+# Several actors share the cores: a thread pool in each would only make them wait for each other.
+_WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Weights, rollouts and batches of models that fit a CPU run; Ray spills to disk what goes beyond.
+_CPU_OBJECT_STORE_BYTES = 200_000_000
+
+
+def start_ray(address: str | None = None) -> None:
+    """Starts a private Ray on this machine, or joins the one at `address` or RAY_ADDRESS.
+
+    An address is "auto" (one that runs here) or "HOST:PORT". Does nothing if this process has joined one
+    already. A cluster of several machines needs amalgam and the run's folder at the same paths on each.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    _authenticate(private=address is None)
+    import ray
+
+    if ray.is_initialized():
+        return
+    private = {} if address else {"include_dashboard": False, "object_store_memory": _object_store_bytes()}
+    # Ray puts the driver's working directory on every worker's sys.path: from a clone's root, our `kernels`
+    # would then shadow Hugging Face's. `sys.prefix` holds no module.
+    with chdir(sys.prefix):
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+            **private,
+        )
+
+
+def _authenticate(private: bool) -> None:
+    """Turns token authentication on, as Ray 2.60 does by default, unless RAY_AUTH_MODE says otherwise.
+
+    An existing cluster's token is taken from where Ray looks for it (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH,
+    ~/.ray/auth_token); if there is none, the cluster is taken to be open. A private cluster without one gets
+    its own in the environment, so that nothing is written to the user's home.
+    """
+    has_token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    has_token = has_token or (Path.home() / ".ray" / "auth_token").is_file()
+    if "RAY_AUTH_MODE" in os.environ or not (has_token or private):
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if not has_token:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
+
+    Config.initialize("")  # Ray has read its environment when it was imported, which may have been long ago
+
+
+def wait(refs: Any, what: str, deadline: float) -> Any:
+    """`ray.get(refs)` within `deadline` seconds.
+
+    An actor's exception is raised as itself, its remote traceback as the cause. Raises TimeoutError, which
+    says `what` was waited for and for how long. A dead actor's error carries `what` as a note.
+    """
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+    try:
+        return ray.get(refs, timeout=deadline)
+    except GetTimeoutError:
+        raise TimeoutError(f"{what}: not done after {deadline:g} s") from None
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayActorError as error:
+        error.add_note(f"while waiting for {what}")
+        raise
+
+
+def _object_store_bytes() -> int | None:
+    """None is Ray's own choice, a share of the memory."""
+    return None if Path("/dev/nvidiactl").exists() else _CPU_OBJECT_STORE_BYTES
+
+
+def usage(workers: list[Any]) -> list[tuple[float, int]]:
+    """CPU seconds so far and peak resident bytes of each actor's process."""
+    calls = [worker.__ray_call__.remote(_own_usage) for worker in workers]
+    return wait(calls, "the actors' resource usage", 60.0)
+
+
+def _own_usage(_actor: Any) -> tuple[float, int]:
+    import resource
+
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    return own.ru_utime + own.ru_stime, own.ru_maxrss * 1024

@@ -1,0 +1,63 @@
+"""The run's processes: learners and rollout workers, lent to stages and kept for the next one.
+
+Starting a process that imports torch costs seconds; a stage takes idle processes of the right kind and loads its own
+model into them. Stages that run side by side get different ones.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .learner import Learner
+from .rollout import Rollouts
+from .settings import Optimization
+
+
+class Fleet:
+    """A context manager that ends all its processes. `gpus_per_actor` and `threads` are those of every process."""
+
+    def __init__(self, gpus_per_actor: float = 0.0, threads: int = 1):
+        self.place: dict[str, Any] = {"gpus_per_actor": gpus_per_actor, "threads": threads}
+        self._idle: dict[Any, list[Any]] = {}
+        self._all: list[Any] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def learner(self, path: Path, optimization: Optimization, total_steps: int) -> Iterator[Learner]:
+        """A learner with the model at `path` and a new optimizer."""
+        with self.lend(
+            ("learner", optimization.ranks), lambda: Learner(optimization, total_steps, path, **self.place)
+        ) as learner:
+            learner.load(path, optimization, total_steps)
+            yield learner
+
+    @contextmanager
+    def rollouts(self, path: Path, workers: int) -> Iterator[Rollouts]:
+        """`workers` rollout workers with the model at `path`."""
+        with self.lend(("rollouts", workers), lambda: Rollouts(workers, **self.place)) as rollouts:
+            rollouts.load(path)
+            yield rollouts
+
+    @contextmanager
+    def lend(self, key: Any, make: Callable[[], Any]) -> Iterator[Any]:
+        """An idle member of this key, or a new one from `make`; it has `close()`, which the fleet calls at its end."""
+        with self._lock:
+            idle = self._idle.setdefault(key, [])
+            member = idle.pop() if idle else None
+        if member is None:
+            member = make()
+            with self._lock:
+                self._all.append(member)
+        yield member
+        # Only after a stage that ended well: processes of one that failed may be in any state, and are not lent again.
+        with self._lock:
+            idle.append(member)
+
+    def __enter__(self) -> "Fleet":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for member in self._all:
+            member.close()

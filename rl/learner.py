@@ -1,0 +1,168 @@
+"""The learner: DeepSpeed engines in Ray actors, one a rank. It knows batches and losses, and no algorithm."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cluster import wait
+from .learner_worker import LearnerWorker, Loss, add
+from .packing import Row, plan
+from .settings import Optimization
+
+_STRAGGLER_SECONDS = 10.0
+
+
+class Learner:
+    """The driver's side: owns the ranks' processes, cuts batches for them, adds up what they return.
+
+    A context manager. Every call ends within `deadline` seconds, or in a TimeoutError that says what it
+    waited for. An exception in a rank is raised here as itself. Paths must mean the same on every rank's
+    machine. `workers` are the Ray actors.
+    """
+
+    def __init__(
+        self,
+        optimization: Optimization,
+        total_steps: int,
+        path: str | Path,
+        *,
+        gpus_per_actor: float = 0.0,
+        threads: int = 1,
+        deadline: float = 1800.0,
+    ):
+        self._gpus, self._threads, self._deadline = gpus_per_actor, threads, deadline
+        self.workers: list[Any] = []
+        self.load(path, optimization, total_steps)
+
+    def __enter__(self) -> "Learner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def load(self, path: str | Path, optimization: Optimization, total_steps: int) -> None:
+        """Turns to another model (a checkpoint's folder, or a preset's name), at step 0 of a new schedule.
+
+        The processes stay, unless the number of ranks changes: importing torch and DeepSpeed costs each 5 s
+        of CPU.
+        """
+        from ..model.checkpoint import resolve
+
+        folder = str(resolve(path).absolute())
+        if len(self.workers) != optimization.ranks:
+            self.close()
+            self._start(optimization.ranks)
+        self._optimization = optimization
+        self._all("load", f"the learner to load {path}", folder, optimization, total_steps)
+
+    def step(
+        self, rows: list[Row], loss: str | Loss, shared: dict[str, np.ndarray] | None = None, **settings: Any
+    ) -> dict[str, float]:
+        """One optimizer step on `rows`.
+
+        `loss` names a function of the package ("rl.grpo:loss"), or is one that Ray can send. For each
+        micro-batch, it is called as loss(model, batch, shared, **settings) with `collate`'s batch, and
+        returns a scalar and metrics. The scalar is divided by a denominator of the whole optimizer batch
+        (rows carry weights for that), so that gradients add up over micro-batches and ranks. Metrics are sums
+        over tokens, and add up the same way; "grad_norm" (before clipping) and "lr" join them. `shared`
+        reaches every micro-batch as tensors. Trained parameters that the loss does not reach get a gradient
+        of zero. Raises FloatingPointError, and changes nothing, if it is not finite.
+        """
+        return self._on_rows("step", rows, loss, shared, settings)
+
+    def evaluate(
+        self, rows: list[Row], loss: str | Loss, shared: dict[str, np.ndarray] | None = None, **settings: Any
+    ) -> dict[str, float]:
+        """The sums of the metrics that `step` would return, without a gradient."""
+        return self._on_rows("evaluate", rows, loss, shared, settings)
+
+    def weights(self, version: int) -> Any:
+        """A Ray reference to the `sync.Bundle` of the current weights, which stay in the object store."""
+        calls = [worker.weights.options(num_returns=2).remote(version) for worker in self.workers]
+        self._wait([done for done, _ in calls], f"the learner to pack version {version} of its weights")
+        return calls[0][1]
+
+    def save_model(self, path: str | Path) -> None:
+        """Writes a checkpoint for `amalgam.model.load`, renamed into place."""
+        self._all("save_model", f"the learner to save {path}", str(Path(path).absolute()))
+
+    def save_state(self, folder: str | Path) -> None:
+        """Saves step, fp32 weights and moments by parameter name. The folder keeps the state before this one
+        too."""
+        self._all("save_state", f"the learner to save its state in {folder}", str(Path(folder).absolute()))
+
+    def load_state(self, folder: str | Path, step: int | None = None) -> int:
+        """Goes on from the loaded model's state after `step` steps (the newest if None); returns that number.
+
+        Ranks and ZeRO stage may differ from when it was saved. If they do not, all that follows is bit-equal
+        to a run without interruption. Raises UserError for a state that is missing, torn or another model's.
+        """
+        what = f"the learner to load its state from {folder}"
+        return self._all("load_state", what, str(Path(folder).absolute()), step)[0]
+
+    def close(self) -> None:
+        """Ends the ranks' processes."""
+        import ray
+
+        for worker in self.workers:
+            ray.kill(worker)
+        self.workers = []
+
+    def _start(self, ranks: int) -> None:
+        import ray
+
+        device = "cuda" if self._gpus else "cpu"
+        actor = ray.remote(LearnerWorker).options(num_cpus=0, num_gpus=self._gpus)
+        self.workers = [actor.remote(rank, ranks, device, self._threads) for rank in range(ranks)]
+        try:
+            hosts = self._all("host", f"{ranks} learner processes to start")
+            listen = self.workers[0].listen.remote(hosts[0], self._deadline)
+            (port,) = self._wait([listen], "the learner's first rank to open a port")
+            place = (hosts[0], port, len(set(hosts)) == 1)
+            self._all("connect", f"{ranks} learner ranks to connect", *place, self._deadline)
+        except BaseException:
+            self.close()
+            raise
+
+    def _on_rows(
+        self,
+        method: str,
+        rows: list[Row],
+        loss: str | Loss,
+        shared: dict[str, np.ndarray] | None,
+        settings: dict[str, Any],
+    ) -> dict[str, float]:
+        import ray
+
+        lengths = [len(row["tokens"]) for row in rows]
+        batches = plan(lengths, self._optimization.micro_batch_tokens, self._optimization.ranks)
+        arguments = (rows[int(np.argmin(lengths))], loss, ray.put(shared or {}), settings)
+        calls = [
+            getattr(worker, method).remote([[rows[i] for i in batch] for batch in batches[rank]], *arguments)
+            for rank, worker in enumerate(self.workers)
+        ]
+        results = self._wait(calls, f"the learner to {method} on {len(rows)} rows, {sum(lengths)} tokens")
+        totals: dict[str, float] = {}
+        for result in results:
+            common = {name: result.pop(name) for name in ("grad_norm", "lr") if name in result}
+            add(totals, result)
+            totals |= common
+        return totals
+
+    def _all(self, method: str, what: str, *arguments: Any) -> list[Any]:
+        return self._wait([getattr(worker, method).remote(*arguments) for worker in self.workers], what)
+
+    def _wait(self, calls: list[Any], what: str) -> list[Any]:
+        import ray
+
+        if not self.workers:
+            raise RuntimeError(f"asked {what}, but it is closed")
+        try:
+            return wait(calls, what, self._deadline)
+        except Exception:
+            # Ranks that fail together are fit for the next call. One that fails alone leaves the others in a
+            # collective.
+            if ray.wait(calls, num_returns=len(calls), timeout=_STRAGGLER_SECONDS)[1]:
+                self.close()
+            raise

@@ -1,0 +1,310 @@
+"""One rank of the learner: a process around a DeepSpeed engine. `learner.py` has the driver's side.
+
+DeepSpeed runs without its bf16 section: parameters are fp32 masters, and operations cast. Two habits of
+DeepSpeed are undone, so that a gradient depends neither on micro-batches nor on ranks:
+
+- It divides by accumulation steps and by ranks. Here a loss divides by a number of the whole optimizer batch.
+- It reduces a gradient when a backward pass reaches it. V4's graph depends on the data (a compressor without
+  a complete window has no gradient), so ranks would reduce in different orders. Here each rank sums over its
+  micro-batches, and one reduction in the order of the parameters follows. So stages 2 and 3 hold a whole
+  gradient until the step's end.
+"""
+
+import gc
+import importlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .packing import Row, collate
+from .settings import Optimization
+from .state import Shapes, read_state, write_state
+from .sync import Bundle, pack
+
+Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""loss(model, batch, shared, **settings) -> (scalar, metrics): see `Learner.step`."""
+
+_PACKAGE = __name__.partition(".")[0]
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch names them
+_PARTS = ("weight", *_MOMENTS)
+_BUCKET_ELEMENTS = 50_000_000  # of one reduction; DeepSpeed's default would allocate 2 GB for it
+
+
+def lr_at(step: int, optimization: Optimization, total_steps: int) -> float:
+    """The learning rate of optimizer step `step` (from 0): a linear warm-up, and a decay over the others."""
+    o = optimization
+    if step < o.warmup_steps:
+        return o.lr * (step + 1) / o.warmup_steps
+    progress = min((step - o.warmup_steps) / max(total_steps - o.warmup_steps, 1), 1.0)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    left = {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[o.decay]
+    return o.lr * (o.min_lr_ratio + (1 - o.min_lr_ratio) * left)
+
+
+def named(loss: str | Loss) -> Loss:
+    """The function `loss` of amalgam.rl.grpo for "rl.grpo:loss"; no name reaches outside the package."""
+    if not isinstance(loss, str):
+        return loss
+    module, _, name = loss.partition(":")
+    return getattr(importlib.import_module(f"{_PACKAGE}.{module}"), name)
+
+
+def add(totals: dict[str, Any], more: dict[str, Any]) -> None:
+    for name, value in more.items():
+        totals[name] = totals.get(name, 0.0) + value
+
+
+class _Objective(nn.Module):
+    """Puts a loss, and so any method of the model, into the forward of the module that DeepSpeed wraps."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, loss: Loss, batch: dict, shared: dict, settings: dict) -> tuple[Tensor, dict]:
+        value, metrics = loss(self.model, batch, shared, **settings)
+        return value, {name: metric.detach().double() for name, metric in metrics.items()}
+
+
+class LearnerWorker:
+    """The actor. Its methods are called on all ranks at once: they meet in collectives."""
+
+    def __init__(self, rank: int, ranks: int, device: str, threads: int):
+        # DeepSpeed reads these when it is imported and when an engine is made.
+        os.environ.update(DS_ACCELERATOR=device, RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(ranks))
+        torch.set_num_threads(threads)
+        self._rank, self._ranks, self._device = rank, ranks, device
+        self._engine: Any = None
+        self._model: Any = None
+
+    def host(self) -> str:
+        import ray
+
+        return ray.util.get_node_ip_address()
+
+    def listen(self, host: str, seconds: float) -> int:
+        """Opens the ranks' meeting point on rank 0, and returns its port."""
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+        timeout = timedelta(seconds=seconds)
+        self._store = TCPStore(host, 0, self._ranks, is_master=True, timeout=timeout, wait_for_workers=False)
+        return self._store.port
+
+    def connect(self, host: str, port: int, one_host: bool, seconds: float) -> None:
+        from torch.distributed import TCPStore, init_process_group  # pyright: ignore[reportPrivateImportUsage]
+
+        timeout = timedelta(seconds=seconds)
+        os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+        if one_host:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        import deepspeed
+
+        if self._device == "cpu":  # else DeepSpeed compiles its shared-memory collectives for a minute
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        store = TCPStore(host, port, self._ranks, timeout=timeout) if self._rank else self._store
+        backend = "nccl" if self._device == "cuda" else "gloo"
+        init_process_group(backend, store=store, rank=self._rank, world_size=self._ranks, timeout=timeout)
+        deepspeed.init_distributed(dist_init_required=False)
+
+    def load(self, path: str, optimization: Optimization, total_steps: int) -> None:
+        import deepspeed
+
+        from ..model import load
+
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = self._model = None
+            self._trained = {}
+            gc.collect()  # engine, optimizer and hooks refer to each other
+        self._optimization, self._total_steps, self._steps = optimization, total_steps, 0
+        # One rank has nothing to shard, and is spared DeepSpeed's flat copy of the parameters.
+        self._stage = optimization.zero_stage if self._ranks > 1 else 0
+        self._model = load(path, dtype=torch.float32, device=self._device)
+        self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        if self._stage == 3:  # layers are gathered whole: which of their parameters are used depends on data
+            lists = [module for module in self._model.modules() if isinstance(module, nn.ModuleList)]
+            kinds = {type(layer) for layers in lists for layer in layers}
+            deepspeed.utils.set_z3_leaf_modules(self._model, list(kinds))
+        self._engine, *_ = deepspeed.initialize(
+            model=_Objective(self._model), optimizer=self._new_optimizer(), config=self._config()
+        )
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._create_moments()
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        """Weight decay is for matrices only (our choice): a norm's gain or a bias has no reason to shrink."""
+        o, parameters = self._optimization, self._trained.values()
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": o.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+
+    def _config(self) -> dict[str, Any]:
+        half = math.ceil(sum(p.numel() for p in self._trained.values()) / 2)
+        bucket = min(2 * half, _BUCKET_ELEMENTS)  # DeepSpeed wants an even number
+        sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": self._optimization.gradient_clipping,
+            "zero_optimization": {"stage": self._stage, "overlap_comm": False, **sizes},
+        }
+
+    def _create_moments(self) -> None:
+        """AdamW's state as its first step would create it, so that it can be saved and loaded before that.
+
+        (DeepSpeed links parameters to moments after the first group's first step: too early for the second.)
+        """
+        optimizer = self._engine.basic_optimizer
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in self._engine.optimizer.fp32_partitioned_groups_flat if self._stage == 3 else held:
+            optimizer.state[p] = {"step": torch.zeros(()), **{key: torch.zeros_like(p) for key in _MOMENTS}}
+        if self._stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def step(
+        self,
+        batches: list[list[Row]],
+        spare: Row,
+        loss: str | Loss,
+        shared: dict[str, np.ndarray],
+        settings: dict[str, Any],
+    ) -> dict[str, float]:
+        """An optimizer step on this rank's micro-batches: the sums of their metrics, "grad_norm" and "lr"."""
+        engine, objective, tensors = self._engine, named(loss), self._tensors(shared)
+        lr = lr_at(self._steps, self._optimization, self._total_steps)
+        for group in engine.basic_optimizer.param_groups:
+            group["lr"] = lr
+        totals: dict[str, Any] = {}
+        engine.zero_grad()  # of a step that failed
+        engine.train()
+        with engine.coalesce_grad_reduction() if self._stage else engine.no_sync():
+            for rows in batches:
+                # A rank without rows takes part with a weight of zero: at stage 3 the others wait for it.
+                value, metrics = engine(objective, collate(rows or [spare], self._device), tensors, settings)
+                engine.backward(value * (self._ranks if rows else 0.0), scale_wrt_gas=False)
+                if rows:
+                    add(totals, metrics)
+            if self._stage < 3:
+                for p in self._trained.values():
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        norm = self._update()
+        self._steps += 1
+        return {**{name: float(total) for name, total in totals.items()}, "grad_norm": norm, "lr": lr}
+
+    def _update(self) -> float:
+        """Steps the optimizer; the gradient's norm before clipping. One that is not finite is an error."""
+        engine = self._engine
+        if self._stage == 0:
+            engine.allreduce_gradients()
+            norm = float(torch.nn.utils.get_total_norm([p.grad for p in self._trained.values()]))
+            engine.step() if math.isfinite(norm) else engine.zero_grad()
+        else:  # DeepSpeed skips the update by itself
+            engine.step()
+            norm = float(engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"step {self._steps}: the gradient is not finite; no weight was changed")
+        return norm
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        batches: list[list[Row]],
+        spare: Row,
+        loss: str | Loss,
+        shared: dict[str, np.ndarray],
+        settings: dict[str, Any],
+    ) -> dict[str, float]:
+        """The sums of the metrics of this rank's micro-batches."""
+        objective, tensors = named(loss), self._tensors(shared)
+        totals: dict[str, Any] = {}
+        self._engine.eval()
+        for rows in batches:
+            _, metrics = self._engine(objective, collate(rows or [spare], self._device), tensors, settings)
+            if rows:
+                add(totals, metrics)
+        return {name: float(total) for name, total in totals.items()}
+
+    def weights(self, version: int) -> tuple[None, Bundle | None]:
+        """Two results, so that the driver can wait for the first without fetching the second."""
+        with self._gathered():
+            return None, pack(self._model, version) if self._rank == 0 else None
+
+    def save_model(self, path: str) -> None:
+        from ..model import save
+
+        with self._gathered():
+            if self._rank == 0:
+                save(self._model, path)
+
+    def save_state(self, folder: str) -> None:
+        tensors = self._state()
+        if self._rank == 0:
+            write_state(Path(folder), self._steps, self._shapes(), tensors)
+        else:
+            for _ in tensors:  # only to take part in the gathering
+                pass
+
+    def load_state(self, folder: str, step: int | None) -> int:
+        self._steps, tensors = read_state(Path(folder), self._shapes(), step)
+        with torch.no_grad(), self._gathered(writer=0):
+            for name, p in self._trained.items():
+                p.copy_(tensors[f"{name}/weight"])
+        for name, p in self._trained.items():
+            for part in _PARTS:
+                self._set(p, part, tensors[f"{name}/{part}"].to(self._device))
+        for state in self._engine.basic_optimizer.state.values():
+            state["step"].fill_(self._steps)
+        return self._steps
+
+    def _shapes(self) -> Shapes:
+        whole = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._trained.items()}
+        return {f"{name}/{part}": shape for name, shape in whole.items() for part in _PARTS}
+
+    def _state(self) -> Iterator[Tensor]:
+        """The parts of each trained parameter in turn, whole, on all ranks (a collective from stage 1 on)."""
+        from deepspeed import utils
+
+        state = self._engine.basic_optimizer.state
+        get: Any = utils.safe_get_full_optimizer_state
+        for p in self._trained.values():
+            # Below stage 3 a rank has the whole parameter, and the optimizer's fp32 copy equals it.
+            yield get(p, None) if self._stage == 3 else p
+            for key in _MOMENTS:
+                yield get(p, key) if self._stage else state[p][key]
+
+    def _set(self, p: nn.Parameter, part: str, value: Tensor) -> None:
+        """Sets the optimizer's part of a parameter (fp32 copy, moment), or this rank's share of it."""
+        from deepspeed import utils
+
+        key = None if part == "weight" else part
+        if self._stage == 3:
+            # DeepSpeed's setters of whole parameters fail where the ranks do not divide a parameter evenly.
+            size = math.ceil(value.numel() / self._ranks)
+            shares = nn.functional.pad(value.flatten(), (0, size * self._ranks - value.numel())).split(size)
+            utils.safe_set_local_optimizer_state(p, shares[self._rank], key)
+        elif self._stage:
+            utils.safe_set_full_optimizer_state(p, value, key)
+        elif key:
+            self._engine.basic_optimizer.state[p][key].copy_(value)
+
+    def _gathered(self, writer: int | None = None) -> Any:
+        """Parameters are whole inside, at stage 3 too; what rank `writer` changes there reaches all ranks."""
+        if self._stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self._model.parameters()), modifier_rank=writer)
+
+    def _tensors(self, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        return {name: torch.tensor(array, device=self._device) for name, array in arrays.items()}

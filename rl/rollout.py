@@ -1,0 +1,135 @@
+"""Rollout workers: Ray actors in their own processes that sample from the policy, and the pool that drives them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .cluster import wait
+from .trajectory import Request, Trajectory
+
+MAX_DEATHS = 3
+"""A pool replaces a dead worker and samples its requests again; with this many deaths in one stage the run stops."""
+
+
+class RolloutWorker:
+    """The actor: one model replica and its engine."""
+
+    def __init__(self, device: str, threads: int):
+        import torch
+
+        torch.set_num_threads(threads)
+        self.device, self.version = device, 0
+
+    def load(self, path: str) -> None:
+        """The policy of a checkpoint's folder, as version 0."""
+        from tokenizers import Tokenizer
+
+        from ..model import load
+        from .engine import Engine
+
+        model = load(path, device=self.device)
+        self.tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
+        self.engine = Engine(model, model.config.eos_token_id)
+        self.version = 0
+
+    def update(self, bundle: Any) -> None:
+        """New weights for the loaded policy, checked by their checksums."""
+        from .sync import load
+
+        load(self.engine.model, bundle)
+        self.version = bundle.version
+
+    def generate(
+        self, requests: list[Request], temperature: float, max_new_tokens: int, seed: int, version: int
+    ) -> list[Trajectory]:
+        if version != self.version:
+            raise RuntimeError(f"asked to sample with version {version} of the policy, but this worker has {self.version}")
+        limits = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        trajectories = self.engine.generate(requests, **limits, seed=seed, version=version)
+        for t in trajectories:
+            ids = t.response_ids[:-1] if t.finish == "stop" else t.response_ids
+            t.text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        return trajectories
+
+
+class Rollouts:
+    """The driver's side: `workers` replicas of one policy. Every wait has a deadline and says what it waits for."""
+
+    def __init__(self, workers: int, *, gpus_per_actor: float = 0.0, threads: int = 1, deadline: float = 900.0):
+        self._gpus, self._threads, self._deadline = gpus_per_actor, threads, deadline
+        self.workers = [self._start() for _ in range(workers)]
+        self.deaths = 0
+
+    def load(self, path: str | Path) -> None:
+        """Every worker takes the policy of this checkpoint's folder, or preset, as version 0."""
+        from ..model.checkpoint import resolve
+
+        self._path, self._bundle, self._version, self.deaths = str(resolve(path).absolute()), None, 0, 0
+        self._each(lambda worker, _: worker.load.remote(self._path), f"rollout workers to load {path}")
+
+    def sync(self, bundle: Any, version: int) -> None:
+        """Every worker takes the learner's weights (a Ray reference to a `sync.Bundle` of that version)."""
+        self._bundle, self._version = bundle, version
+        self._each(lambda worker, _: worker.update.remote(bundle), f"rollout workers to take version {version}")
+
+    def generate(
+        self, requests: list[Request], *, temperature: float, max_new_tokens: int, seed: int
+    ) -> list[Trajectory]:
+        """A trajectory for each request, in order. Whole groups go to a worker; tokens do not depend on which."""
+        parts = _shares(requests, len(self.workers))
+        results = self._each(
+            lambda worker, i: worker.generate.remote(parts[i], temperature, max_new_tokens, seed, self._version),
+            f"rollout workers to sample {len(requests)} responses",
+        )
+        return [trajectory for part in results for trajectory in part]
+
+    def close(self) -> None:
+        import ray
+
+        for worker in self.workers:
+            ray.kill(worker)
+        self.workers = []
+
+    def _start(self) -> Any:
+        import ray
+
+        actor = ray.remote(RolloutWorker).options(num_cpus=0, num_gpus=self._gpus)
+        return actor.remote("cuda" if self._gpus else "cpu", self._threads)
+
+    def _each(self, call: Callable[[Any, int], Any], what: str) -> list[Any]:
+        """The results of call(worker, index) on all workers at once; the part of one that dies is called again."""
+        from ray.exceptions import RayActorError
+
+        calls = [call(worker, i) for i, worker in enumerate(self.workers)]
+        results = []
+        for i in range(len(calls)):
+            while True:
+                try:
+                    results.append(wait(calls[i], what, self._deadline))
+                    break
+                except RayActorError as death:
+                    self._replace(i, death)
+                    calls[i] = call(self.workers[i], i)
+        return results
+
+    def _replace(self, index: int, death: Exception) -> None:
+        """A new worker with the current policy in place of one that died; the third death in a stage is raised."""
+        self.deaths += 1
+        if self.deaths >= MAX_DEATHS:
+            raise RuntimeError(f"rollout workers died {self.deaths} times in this stage; the last: {death}") from death
+        worker = self.workers[index] = self._start()
+        wait(worker.load.remote(self._path), f"a new rollout worker to load {self._path}", self._deadline)
+        if self._bundle is not None:
+            wait(worker.update.remote(self._bundle), f"it to take version {self._version}", self._deadline)
+
+
+def _shares(requests: list[Request], count: int) -> list[list[Request]]:
+    """`requests` in `count` runs of nearly equal length that cut no group."""
+    shares: list[list[Request]] = [[] for _ in range(count)]
+    for i, request in enumerate(requests):
+        own = i * count // len(requests)
+        if i and request.group == requests[i - 1].group:
+            own = previous
+        shares[own].append(request)
+        previous = own
+    return shares

@@ -1,0 +1,55 @@
+"""The settings of optimization and sampling, and the one place for their defaults. No torch is imported."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, Strict
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Settings(BaseModel):
+    """Base of every settings class: frozen, no unknown keys, and no silent conversions ("5" is not 5)."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Optimization(Settings):
+    """AdamW under DeepSpeed, as the learner runs it.
+
+    DeepSeek publishes no optimizer settings of V4's post-training. These are our choice, near what open runs
+    of V4 use; each kind of stage has its own default for `lr`.
+    """
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps in which the rate rises linearly from 0 to `lr`."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the rate from the end of the warm-up to the stage's last step."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Where a linear or cosine decay ends, as a share of `lr`."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay; norms, biases and other vectors are left out."""
+    betas: Annotated[tuple[Beta, Beta], Strict(False)] = (0.9, 0.95)
+    """Decay rates of AdamW's first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    gradient_clipping: PositiveFloat = 1.0
+    """Largest global L2 norm of a step's gradient; a larger one is scaled down to it."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: 1 shards the optimizer's state over the ranks, 2 also gradients, 3 also parameters."""
+    ranks: PositiveInt = 1
+    """Learner processes, data parallel. They change the memory and the time of a step, never its gradient."""
+    micro_batch_tokens: PositiveInt = 4096
+    """Most tokens in one packed forward and backward of a rank; a step takes as many of them as it needs."""
+
+
+class Sampling(Settings):
+    """How a rollout worker samples."""
+
+    temperature: PositiveFloat = 1.0
+    """Divides the logits before the softmax. 1.0 as in DeepSeek-R1's first stage."""
+    max_new_tokens: PositiveInt = 1024
+    """Longest response in tokens, its end token included; a longer one is cut and counts as unfinished."""

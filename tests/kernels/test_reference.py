@@ -1,0 +1,233 @@
+"""Each operation against its naive definition in float64, forward and every gradient."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from amalgam.kernels import attention, compress, hyper, indexer, losses, moe, norm, rope, sampling
+
+
+def compare(ours, naive, *inputs: Tensor, rtol: float = 2e-5, atol: float = 2e-6) -> None:
+    """ours in fp32 against naive in float64: value and the gradient of every floating-point input."""
+    low = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    high = [x.double().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    ours_out, naive_out = ours(*low), naive(*high)
+    torch.testing.assert_close(ours_out.double(), naive_out, rtol=rtol, atol=atol)
+    weight = torch.randn_like(ours_out)
+    (ours_out * weight).sum().backward()
+    (naive_out * weight.double()).sum().backward()
+    for a, b in zip(low, high, strict=True):
+        if a.is_floating_point():
+            assert a.grad is not None and b.grad is not None
+            torch.testing.assert_close(a.grad.double(), b.grad, rtol=rtol, atol=atol * 10)
+
+
+def test_rms_norm():
+    x, w = torch.randn(5, 3, 24), torch.randn(24)
+    compare(lambda a, b: norm.rms_norm(a, b, 1e-6), lambda a, b: norm.reference_rms_norm(a, b, 1e-6), x, w)
+    compare(lambda a: norm.rms_norm(a, None, 1e-6), lambda a: norm.reference_rms_norm(a, None, 1e-6), x)
+
+
+def test_rope_rotates_interleaved_pairs_and_back():
+    frequencies = rope.inverse_frequencies(8, {"rope_theta": 100.0})
+    positions = torch.tensor([0, 1, 17])
+    x = torch.randn(3, 2, 12)
+    y = rope.apply_rope(x, rope.rotations(positions, frequencies))
+    torch.testing.assert_close(y[..., :4], x[..., :4])
+    for t, position in enumerate(positions.tolist()):
+        for pair in range(4):
+            angle = position * 100.0 ** (-2 * pair / 8)
+            a, b = x[t, :, 4 + 2 * pair], x[t, :, 5 + 2 * pair]
+            torch.testing.assert_close(y[t, :, 4 + 2 * pair], a * math.cos(angle) - b * math.sin(angle))
+            torch.testing.assert_close(y[t, :, 5 + 2 * pair], a * math.sin(angle) + b * math.cos(angle))
+    back = rope.apply_rope(y, rope.rotations(positions, frequencies), inverse=True)
+    torch.testing.assert_close(back, x)
+
+
+def test_yarn_has_v4s_correction_range():
+    """facts of V4: 64 rotary dimensions, theta 160000: frequencies below 15 are plain, from 25 on divided by 16."""
+    plain = rope.inverse_frequencies(64, {"rope_theta": 160000.0})
+    yarn = {"rope_type": "yarn", "rope_theta": 160000.0, "factor": 16, "original_max_position_embeddings": 65536}
+    scaled = rope.inverse_frequencies(64, yarn)
+    torch.testing.assert_close(scaled[:16], plain[:16])
+    torch.testing.assert_close(scaled[25:], plain[25:] / 16)
+    assert (scaled[16:25] < plain[16:25]).all() and (scaled[16:25] > plain[16:25] / 16).all()
+    with pytest.raises(ValueError, match="linear"):
+        rope.inverse_frequencies(64, {"rope_type": "linear", "rope_theta": 1.0})
+
+
+def naive_attention(q, rows, visible, sinks):
+    out = torch.zeros_like(q)
+    for n in range(q.shape[0]):
+        for m in range(q.shape[1]):
+            keys = rows[n][visible[n, m]]
+            for h in range(q.shape[2]):
+                scores = torch.cat([keys @ q[n, m, h] * q.shape[3] ** -0.5, sinks[h : h + 1]])
+                out[n, m, h] = torch.softmax(scores, 0)[:-1] @ keys
+    return out
+
+
+@pytest.mark.parametrize("m, s", [(1, 1), (3, 7), (4, 16)])
+def test_attention_with_sink(m: int, s: int):
+    q, rows, sinks = torch.randn(2, m, 3, 8), torch.randn(2, s, 8), torch.randn(3)
+    visible = torch.rand(2, m, s) < 0.6
+    visible[0, 0] = False  # a query that sees nothing
+    compare(attention.attend, naive_attention, q, rows, visible, sinks)
+    assert torch.equal(attention.attend(q, rows, visible, sinks)[0, 0], torch.zeros(3, 8))
+
+
+def test_pool_ignores_absent_slots():
+    values, scores = torch.randn(4, 6, 5), torch.randn(4, 6, 5)
+    scores[0, :3] = float("-inf")
+
+    def naive(v, s):
+        return torch.stack([(torch.softmax(s[n], 0) * v[n]).sum(0) for n in range(4)])
+
+    compare(compress.pool, naive, values, scores)
+
+
+def test_indexer_takes_the_highest_scores_and_the_lowest_of_ties():
+    q, weights, keys = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4), torch.randn(2, 9, 8)
+    visible = torch.rand(2, 3, 9) < 0.7
+    chosen = indexer.select(q, weights, keys, visible, 2)
+    for n in range(2):
+        for m in range(3):
+            score = {
+                s: sum(float(weights[n, m, h] * torch.relu(q[n, m, h] @ keys[n, s])) for h in range(4))
+                for s in range(9)
+                if visible[n, m, s]
+            }
+            want = sorted(score, key=lambda s: (-score[s], s))[:2]
+            assert chosen[n, m].nonzero().flatten().tolist() == sorted(want)
+    tied = indexer.select(q, torch.zeros_like(weights), keys, torch.ones_like(visible), 3)
+    assert tied.nonzero()[:, 2].view(2, 3, 3).tolist() == [[[0, 1, 2]] * 3] * 2
+
+
+def naive_mixing(streams, fn, base, scale, iterations):
+    n = streams.shape[1]
+    flat = streams.flatten(1)
+    z = (flat / torch.sqrt(flat.square().mean(1, keepdim=True) + 1e-6)) @ fn.t()
+    pre = torch.sigmoid(z[:, :n] * scale[0] + base[:n]) + 1e-6
+    post = 2 * torch.sigmoid(z[:, n : 2 * n] * scale[1] + base[n : 2 * n])
+    comb = torch.softmax((z[:, 2 * n :] * scale[2] + base[2 * n :]).view(-1, n, n), -1) + 1e-6
+    for i in range(iterations):
+        comb = comb if i == 0 else comb / (comb.sum(-1, keepdim=True) + 1e-6)
+        comb = comb / (comb.sum(-2, keepdim=True) + 1e-6)
+    return pre, post, comb
+
+
+@pytest.mark.parametrize("iterations", [1, 4, 20])
+def test_hyper_connection(iterations: int):
+    streams, output = torch.randn(6, 4, 10), torch.randn(6, 10)
+    fn, base, scale = torch.randn(24, 40) * 0.3, torch.randn(24), torch.rand(3)
+    options = {"iterations": iterations, "norm_eps": 1e-6, "eps": 1e-6}
+
+    def ours(x, f, fn, base, scale):
+        pre, post, comb = hyper.mixing(x, fn, base, scale, **options)
+        return torch.cat([hyper.collapse(x, pre).unsqueeze(1), hyper.expand(x, f, post, comb)], dim=1)
+
+    def naive(x, f, fn, base, scale):
+        pre, post, comb = naive_mixing(x, fn, base, scale, iterations)
+        new = post.unsqueeze(-1) * f.unsqueeze(1) + torch.einsum("tjk,tjd->tkd", comb, x)
+        return torch.cat([(pre.unsqueeze(-1) * x).sum(1, keepdim=True), new], dim=1)
+
+    compare(ours, naive, streams, output, fn, base, scale, rtol=2e-4, atol=1e-5)
+    comb = hyper.mixing(streams, fn, base, scale, **options)[2]
+    torch.testing.assert_close(comb.sum(0), torch.ones(4, 6), rtol=0, atol=5e-5)
+
+
+def naive_experts(x, ids, weights, gate_up, down, limit):
+    out = torch.zeros_like(x)
+    for t in range(x.shape[0]):
+        for slot, e in enumerate(ids[t].tolist()):
+            gate, up = (gate_up[e] @ x[t]).chunk(2)
+            hidden = torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+            out[t] = out[t] + down[e] @ (hidden * weights[t, slot])
+    return out
+
+
+@pytest.mark.parametrize("case", ["spread", "all to one", "one token"])
+def test_experts(case: str):
+    tokens = 1 if case == "one token" else 7
+    ids = torch.full((tokens, 2), 3) if case == "all to one" else torch.randint(0, 5, (tokens, 2))
+    x, weights = torch.randn(tokens, 6), torch.rand(tokens, 2)
+    gate_up, down = torch.randn(5, 8, 6), torch.randn(5, 6, 4)
+
+    def ours(x, weights, gate_up, down):
+        return moe.experts(x, ids, weights, gate_up, down, 0.8)
+
+    compare(ours, lambda *a: naive_experts(a[0], ids, *a[1:], 0.8), x, weights, gate_up, down)
+
+
+def test_route():
+    x, gate, bias = torch.randn(9, 6), torch.randn(5, 6), torch.randn(5)
+    ids, weights = moe.route(x, gate, topk=2, scaling=1.5, bias=bias)
+    scores = torch.sqrt(torch.log1p(torch.exp(x @ gate.t())))
+    for t in range(9):
+        want = sorted(range(5), key=lambda e: (-float(scores[t, e] + bias[e]), e))[:2]
+        assert ids[t].tolist() == want
+        torch.testing.assert_close(weights[t], scores[t, want] / scores[t, want].sum() * 1.5)
+    tied, _ = moe.route(x, torch.zeros(5, 6), topk=2, scaling=1.0)
+    assert tied.tolist() == [[0, 1]] * 9
+    chosen = torch.randint(0, 5, (9, 2))
+    chosen[4] = -1
+    replayed, _ = moe.route(x, gate, topk=2, scaling=1.5, bias=bias, chosen=chosen)
+    chosen[4] = ids[4]
+    assert torch.equal(replayed, chosen)
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_losses_over_the_vocabulary(pieces: bool, monkeypatch: pytest.MonkeyPatch):
+    if pieces:
+        monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 20)
+    hidden, head, targets = torch.randn(7, 5), torch.randn(9, 5), torch.randint(0, 9, (7,))
+    teacher_hidden, teacher_head = torch.randn(7, 4), torch.randn(9, 4)
+
+    def naive_logprob(h, w):
+        p = torch.exp(h @ w.t() / 0.7)
+        return torch.log(p.gather(1, targets.unsqueeze(1)).squeeze(1) / p.sum(1))
+
+    compare(lambda h, w: losses.token_logprobs(h, w, targets, 0.7), naive_logprob, hidden, head)
+
+    def naive_kl(h, w):
+        p, q = torch.softmax(h @ w.t(), 1), torch.softmax(teacher_hidden.double() @ teacher_head.double().t(), 1)
+        return (p * (p / q).log()).sum(1)
+
+    compare(lambda h, w: losses.reverse_kl(h, w, teacher_hidden, teacher_head), naive_kl, hidden, head)
+
+
+def test_philox_known_answers():
+    """The vectors published with Random123."""
+    cases = [
+        ((0,) * 4, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ]
+    for counter, key, want in cases:
+        words = sampling.philox(tuple(torch.tensor([c]) for c in counter), key)  # pyright: ignore[reportArgumentType]
+        assert tuple(int(w) for w in words) == want
+
+
+def test_sampling_follows_the_distribution_and_the_counter():
+    logits = torch.randn(1, 12).expand(40_000, 12)
+    request, position = torch.arange(40_000), torch.full((40_000,), 5)
+    tokens, logprobs = sampling.sample(logits, 0.8, 3, request, position)
+    p = torch.softmax(logits[0] / 0.8, 0)
+    found = torch.bincount(tokens, minlength=12) / 40_000
+    chi_square = float(((found - p) ** 2 / p).sum() * 40_000)
+    assert chi_square < 40  # 11 degrees of freedom: exceeded once in 30,000 seeds
+    torch.testing.assert_close(logprobs, p.log()[tokens])
+    some = torch.tensor([7, 33_000, 19])
+    again, _ = sampling.sample(logits[:3], 0.8, 3, request[some], position[:3])
+    assert torch.equal(again, tokens[some])
+    other, _ = sampling.sample(logits, 0.8, 4, request, position)
+    assert not torch.equal(other, tokens)
+    greedy, at_one = sampling.sample(logits[:1], 0.0, 3, request[:1], position[:1])
+    assert int(greedy) == int(logits[0].argmax())
+    torch.testing.assert_close(at_one, torch.log_softmax(logits[:1], 1).max(1).values)

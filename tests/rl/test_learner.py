@@ -1,0 +1,390 @@
+"""The learner on one and two ranks against plain torch: gradients, updates, state, weights, failures."""
+
+import gc
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray import cloudpickle
+from safetensors.torch import load_file
+from transformers import DeepseekV4Config
+
+from amalgam.errors import UserError
+from amalgam.model import DeepseekV4, initialize, load, save
+from amalgam.rl import learner as learner_module
+from amalgam.rl import sync
+from amalgam.rl.cluster import wait
+from amalgam.rl.learner import Learner
+from amalgam.rl.learner_worker import lr_at, named
+from amalgam.rl.packing import collate
+from amalgam.rl.settings import Optimization
+
+# The ranks' processes cannot import this file: what they run of it travels by value.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+STEPS = 8
+ROOT = Path(__file__).parents[2]
+ENGINES = [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)]  # ranks, ZeRO stage
+
+
+def nll(model, batch, shared, *, scale):
+    logprobs = model.logprobs(batch["tokens"], batch["cu_seqlens"])
+    metrics = {"nll": -logprobs.sum(), "tokens": batch["weight"].new_tensor(len(logprobs))}
+    return -(logprobs * batch["weight"]).sum() * scale * shared.get("one", 1.0), metrics
+
+
+def fails_on_the_longest(model, batch, shared):
+    if batch["cu_seqlens"].diff().max() > 30:
+        raise KeyError("a document too long")
+    return nll(model, batch, shared, scale=1.0)
+
+
+def fails_everywhere(model, batch, shared):
+    raise UserError("recipe.yaml:3: a key: no good")
+
+
+def not_finite(model, batch, shared):
+    loss, metrics = nll(model, batch, shared, scale=1.0)
+    return loss * float("nan"), metrics
+
+
+def optimization(ranks: int = 1, stage: int = 1, **more) -> Optimization:
+    """A large epsilon makes AdamW's first updates smooth: with a tiny one, each is its gradient's sign."""
+    fixed = {"lr": 1e-3, "warmup_steps": 2, "decay": "cosine", "weight_decay": 0.1, "eps": 1e-3}
+    return Optimization(**{**fixed, "ranks": ranks, "zero_stage": stage, "micro_batch_tokens": 45, **more})
+
+
+def batches(count: int) -> list[list[dict[str, np.ndarray]]]:
+    """Ragged documents; some are too short for any compressed entry, so that ranks have different graphs."""
+    rng = np.random.default_rng(0)
+    result = []
+    for _ in range(count):
+        lengths = [40, 2, 3, 2, *rng.integers(2, 30, 5).tolist()]
+        weight = 1 / sum(lengths)
+        result.append(
+            [
+                {"tokens": rng.integers(0, 64, n).astype(np.int32), "weight": np.full(n, weight, np.float32)}
+                for n in lengths
+            ]
+        )
+    return result
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """0.04 M parameters, with every kind of layer."""
+    config = DeepseekV4Config(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=3,
+        layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        mlp_layer_types=["hash_moe", "moe", "moe"],
+        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        num_attention_heads=2,
+        head_dim=16,
+        partial_rotary_factor=0.5,
+        q_lora_rank=16,
+        o_groups=2,
+        o_lora_rank=8,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_topk=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        sliding_window=8,
+        hc_mult=2,
+        hc_sinkhorn_iters=4,
+    )
+    path = tmp_path_factory.mktemp("learner") / "checkpoint"
+    save(initialize(config, seed=0), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def learner(ray_session, checkpoint):
+    """learner(ranks, stage) at the checkpoint's weights and step 0; each number of ranks has its processes."""
+    made: dict[int, Learner] = {}
+
+    def at_start(ranks: int, stage: int, **more) -> Learner:
+        settings = optimization(ranks, stage, **more)
+        if ranks in made:
+            made[ranks].load(checkpoint, settings, STEPS)
+        else:
+            made[ranks] = Learner(settings, STEPS, checkpoint, deadline=120)
+        return made[ranks]
+
+    yield at_start
+    for each in made.values():
+        each.close()
+
+
+class Plain:
+    """What a learner must equal: AdamW on whole batches."""
+
+    def __init__(self, checkpoint: Path, settings: Optimization):
+        self.model, self.settings, self.steps = load(checkpoint), settings, 0
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.trained = trained
+        self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
+
+    def gradient(self, rows) -> dict[str, torch.Tensor]:
+        self.optimizer.zero_grad()
+        nll(self.model, collate(rows, "cpu"), {}, scale=1.0)[0].backward()
+        return {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+
+    def step(self, rows) -> float:
+        """The gradient's norm before clipping."""
+        gradients = self.gradient(rows)
+        norm = torch.nn.utils.clip_grad_norm_(gradients.values(), self.settings.gradient_clipping)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(self.steps, self.settings, STEPS)
+        self.optimizer.step()
+        self.steps += 1
+        return float(norm)
+
+
+def weights(learner: Learner) -> tuple[int, dict[str, torch.Tensor]]:
+    """The learner's weights as they travel: their checksum, and the tensors."""
+    bundle = ray.get(learner.weights(1))
+    views = {e.name: bundle.data[e.offset :].view(e.dtype)[: math.prod(e.shape)] for e in bundle.manifest}
+    shapes = {e.name: e.shape for e in bundle.manifest}
+    return bundle.checksum, {n: torch.tensor(view).view(shapes[n]) for n, view in views.items()}
+
+
+def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Within `tolerance` of the largest entry of each tensor."""
+    for name, tensor in theirs.items():
+        worst = (ours[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-3)
+        assert worst <= tolerance, f"{name}: {worst:.1e}"
+
+
+@pytest.mark.parametrize(("ranks", "stage"), ENGINES)
+def test_gradient_is_plain_torchs(learner, checkpoint, tmp_path, ranks, stage):
+    """Read from the first moment after one unclipped step: (1 - beta1) times the gradient."""
+    (rows,) = batches(1)
+    ours = learner(ranks, stage, gradient_clipping=1e6)
+    metrics = ours.step(rows, nll, scale=1.0)
+    ours.save_state(tmp_path)
+    moments = load_file(tmp_path / "a.safetensors")
+    settings = optimization(ranks, stage, gradient_clipping=1e6)
+    theirs = Plain(checkpoint, settings).gradient(rows)
+    found = {name: moments[f"{name}/exp_avg"] / (1 - settings.betas[0]) for name in theirs}
+    assert_near(found, theirs, 3e-6)
+    whole = torch.cat([gradient.flatten().double() for gradient in theirs.values()])
+    difference = whole - torch.cat([gradient.flatten().double() for gradient in found.values()])
+    assert difference.norm() <= 1e-6 * whole.norm()
+    assert metrics["grad_norm"] == pytest.approx(float(whole.norm()), rel=1e-6)
+    assert metrics["tokens"] == sum(len(row["tokens"]) for row in rows)
+    assert metrics["lr"] == pytest.approx(0.5e-3)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), ENGINES)
+def test_updates_are_plain_adamws(learner, checkpoint, ranks, stage):
+    """Clipping, schedule, weight decay; and a step with fewer documents than ranks."""
+    data = [*batches(2), batches(1)[0][:1]]
+    ours, theirs = learner(ranks, stage, gradient_clipping=0.1), Plain(checkpoint, optimization())
+    theirs.settings = optimization(gradient_clipping=0.1)
+    for rows in data:
+        metrics = ours.step(rows, nll, scale=1.0)
+        norm = theirs.step(rows)
+        assert norm > 0.1
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert_near(weights(ours)[1], theirs.model.state_dict(), 2e-6)
+
+
+def test_micro_batches_do_not_change_a_gradient(learner):
+    (rows,) = batches(1)
+    norms = [
+        learner(1, 1, micro_batch_tokens=tokens).step(rows, nll, scale=1.0)["grad_norm"]
+        for tokens in (1, 45, 10**6)
+    ]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 1), (2, 3)])
+def test_resumed_run_is_bit_equal(learner, tmp_path, ranks, stage):
+    data = batches(4)
+    straight = learner(ranks, stage)
+    for i, rows in enumerate(data):
+        straight.step(rows, nll, scale=1.0)
+        if i < 3:
+            straight.save_state(tmp_path)
+    expected, _ = weights(straight)
+    for step in (3, 2):  # the folder holds the newest state and the one before
+        resumed = learner(ranks, stage)
+        assert weights(resumed)[0] != expected
+        assert resumed.load_state(tmp_path, None if step == 3 else step) == step
+        for rows in data[step:]:
+            resumed.step(rows, nll, scale=1.0)
+        assert weights(resumed)[0] == expected
+
+
+def test_state_moves_to_other_ranks_and_stages(learner, checkpoint, tmp_path):
+    data = batches(3)
+    theirs, saved = Plain(checkpoint, optimization()), 0
+    for rows in data:
+        theirs.step(rows)
+    for i, (ranks, stage) in enumerate([(2, 3), (2, 2), (1, 1)]):
+        ours = learner(ranks, stage)
+        if i > 0:
+            assert ours.load_state(tmp_path) == i
+            assert weights(ours)[0] == saved
+        ours.step(data[i], nll, scale=1.0)
+        ours.save_state(tmp_path)
+        saved, tensors = weights(ours)
+    assert_near(tensors, theirs.model.state_dict(), 2e-6)
+
+
+def test_states_that_are_not_whole_are_refused(learner, checkpoint, tmp_path):
+    ours = learner(1, 1)
+    with pytest.raises(UserError, match=r"state\.json: missing"):
+        ours.load_state(tmp_path)
+    ours.save_state(tmp_path)
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    altered = bytearray(whole)
+    altered[-1000] ^= 1
+    for torn in (whole[:-1], whole[: len(whole) // 2], b"", bytes(altered)):
+        (tmp_path / "a.safetensors").write_bytes(torn)
+        with pytest.raises(UserError, match=r"a\.safetensors: missing, torn or altered; remove"):
+            ours.load_state(tmp_path)
+    (tmp_path / "a.safetensors").write_bytes(whole)
+    assert ours.load_state(tmp_path) == 0
+    with pytest.raises(UserError, match=r"no state of step 5; it holds \[0\]"):
+        ours.load_state(tmp_path, 5)
+    model = load(checkpoint)
+    model.config.vocab_size = 60
+    save(initialize(model.config, seed=0), tmp_path / "smaller")
+    ours.load(tmp_path / "smaller", optimization(), STEPS)
+    with pytest.raises(UserError, match=r"shape \[64, 32\], the model has \[60, 32\]"):
+        ours.load_state(tmp_path)
+    (tmp_path / "state.json").write_text('[{"step": 0, "fi')
+    with pytest.raises(UserError, match=r"state\.json: torn"):
+        ours.load_state(tmp_path)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 3)])
+def test_weights_reach_another_model_twice(learner, checkpoint, tmp_path, ranks, stage):
+    ours, worker = learner(ranks, stage), load(checkpoint)
+    for buffer in worker.buffers():
+        buffer.zero_()
+    versions = []
+    for version, rows in enumerate(batches(2)):
+        ours.step(rows, nll, scale=1.0)
+        bundle = ray.get(ours.weights(version))
+        sync.load(worker, bundle)
+        assert sync.pack(worker, version).checksum == bundle.checksum
+        versions.append(bundle.checksum)
+    assert versions[0] != versions[1]
+    ours.save_model(tmp_path / "saved")
+    assert sync.pack(load(tmp_path / "saved"), 0).checksum == versions[1]
+    table = "model.layers.0.mlp.gate.tid2eid"
+    assert torch.equal(worker.state_dict()[table], load(checkpoint).state_dict()[table])
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 2), (2, 3)])
+def test_evaluation_adds_up_and_changes_nothing(learner, checkpoint, ranks, stage):
+    (rows,) = batches(1)
+    ours = learner(ranks, stage)
+    before, _ = weights(ours)
+    found = ours.evaluate(rows, nll, scale=1.0)
+    with torch.no_grad():
+        _, expected = nll(load(checkpoint), collate(rows, "cpu"), {}, scale=1.0)
+    assert found == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-6)
+    assert weights(ours)[0] == before
+
+
+def test_settings_and_shared_arrays_reach_the_loss(learner):
+    (rows,) = batches(1)
+    norms = [
+        learner(1, 1).step(rows, nll, {"one": np.float32([shared])}, scale=scale)["grad_norm"]
+        for shared, scale in ((1.0, 1.0), (3.0, 1.0), (1.0, 3.0))
+    ]
+    assert norms == pytest.approx([norms[0], 3 * norms[0], 3 * norms[0]], rel=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 2), (2, 3)])
+def test_failed_steps_leave_no_trace(learner, ranks, stage):
+    """A loss's error comes as itself, a gradient that is not finite is one; neither changes what follows."""
+    (rows,) = batches(1)
+    ours = learner(ranks, stage)
+    ours.step(rows, nll, scale=1.0)
+    expected, _ = weights(ours)
+    ours = learner(ranks, stage)
+    before, _ = weights(ours)
+    with pytest.raises(UserError, match=r"^recipe\.yaml:3: a key: no good$"):
+        ours.step(rows, fails_everywhere)
+    with pytest.raises(FloatingPointError, match="step 0: the gradient is not finite"):
+        ours.step(rows, not_finite)
+    assert weights(ours)[0] == before
+    ours.step(rows, nll, scale=1.0)
+    assert weights(ours)[0] == expected
+
+
+def alive(worker) -> list[int]:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    gc.collect()
+    kinds = [type(thing) for thing in gc.get_objects()]
+    return [kinds.count(DeepSpeedEngine), kinds.count(DeepseekV4)]
+
+
+@pytest.mark.parametrize(("ranks", "stages"), [(1, (1, 1)), (2, (1, 2, 3))])
+def test_an_engine_goes_when_the_next_comes(learner, ranks, stages):
+    (rows,) = batches(1)
+    for stage in stages:
+        learner(ranks, stage).step(rows, nll, scale=1.0)
+    worker = learner(ranks, stages[0]).workers[0]
+    assert wait(worker.__ray_call__.remote(alive), "counting", 60) == [1, 1]
+
+
+def test_workers_do_not_see_the_repositorys_root(learner):
+    """A folder named `kernels` there would shadow Hugging Face's."""
+    worker = learner(1, 1).workers[0]
+    paths = wait(worker.__ray_call__.remote(lambda _: [os.path.realpath(p) for p in sys.path]), "paths", 60)
+    assert str(ROOT) not in paths
+
+
+def test_waiting_ends_and_says_for_what(learner):
+    worker = learner(1, 1).workers[0]
+    forever = worker.__ray_call__.remote(lambda _: __import__("time").sleep(0.5))
+    with pytest.raises(TimeoutError, match=r"^the sleeper to wake: not done after 0\.01 s$"):
+        wait(forever, "the sleeper to wake", 0.01)
+
+
+def test_losses_are_named_inside_the_package_only():
+    from amalgam.rl import grpo
+
+    assert named("rl.grpo:loss") is grpo.loss
+    for outside in ("os:system", ".os:system", "..os:system"):
+        with pytest.raises(ImportError):
+            named(outside)
+
+
+def test_schedule():
+    def at(steps: int, **more) -> list[float]:
+        return [round(lr_at(i, optimization(lr=1.0, min_lr_ratio=0.5, **more), 6), 4) for i in range(steps)]
+
+    assert at(8, decay="constant") == [0.5, 1, 1, 1, 1, 1, 1, 1]
+    assert at(8, decay="linear") == [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.5]
+    assert at(8, decay="cosine") == [0.5, 1, 1, 0.9268, 0.75, 0.5732, 0.5, 0.5]
+    assert at(2, decay="linear", warmup_steps=0) == [1, 0.9167]
+
+
+def test_a_rank_that_fails_alone_does_not_leave_the_other_waiting(learner, monkeypatch):
+    monkeypatch.setattr(learner_module, "_STRAGGLER_SECONDS", 0.5)
+    (rows,) = batches(1)
+    ours = learner(2, 1)
+    with pytest.raises(KeyError, match="a document too long"):
+        ours.step(rows, fails_on_the_longest)
+    with pytest.raises(RuntimeError, match="it is closed"):
+        ours.step(rows, nll, scale=1.0)
