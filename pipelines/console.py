@@ -132,13 +132,11 @@ class Console:
             self._block = None
 
     def _lines(self) -> Table:
+        # No lock here: the block's own thread draws under the block's lock, and _show takes that under ours.
         grid = Table.grid(padding=(0, 2))
-        with self._lock:
-            for line in self._stages:
-                bar = ProgressBar(total=max(line.steps, 1), completed=line.step, width=16)
-                grid.add_row(
-                    Text(line.name, style="bold"), bar, f"{line.step}/{line.steps}", Text(line.text())
-                )
+        for line in tuple(self._stages):
+            bar = ProgressBar(total=line.steps, completed=line.step, width=16, complete_style="cyan")
+            grid.add_row(Text(line.name, style="bold"), bar, f"{line.step}/{line.steps}", Text(line.text()))
         return grid
 
 

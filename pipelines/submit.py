@@ -28,9 +28,9 @@ PACKAGE = Path(__file__).parents[1]
 def submit(recipe: str, overrides: list[str], address: str, runs: Path = Path("runs")) -> int:
     """Run `recipe` on the Ray cluster whose dashboard is at `address`; return the run's exit code.
 
-    `runs` must be a folder that the cluster's nodes share, as must a base that is no preset. The job runs this
-    very copy of Amalgam, in the cluster's own Python environment. Raises UserError for a bad recipe, before
-    anything is sent, and where the cluster cannot be reached or refuses the token.
+    `runs` must be a folder that the cluster's nodes share, as must a base that is no preset. The job runs
+    this very copy of Amalgam, in the cluster's own Python environment. Raises UserError for a bad recipe,
+    before anything is sent, and where the cluster cannot be reached or refuses the token.
     """
     resolved = load_recipe(recipe, overrides)
     if resolved.base and not (PRESETS / resolved.base).is_dir():  # a folder, relative to here: the job is not

@@ -161,7 +161,7 @@ class Grader:
             for child in busy:
                 yield from child.outcomes()
                 if not child.running:
-                    pass
+                    todo.extendleft(reversed(child.pending))
                     child.pending.clear()
 
     def _score(self, request: _Request, outcome: Outcome) -> Score:

@@ -119,11 +119,7 @@ class LearnerWorker:
 
         from ..model import load
 
-        if self._engine is not None:
-            self._engine.destroy()
-            self._engine = self._model = None
-            self._trained = {}
-            gc.collect()  # engine, optimizer and hooks refer to each other
+        self._unload()
         self._optimization, self._total_steps, self._steps = optimization, total_steps, 0
         # One rank has nothing to shard, and is spared DeepSpeed's flat copy of the parameters.
         self._stage = optimization.zero_stage if self._ranks > 1 else 0
@@ -138,6 +134,16 @@ class LearnerWorker:
         )
         self._engine.set_gradient_accumulation_boundary(True)
         self._create_moments()
+
+    def _unload(self) -> None:
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+        if self._engine is not None:
+            self._engine.destroy()
+        FWD_MODULE_STACK.clear()  # a global in which stage 3 would keep every model that it has seen
+        self._engine = self._model = None
+        self._trained: dict[str, nn.Parameter] = {}
+        gc.collect()  # engine, optimizer and hooks refer to each other
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         """Weight decay is for matrices only (our choice): a norm's gain or a bias has no reason to shrink."""

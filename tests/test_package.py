@@ -45,7 +45,7 @@ def imports(path: Path) -> Iterator[str]:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # a copy: setuptools leaves a build folder beside the source
-    for path in [*MODULES, *DATA, *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE"))]:
+    for path in [*MODULES, *DATA, *ROOT.glob("*.md"), ROOT / "pyproject.toml", ROOT / "LICENSE"]:
         copy = source / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())

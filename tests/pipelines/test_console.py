@@ -85,14 +85,16 @@ def test_a_terminal_shows_a_line_for_each_running_stage(terminal):
 
 
 def test_the_block_is_drawn_while_another_thread_ends_a_stage(terminal):
-    with Console(terminal) as console:
-        console.stage("sft-a", "sft", 10)
-        assert console._block is not None
-        drawing = threading.Thread(target=console._block.refresh, daemon=True)
-        with console._lock:  # as it is held in done(), which then waits for the drawing to end
-            drawing.start()
-            drawing.join(timeout=10)
-            assert not drawing.is_alive()
+    console = Console(terminal)
+    console.stage("average", "average", steps=0)
+    assert console._block is not None
+    drawing = threading.Thread(target=console._block.refresh, daemon=True)
+    with console._lock:  # as it is held in done(), which then waits for the drawing to end
+        drawing.start()
+        drawing.join(timeout=10)
+        drawn = not drawing.is_alive()
+    assert drawn
+    console.close()
 
 
 def test_close_gives_the_terminal_back(terminal):

@@ -129,14 +129,14 @@ def test_a_task_without_right_answers_trains_but_does_not_demonstrate():
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
-        ({"chain_sums": {}}, ".chain_sums: reasoning-gym has no task 'chain_sums'; did you mean chain"),
+        ({"chain_sums": {}}, ".chain_sums: reasoning-gym has no task 'chain_sums'; did you mean"),
         ({"composite": {}}, ".composite: reasoning-gym has no task 'composite'"),
         ({"zzz": {}}, ".zzz: reasoning-gym has no task 'zzz'; it has ab, acre,"),
         ({}, "domains.d.tasks: names no task"),
         (
             {"chain_sum": {"min_term": 2}},
-            ".chain_sum.min_term: chain_sum has no such parameter; did you mean min_terms? it takes min_terms, "
-            "max_terms, min_digits, max_digits, allow_negation",
+            ".min_term: chain_sum has no such parameter; did you mean min_terms? it takes min_terms,"
+            " max_terms, min_digits, max_digits, allow_negation",
         ),
         ({"chain_sum": {"seed": 2}}, ".chain_sum.seed: chain_sum has no such parameter"),
         ({"chain_sum": {"min_terms": "two"}}, ".chain_sum.min_terms: 'two' does not fit; Input should be"),

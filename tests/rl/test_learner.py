@@ -144,8 +144,8 @@ class Plain:
 
     def step(self, rows) -> float:
         """The gradient's norm before clipping."""
-        gradients = self.gradient(rows)
-        norm = torch.nn.utils.clip_grad_norm_(gradients.values(), self.settings.gradient_clipping)
+        self.gradient(rows)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.settings.gradient_clipping)
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(self.steps, self.settings, STEPS)
         self.optimizer.step()
