@@ -13,14 +13,18 @@ from ..rl.trajectory import Trajectory
 
 
 def rows(trajectories: list[Trajectory], teacher_hidden: list[np.ndarray], teacher: list[int]) -> list[Row]:
-    """A learner's row for each trajectory: which teacher it has, and that teacher's hidden states fp32 [P + R, d']."""
+    """A learner's row for each trajectory: which teacher it has, and that teacher's hidden states fp32 [P + R, d'].
+
+    Teachers may differ in width d': zeros fill the narrower ones up, so that rows pack.
+    """
     total = sum(len(t.response_ids) for t in trajectories)
+    width = max(hidden.shape[1] for hidden in teacher_hidden)
     result = []
     for trajectory, hidden, index in zip(trajectories, teacher_hidden, teacher, strict=True):
         row = trajectory.row()
         row["weight"] = row.pop("response") / np.float32(total)
         row["teacher"] = np.full(len(trajectory), index, dtype=np.int64)
-        row["teacher_hidden"] = hidden
+        row["teacher_hidden"] = np.pad(hidden, ((0, 0), (0, width - hidden.shape[1])))
         result.append(row)
     return result
 
@@ -30,13 +34,14 @@ def distillation_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """sum of weight * KL(student || teacher) over tokens; hidden states [T, .] are those that predict each token.
 
-    `teacher` [T] says whose `heads` entry [V, d'] turns a token's teacher_hidden into logits; one head is used at a time.
+    `teacher` [T] says whose `heads` entry [V, d'] turns a token's teacher_hidden (its first d' numbers) into logits;
+    one head is used at a time.
     Metrics: "loss", the weighted sum.
     """
     total = hidden.new_zeros(())
     for index in torch.unique(teacher[weight > 0]).tolist():
         mine = ((teacher == index) & (weight > 0)).nonzero().squeeze(1)
-        kl = reverse_kl(hidden[mine], head, teacher_hidden[mine], heads[index])
+        kl = reverse_kl(hidden[mine], head, teacher_hidden[mine, : heads[index].shape[1]], heads[index])
         total = total + (weight[mine] * kl).sum()
     return total, {"loss": total}
 

@@ -22,7 +22,7 @@ class TeacherWorker:
         from ..model import load
 
         if path != self.path:
-            self.model = None  # the one before goes before the next one comes
+            self.model, self.path = None, ""  # the one before goes before the next one comes
             self.model, self.path = load(path, device=self.device), path
         return self.model
 
@@ -56,7 +56,7 @@ class Teachers:
         self.worker: Any = actor.remote("cuda" if gpus_per_actor else "cpu", threads)
 
     def heads(self) -> dict[str, np.ndarray]:
-        """"head.I": fp32 [V, d'] of each teacher I."""
+        """ "head.I": fp32 [V, d'] of each teacher I."""
         return {
             f"head.{i}": wait(self.worker.head.remote(path), f"the head of teacher {path}", self.deadline)
             for i, path in enumerate(self.paths)

@@ -1,1 +1,1 @@
-"""Operations of DeepSeek-V4: one file each, with its plain PyTorch definition (`reference_*`) and one public function."""
+"""Operations of DeepSeek-V4, one file each: its plain PyTorch definition (`reference_*`) and one public function."""

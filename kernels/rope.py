@@ -44,7 +44,7 @@ def rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
 def apply_rope(x: Tensor, rotation: Tensor, *, inverse: bool = False) -> Tensor:
     """Rotates pairs (2k, 2k+1) of the last 2R dimensions of x [N, ..., D] by rotation [N, R] (complex64).
 
-    `inverse` rotates back (V4 does so to attention's output, whose values carry their keys' rotation). Returns x's dtype.
+    `inverse` rotates back (V4 does so to attention's output, as values carry their keys' rotation). Returns x's dtype.
     """
     rope_dim = 2 * rotation.shape[-1]
     rotation = rotation.conj() if inverse else rotation

@@ -6,7 +6,9 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al., 2011): four 32-bit words per counter; int64 tensors that hold 32-bit values."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -29,9 +31,7 @@ def gumbel(seed: int, request: Tensor, position: Tensor, vocabulary: int) -> Ten
     return -torch.log(-torch.log(uniform))
 
 
-def sample(
-    logits: Tensor, temperature: float, seed: int, request: Tensor, position: Tensor
-) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, temperature: float, seed: int, request: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens int64 [B] and their log-probs fp32 [B] from logits fp32 [B, V].
 
     argmax(logits / temperature + Gumbel noise), so a token depends on its own logits and counter alone; log-probs are

@@ -16,8 +16,6 @@ from .cache import LayerCache, per_request, ring
 from .layout import Entries, Finished, Packed, Step
 
 
-
-
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()

@@ -32,7 +32,7 @@ class Cache:
 
 
 def ring(x: Tensor, layout: Packed, slots: int, empty: float) -> Tensor:
-    """[T, C] -> [B, slots, C]: each document's last `slots` rows at (position mod slots), `empty` where there is none."""
+    """[T, C] -> [B, slots, C]: each document's last `slots` rows at (position mod slots), else `empty`."""
     last = layout.cu_seqlens.diff().unsqueeze(1) - 1
     position = last - (last - torch.arange(slots, device=x.device)) % slots
     rows = x[layout.cu_seqlens[:-1].unsqueeze(1) + position.clamp(min=0)]

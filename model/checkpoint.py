@@ -29,25 +29,34 @@ def resolve(path_or_preset: str | Path) -> Path:
     folder = Path(path_or_preset)
     if not (folder / "config.json").is_file():
         names = ", ".join(sorted(p.name for p in PRESETS.iterdir() if p.is_dir()))
-        raise UserError(f"{path_or_preset}: neither a checkpoint's folder (no config.json) nor a preset; presets: {names}")
+        raise UserError(
+            f"{path_or_preset}: neither a checkpoint's folder (no config.json) nor a preset; presets: {names}"
+        )
     return folder
 
 
 def config_of(path_or_preset: str | Path) -> DeepseekV4Config:
     file = resolve(path_or_preset) / "config.json"
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_bytes())
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
-    if values.get("model_type") != "deepseek_v4":
-        raise UserError(f"{file}: model_type: {values.get('model_type')!r} is not built; it must be 'deepseek_v4'")
-    return DeepseekV4Config(**{k: v for k, v in values.items() if k not in ("architectures", "transformers_version")})
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not JSON: {error}") from error
+    kind = values.get("model_type") if isinstance(values, dict) else "not an object"
+    if kind != "deepseek_v4":
+        raise UserError(f"{file}: model_type: {kind!r} is not built; it must be 'deepseek_v4'")
+    values = {key: value for key, value in values.items() if key not in ("architectures", "transformers_version")}
+    try:
+        return DeepseekV4Config(**values)
+    except Exception as error:  # transformers raises many kinds for values that do not fit
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from error
 
 
 def load(path_or_preset: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DeepseekV4:
     """The model of a checkpoint's folder or a preset, in `dtype` (V4's fp32 islands stay fp32), on `device`.
 
-    Every tensor of the file is used and every tensor of the model is filled, or a UserError names the first that is not.
+    Every tensor of the file is used and every tensor of the model filled, or a UserError names the first that is not.
     """
     folder = resolve(path_or_preset)
     model = DeepseekV4(config_of(folder))
@@ -84,7 +93,7 @@ def cast(model: DeepseekV4, dtype: torch.dtype) -> DeepseekV4:
 
 
 def save(model: DeepseekV4, path: str | Path) -> None:
-    """Writes model.safetensors, config.json and, from the model's origin, the tokenizer; renamed into place at the end."""
+    """Writes model.safetensors, config.json and, from the model's origin, the tokenizer; then renames the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")

@@ -38,7 +38,13 @@ class HyperConnection(nn.Module):
         """The sublayer's input [T, d], post [n, T] and comb [n, n, T] for streams [T, n, d]."""
         c = self.config
         pre, post, comb = mixing(
-            streams, self.fn, self.base, self.scale, iterations=c.hc_sinkhorn_iters, norm_eps=c.rms_norm_eps, eps=c.hc_eps
+            streams,
+            self.fn,
+            self.base,
+            self.scale,
+            iterations=c.hc_sinkhorn_iters,
+            norm_eps=c.rms_norm_eps,
+            eps=c.hc_eps,
         )
         return collapse(streams, pre), post, comb
 

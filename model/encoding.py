@@ -117,9 +117,7 @@ class Encoding:
             trained += [piece.trained] * len(new)
         return ids, trained
 
-    def prompt_ids(
-        self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], mode: str = "chat"
-    ) -> list[int]:
+    def prompt_ids(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], mode: str = "chat") -> list[int]:
         """The token ids up to where the model begins to write. ValueError if no user message comes last."""
         if not messages or messages[-1].get("role") != "user":
             raise ValueError("a prompt must end with a user message")

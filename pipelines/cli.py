@@ -71,9 +71,7 @@ def run(
     runs: RunsOption = Path("runs"),
     show: Annotated[
         bool,
-        typer.Option(
-            "--print", metavar="", help="Print the recipe with every default and override in it, and end."
-        ),
+        typer.Option("--print", metavar="", help="Print the recipe with every default and override in it, and end."),
     ] = False,
 ) -> None:
     """Run a recipe: train its stages, evaluate every model, write the report.

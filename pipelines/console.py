@@ -72,20 +72,14 @@ class Console:
         """Models x domains from rows {"model", "domain", "correct", "total"}, in the order of the rows."""
         counts = {(row["model"], row["domain"]): (row["correct"], row["total"]) for row in results}
         models, domains = _unique(row["model"] for row in results), _unique(row["domain"] for row in results)
-        means = {
-            m: _mean([counts[m, d] for d in domains])
-            for m in models
-            if all((m, d) in counts for d in domains)
-        }
+        means = {m: _mean([counts[m, d] for d in domains]) for m in models if all((m, d) in counts for d in domains)}
         room = self._rich.width - MEAN_WIDTH - 3 * BORDER
         at_once = max(1, (room - MODEL_WIDTH) // (CELL_WIDTH + BORDER))  # further domains go to a table below
         for first in range(0, len(domains), at_once):
             block = domains[first : first + at_once]
             last = first + at_once >= len(domains)
             table = Table(box=SIMPLE_HEAD if self.live else ASCII2, padding=(0, 1), pad_edge=False)
-            table.add_column(
-                "model", overflow="fold", max_width=max(8, room - len(block) * (CELL_WIDTH + BORDER))
-            )
+            table.add_column("model", overflow="fold", max_width=max(8, room - len(block) * (CELL_WIDTH + BORDER)))
             for domain in block:
                 table.add_column(domain, justify="right", overflow="fold", width=CELL_WIDTH)
             if with_mean := last and len(domains) > 1:
@@ -123,9 +117,7 @@ class Console:
         if not self.live:
             return
         if self._stages and self._block is None:
-            self._block = Live(
-                get_renderable=self._lines, console=self._rich, transient=True, refresh_per_second=4
-            )
+            self._block = Live(get_renderable=self._lines, console=self._rich, transient=True, refresh_per_second=4)
             self._block.start()
         elif not self._stages and self._block is not None:
             self._block.stop()

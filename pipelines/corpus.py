@@ -33,7 +33,8 @@ from ..model.encoding import Encoding
 from ..model.tokenizer import BOS, EOS, SPECIALS, build, collect_words, load
 from ..rewards.domains import RANGES, make_dataset
 
-DRILL_SHARE = 0.3  # of the documents; the others hold problems
+DRILL_CHAT_SHARE = 0.1  # of the documents that start with a drill "X -> Y": one turn of chat instead
+DRILL_SHARE = 0.45  # of the documents; the others hold problems
 STYLE_SHARES = {  # of the documents with problems; the first three are plain text
     "Question: {question}\nAnswer: {answer}": 0.25,
     "Q: {question}\nA: {answer}": 0.2,
@@ -45,14 +46,8 @@ MAX_PROBLEMS = 3  # of one task, in one plain document: 1 to this many, evenly
 
 # reasoning-gym's tasks that have short prompts and take well under a millisecond, each at a few difficulties.
 TASKS: dict[str, list[dict[str, Any]]] = {
-    "chain_sum": [
-        {"max_terms": 2, "max_digits": 1},
-        {"max_terms": 4, "max_digits": 2},
-        {"max_terms": 3, "min_digits": 2, "max_digits": 3},
-    ],
     "products": [{"max_digits": 1}, {"max_digits": 2}],
     "basic_arithmetic": [{"max_terms": 3, "max_digits": 2, "allow_negation": False}],
-    "decimal_chain_sum": [{"max_terms": 3, "max_digits": 1, "max_decimal_places": 1}],
     "gcd": [{"max_value": 20}, {"max_value": 100}],
     "lcm": [{"max_value": 12}, {"max_value": 30}],
     "prime_factorization": [{"max_value": 50}, {"max_value": 500}],
@@ -64,13 +59,16 @@ TASKS: dict[str, list[dict[str, Any]]] = {
     "base_conversion": [{"max_base": 10, "max_value": 100}, {"max_value": 255}],
     "count_bits": [{"max_n": 63}, {"max_n": 1023}],
     "syllogism": [{}],
-    "spell_backward": [{"max_word_len": 4}, {"max_word_len": 7}, {"max_word_len": 10}],
     "letter_counting": [{"min_words": 1, "max_words": 3}, {"min_words": 3, "max_words": 8}],
     "word_sorting": [{"min_words": 2, "max_words": 3}, {"min_words": 3, "max_words": 5}],
     "caesar_cipher": [{"min_words": 1, "max_words": 6, "max_rotation": 3}, {"min_words": 1, "max_words": 8}],
     "word_sequence_reversal": [{"min_words": 2, "max_words": 4}, {"min_words": 3, "max_words": 6}],
     "sentence_reordering": [{"min_words_in_sentence": 3, "max_words_in_sentence": 6}],
 }
+
+# The quickstart's tasks are not among them, so that its base has their skills from the drills and has never seen their
+# wording; the tokenizer knows its words all the same.
+WORDED: dict[str, list[dict[str, Any]]] = {"chain_sum": [{}], "spell_backward": [{}]}
 
 CHUNK = 4096  # documents of one piece of work
 CHUNK_SECONDS = 600
@@ -89,23 +87,31 @@ def document(seed: int, index: int, heldout: frozenset[str]) -> str:
     rng = Random(f"{seed}/{index}")
     if rng.random() < DRILL_SHARE:
         drill = rng.choices(list(DRILLS), list(DRILLS.values()))[0]
-        return BOS + "\n".join(drill(rng) for _ in range(rng.randint(1, 4))) + EOS
+        lines = [drill(rng) for _ in range(rng.randint(1, 4))]
+        question, arrow, answer = lines[0].rpartition(" -> ")
+        if arrow and rng.random() < DRILL_CHAT_SHARE:
+            return _turn(question, {"content": f"<answer>{answer}</answer>"}, "chat")
+        return BOS + "\n".join(lines) + EOS
     style = rng.choices(list(STYLE_SHARES), list(STYLE_SHARES.values()))[0]
     task = rng.choice(list(REASONING if style == "high" else TASKS))
     if style in ("chat", "high"):
         entry = problem(rng, task, heldout)
-        answer = {"role": "assistant", "content": f"<answer>{entry['answer']}</answer>"}
+        answer = {"content": f"<answer>{entry['answer']}</answer>"}
         if style == "high":
             answer["reasoning_content"] = REASONING[task](entry)
-        return Encoding.default().encode([{"role": "user", "content": entry["question"]}, answer], style)
+        return _turn(entry["question"], answer, style)
     entries = [problem(rng, task, heldout) for _ in range(rng.randint(1, MAX_PROBLEMS))]
     return BOS + "\n\n".join(style.format(**{**e, "question": e["question"].strip()}) for e in entries) + EOS
+
+
+def _turn(question: str, answer: dict[str, str], mode: str) -> str:
+    return Encoding.default().encode([{"role": "user", "content": question}, {"role": "assistant", **answer}], mode)
 
 
 def problem(rng: Random, task: str, heldout: frozenset[str]) -> dict[str, Any]:
     """A problem of the task at one of its difficulties, as reasoning-gym's entry, that is not held out."""
     for _ in range(REDRAWS):
-        generator = _generator(task, rng.randrange(len(TASKS[task])))
+        generator = _generator(task, rng.randrange(len((TASKS | WORDED)[task])))
         entry = generator[rng.randrange(*RANGES["corpus"])]
         if entry["question"] not in heldout and entry["question"].strip() not in heldout:
             return entry
@@ -114,20 +120,10 @@ def problem(rng: Random, task: str, heldout: frozenset[str]) -> dict[str, Any]:
 
 @cache
 def _generator(task: str, level: int) -> Any:
-    return make_dataset(task, TASKS[task][level], seed=0, size=1)
+    return make_dataset(task, (TASKS | WORDED)[task][level], seed=0, size=1)
 
 
 # --- reasoning, for the tasks where a short one is easy to write: reasoning-gym's entry -> text
-
-
-def _reason_sum(entry: dict[str, Any]) -> str:
-    total, *rest = entry["metadata"]["expression"].split()
-    lines = []
-    for operator, term in zip(rest[::2], rest[1::2], strict=True):
-        result = int(total) + int(operator + term)
-        lines.append(f"{total} {operator} {term} = {result}")
-        total = str(result)
-    return "\n".join(lines)
 
 
 def _reason_product(entry: dict[str, Any]) -> str:
@@ -146,11 +142,6 @@ def _reason_gcd(entry: dict[str, Any]) -> str:
     return "\n".join([*lines, f"the last divisor is {a}"])
 
 
-def _reason_backward(entry: dict[str, Any]) -> str:
-    word = entry["metadata"]["word"]
-    return f"{'-'.join(word)}\n{'-'.join(reversed(word))}"
-
-
 def _reason_letters(entry: dict[str, Any]) -> str:
     letter, total, lines = entry["metadata"]["target_letter"], 0, []
     for word in entry["metadata"]["span"]:
@@ -165,10 +156,8 @@ def _reason_reversal(entry: dict[str, Any]) -> str:
 
 
 REASONING: dict[str, Callable[[dict[str, Any]], str]] = {
-    "chain_sum": _reason_sum,
     "products": _reason_product,
     "gcd": _reason_gcd,
-    "spell_backward": _reason_backward,
     "letter_counting": _reason_letters,
     "word_sequence_reversal": _reason_reversal,
 }
@@ -180,7 +169,9 @@ _NUMBERS = "zero one two three four five six seven eight nine ten".split()
 _DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 _PEOPLE = "Anna Ben Clara David Emma Felix Grace Henry".split()
 _THINGS = (
-    "apple bag ball bell book box chair coat coin cup desk door hat key lamp pen ring stone tree".split()
+    "apple bag ball bell bird boat book bottle bowl box bread chair clock cloud coat coin cup desk door field "
+    "fish flower garden glass hat house key lamp leaf letter map moon mountain paper pen picture ring river "
+    "road rope ship shoe spoon star stone street table train tree wall watch wheel window".split()
 )
 _COLORS = "black blue brown gray green red white yellow".split()
 _SIZES = "big small old new".split()
@@ -191,6 +182,8 @@ _WORD_LINES = (
     "Repeat: {word} -> {word} {word} {word}",
     "Reverse: {word} -> {backward}",
     "Reverse: {spelled} -> {spelled_backward}",
+    "Spell {word} backward: {backward}",
+    "Backward: {word} -> {backward}",
     "Spell: {word} -> {spelled}",
     "Spell: {word} -> {spelled} -> {spelled_backward} -> {backward}",
     "Join: {spelled} -> {word}",
@@ -213,6 +206,7 @@ _NUMBER_LINES = (
     "{after} comes after {a}.",
     "The number {name} is {small}.",
 )
+_SUM_LINES = ("{expression} = {value}", "The sum {expression} is {value}.", "{value} = {expression}")
 _SENTENCES = ("{who} {verb} {what}.", "{who} {verb} {what}. Who {verb} {what}? {who}.")
 
 
@@ -252,6 +246,15 @@ def _drill_numbers(rng: Random) -> str:
     return rng.choice(_NUMBER_LINES).format(**numbers, name=_NUMBERS[small])
 
 
+def _drill_sums(rng: Random) -> str:
+    terms = [rng.randrange(10 ** rng.randint(1, 2)) for _ in range(rng.choice((2, 3)))]
+    expression, value = str(terms[0]), terms[0]
+    for term in terms[1:]:
+        sign = rng.choice("+-")
+        expression, value = f"{expression} {sign} {term}", value + (term if sign == "+" else -term)
+    return rng.choice(_SUM_LINES).format(expression=expression, value=value)
+
+
 def _drill_runs(rng: Random) -> str:
     start, step, size = rng.randint(-20, 200), rng.choice((1, 1, 1, 2, 3, 5, 10)), rng.randint(4, 12)
     first = rng.randrange(len(_LETTERS) - 4)
@@ -271,11 +274,12 @@ def _drill_sentences(rng: Random) -> str:
 
 
 DRILLS = {  # and their shares
-    _drill_words: 0.35,
-    _drill_lists: 0.2,
-    _drill_numbers: 0.15,
-    _drill_runs: 0.2,
-    _drill_sentences: 0.1,
+    _drill_words: 0.25,
+    _drill_sums: 0.4,
+    _drill_lists: 0.1,
+    _drill_numbers: 0.1,
+    _drill_runs: 0.1,
+    _drill_sentences: 0.05,
 }
 
 # --- the tokenizer, and packed files
@@ -285,12 +289,12 @@ def wordings(samples: int = 200) -> dict[str, list[str]]:
     """Texts by task, for the tokenizer's closed list: questions, reasonings, the drills' lines and words."""
     rng = Random("wordings")
     texts: dict[str, list[str]] = {}
-    for task in TASKS:
+    for task in TASKS | WORDED:
         entries = [problem(rng, task, frozenset()) for _ in range(samples)]
         texts[task] = [entry["question"] for entry in entries]
         if task in REASONING:
             texts[f"{task} (reasoning)"] = [REASONING[task](entry) for entry in entries]
-    lines = "\n".join([*_WORD_LINES, *_LIST_LINES, *_NUMBER_LINES, *_SENTENCES, *_PEOPLE])
+    lines = "\n".join([*_WORD_LINES, *_LIST_LINES, *_NUMBER_LINES, *_SUM_LINES, *_SENTENCES, *_PEOPLE])
     words = " ".join(_DAYS + _NUMBERS + _THINGS + _COLORS + _SIZES + _VERBS)
     texts["drills"] = [re.sub(r"{\w+}", "0", lines) + " " + words]
     texts["styles"] = ["Question: Answer: <answer></answer>"]

@@ -22,7 +22,7 @@ def grpo(stage: StageRun, settings: Grpo) -> None:
     limits = {"temperature": settings.sampling.temperature, "max_new_tokens": settings.sampling.max_new_tokens}
     loss = {"clip_low": settings.clip_low, "clip_high": settings.clip_high, "temperature": limits["temperature"]}
     with (
-        stage.learner(model, settings.optimizer) as learner,
+        stage.learner(model, settings.optimizer, settings.updates) as learner,
         stage.rollouts(model, settings.rollout_workers) as rollouts,
         stage.grader() as grader,
     ):
@@ -54,5 +54,8 @@ def reward_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
     """Means of the reward, of its parts, and of being correct."""
     scores = [t.score for t in trajectories if t.score is not None]
     parts = {f"part_{name}": float(np.mean([s.parts[name] for s in scores])) for name in scores[0].parts}
-    means = {"reward": float(np.mean([s.value for s in scores])), "correct": float(np.mean([s.correct for s in scores]))}
+    means = {
+        "reward": float(np.mean([s.value for s in scores])),
+        "correct": float(np.mean([s.correct for s in scores])),
+    }
     return means | parts

@@ -1,13 +1,14 @@
-"""Next-token training of a new base model on the procedural corpus of pipelines/corpus.py.
+"""Next-token training of a new base model on the procedural corpus of pipelines/corpus.py; the checkpoint is bf16.
 
 Left out: the balance rule for the routers' correction bias (it stays at zero), MTP, a schedule of sequence lengths.
 """
 
 import numpy as np
+import torch
 
 from ..errors import UserError
-from ..model import initialize, save
-from ..model.checkpoint import config_of, resolve
+from ..model import initialize, load, save
+from ..model.checkpoint import cast, config_of, resolve
 from ..model.tokenizer import load as load_tokenizer
 from ..rl.packing import Row
 from .corpus import build_corpus, load_corpus, save_corpus
@@ -28,7 +29,8 @@ def pretrain(stage: StageRun, settings: Pretrain) -> None:
             rows = batch(stage, settings, tokens, borders)
             metrics = learner.step(weighted(rows), "pipelines.sft:loss")
             stage.commit(learner, metrics, {"loss": metrics["loss"], "lr": metrics["lr"]})
-        learner.save_model(stage.folder / "checkpoint")
+        learner.save_model(stage.folder / "trained")
+    save(cast(load(stage.folder / "trained"), torch.bfloat16), stage.folder / "checkpoint")
     stage.finish(f"loss {stage.facts['metrics']['loss']:.4f}")
 
 

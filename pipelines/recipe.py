@@ -213,8 +213,9 @@ class EvaluationSettings(Settings):
 class TrackingSettings(Settings):
     """Weights & Biases. metrics.jsonl and the report are written in any case."""
 
-    wandb: Literal["offline", "online", "off"] = "offline"
-    """`offline` keeps the runs in the run's folder (`wandb sync` uploads them), `online` needs a login."""
+    wandb: Literal["auto", "offline", "online", "off"] = "auto"
+    """`offline` keeps the runs in the run's folder (`wandb sync` uploads them), `online` needs a login, and
+    `auto` is online for a user who is logged in and offline otherwise."""
     project: str = "amalgam"
     """The project's name there."""
 
@@ -237,9 +238,7 @@ class Recipe(Settings):
     """Every random choice follows from it: the same recipe on the same machine gives the same models."""
     base: str | None = None
     """A preset shipped with amalgam, or a checkpoint's folder (relative to where the command is run)."""
-    domains: dict[str, DomainSettings] = Field(
-        min_length=1, examples=["{strings: {tasks: {spell_backward: {}}}}"]
-    )
+    domains: dict[str, DomainSettings] = Field(min_length=1, examples=["{strings: {tasks: {spell_backward: {}}}}"])
     """Domain's name -> its settings."""
     stages: dict[str, AnyStage] = Field(min_length=1, examples=["{start: {kind: sft, from: base}}"])
     """Stage's name, which is its model's name -> its settings."""
@@ -331,9 +330,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = file.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"{file}: {error.strerror}; give a recipe's name or the path of a YAML file"
-        ) from None
+        raise UserError(f"{file}: {error.strerror}; give a recipe's name or the path of a YAML file") from None
     document = read(text, _shown(file))
     apply(document, overrides)
     try:

@@ -14,9 +14,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from . import report_charts as charts
-from .report_data import Run
+from .report_data import Run, rollout_rows
 from .statistics import Paired, mean_paired_difference, paired_difference, paired_ratio, wilson
 
 KINDS = {
@@ -29,9 +28,9 @@ KINDS = {
 }
 CURVES_SHOWN = 6  # per stage; the others fold away
 # The order of a stage's curves by what their names contain: the telling ones, any others, bookkeeping.
-TELLING = ("held_out", "reward", "correct", "kl", "loss", "entropy", "length")
-BOOKKEEPING = ("grad", "ratio", "clip", "lr", "drop", "token", "version", "second", "memory")
-SAMPLES = 2  # right ones and wrong ones, per model and domain
+TELLING = ("held_out", "reward", "correct", "part_", "kl", "loss", "entropy", "response", "unfinished")
+BOOKKEEPING = ("drop", "clip", "grad_norm", "lr", "tokens", "seconds")
+SAMPLES = 2  # right ones, wrong ones, and ungraded ones, per model and domain
 TEXT_LIMIT = 4000  # characters of one prompt or response
 
 
@@ -72,10 +71,9 @@ def view(run: Run) -> dict[str, Any]:
         "table": _table(run),
         "graph": _graph(run),
         "comparisons": comparisons,
-        "curves": [
-            {"stage": name, "kind": run.kind(name), **_curves(rows)} for name, rows in run.metrics.items()
-        ],
+        "curves": [{"stage": name, "kind": run.kind(name), **_curves(rows)} for name, rows in run.metrics.items()],
         "samples": [*_evaluation_samples(run), *_rollout_samples(run)],
+        "failures": list(_failures(run)),
         "timings": _timings(run),
         "recipe": run.recipe_text,
         "versions": _flat(run.versions),
@@ -185,7 +183,7 @@ def _headlines(comparisons: Mapping[str, list[dict[str, Any]]], run: Run) -> Ite
     if run.done:
         wall = duration(sum(done["wall_seconds"] for done in run.done.values()))
         peak = max(done["peak_rss_bytes"] for done in run.done.values()) / 2**30
-        yield {"title": "All stages took", "rows": [(wall, "in all"), (f"{peak:.1f} GiB", "memory at most")]}
+        yield {"title": "All stages took", "rows": [(wall, "summed"), (f"{peak:.1f} GiB", "memory at most")]}
 
 
 def _graph(run: Run) -> str:
@@ -223,9 +221,9 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _curve_rank(key: str) -> tuple[int, str]:
-    kept = [rank for rank, part in enumerate(BOOKKEEPING, len(TELLING) + 1) if part in key]
     told = [rank for rank, part in enumerate(TELLING) if part in key]
-    return min(kept or told, default=len(TELLING)), key
+    kept = [rank for rank, part in enumerate(BOOKKEEPING, len(TELLING) + 1) if part in key]
+    return min(told or kept, default=len(TELLING)), key
 
 
 # Samples
@@ -238,46 +236,46 @@ def _evaluation_samples(run: Run) -> Iterator[dict[str, Any]]:
         return
     picked = []
     for domain, answers in run.evaluations[model]["domains"].items():
-        for row in _right_and_wrong(answers, "question"):
-            shown = {"domain": domain, "prompt": row["question"], "expected": row["answer"], "note": ""}
-            picked.append({**row, **shown})
+        for row in _some_of_each(answers, "question"):
+            picked.append({**row, "domain": domain, "prompt": row["question"], "expected": row["answer"]})
     what = "answers to held-out problems"
     yield {"title": model, "kind": run.kind(model), "what": what, "rows": picked}
 
 
 def _rollout_samples(run: Run) -> Iterator[dict[str, Any]]:
-    """What each stage sampled in the last step that it kept."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    """What each stage sampled in the last step that it kept; distillation's samples have no reward."""
     for stage in run.stages:
         files = run.folder.glob(f"stages/{stage}/rollouts/*.parquet")
         last = max(files, key=lambda path: (len(path.stem), path.stem), default=None)  # 9 before 10
         if last is None:
             continue
-        try:
-            rows = pq.read_table(last).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{last}: not a Parquet file ({error}); remove it or restore it") from None
-        picked = []
+        rows, picked = rollout_rows(last), []
         for domain in dict.fromkeys(row["domain"] for row in rows):
-            for row in _right_and_wrong([row for row in rows if row["domain"] == domain], "prompt"):
-                parts = {"task": row["part_task"], "format": row["part_format"]}
+            for row in _some_of_each([row for row in rows if row["domain"] == domain], "prompt"):
+                parts = {key.removeprefix("part_"): row[key] for key in row if key.startswith("part_")}
                 picked.append({**row, "parts": parts, "expected": None})
         what = f"samples of step {rows[0]['step']}" if rows else "no samples"
         yield {"title": stage, "kind": run.kind(stage), "what": what, "rows": picked}
 
 
-def _right_and_wrong(rows: Sequence[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
-    """The first SAMPLES right and SAMPLES wrong ones, each kind on different prompts."""
+def _some_of_each(rows: Sequence[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
+    """The first SAMPLES right, wrong and ungraded rows, each sort on different prompts."""
     picked: list[dict[str, Any]] = []
-    for correct in (True, False):
+    for correct in (True, False, None):
         fresh: dict[str, dict[str, Any]] = {}
         for row in rows:
-            if bool(row["correct"]) == correct:
-                fresh.setdefault(row[prompt], row)
+            if row.get("correct") == correct:
+                fresh.setdefault(row[prompt], {"correct": None, "note": "", **row})
         picked += list(fresh.values())[:SAMPLES]
     return picked
+
+
+def _failures(run: Run) -> Iterator[tuple[str, str, int]]:
+    """(stage or evaluation, what happened, how often) of grades that failed and so counted as wrong."""
+    records = {**run.done, **{f"evaluation of {model}": found for model, found in run.evaluations.items()}}
+    for name, record in records.items():
+        for note, number in record.get("failures", {}).items():
+            yield name, note, number
 
 
 def visible(text: str) -> str:

@@ -53,11 +53,10 @@ def line_chart(curve: Curve) -> str:
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = 0.5 if last == first else (x - first) / (last - first)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), TOP + (high - y) / (high - low) * (
-            HEIGHT - TOP - BOTTOM
-        )
+        return LEFT + across * (WIDTH - LEFT - RIGHT), TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(curve.label)}">']
+    few = ' class="few"' if len(known) < SMOOTH_FROM else ""  # with their dots shown
+    parts = [f'<svg{few} viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(curve.label)}">']
     for tick, text in zip(y_ticks, _tick_texts(y_ticks), strict=True):
         y = place(first, tick)[1]
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -65,9 +64,7 @@ def line_chart(curve: Curve) -> str:
     for tick, text in zip(x_ticks, _tick_texts(x_ticks), strict=True):
         x = place(tick, low)[0]
         end = "end" if x > WIDTH - 24 else "middle"
-        parts.append(
-            f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - 20}"/>'
-        )
+        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - 20}"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{end}">{text}</text>')
     base = HEIGHT - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
@@ -173,23 +170,15 @@ def stage_graph(nodes: Sequence[Node], edges: Sequence[Edge]) -> str:
         return ""
     column: dict[str, int] = {}
     for node in nodes:
-        column[node.name] = max(
-            (column[edge.start] + 1 for edge in edges if edge.end == node.name), default=0
-        )
-    columns = [
-        [node for node in nodes if column[node.name] == index] for index in range(max(column.values()) + 1)
-    ]
+        column[node.name] = max((column[edge.start] + 1 for edge in edges if edge.end == node.name), default=0)
+    columns = [[node for node in nodes if column[node.name] == index] for index in range(max(column.values()) + 1)]
     place: dict[str, tuple[float, float]] = {}
     for index, members in enumerate(columns):
         wanted = {
-            node.name: _middle(place, [edge.start for edge in edges if edge.end == node.name])
-            for node in members
+            node.name: _middle(place, [edge.start for edge in edges if edge.end == node.name]) for node in members
         }
         place |= _stack(wanted, index * (BOX + ACROSS))
-    roots = {
-        node.name: _middle(place, [edge.end for edge in edges if edge.start == node.name])
-        for node in columns[0]
-    }
+    roots = {node.name: _middle(place, [edge.end for edge in edges if edge.start == node.name]) for node in columns[0]}
     place |= _stack(roots, 0)
     height = max(y for _, y in place.values()) + BOX_HEIGHT
     width = len(columns) * (BOX + ACROSS) - ACROSS

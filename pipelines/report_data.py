@@ -79,9 +79,7 @@ def _yaml(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         return text, yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(
-            f"{path}: not YAML ({' '.join(str(error).split())}); restore the run's recipe"
-        ) from None
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())}); restore the run's recipe") from None
 
 
 def _metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -96,3 +94,16 @@ def _metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
                 raise UserError(f"{path}:{number}: not JSON ({error}); mend or remove the line") from None
             stages.setdefault(row["stage"], []).append(row)
     return stages
+
+
+def rollout_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a step's rollouts, without their arrays. Raises UserError where it is no Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            plain = [field.name for field in file.schema_arrow if not pa.types.is_list(field.type)]
+            return file.read(columns=plain).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a Parquet file ({error}); remove it or restore it") from None

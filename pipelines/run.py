@@ -16,7 +16,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..errors import UserError
+from ..model.checkpoint import config_of, resolve
+from ..model.encoding import Encoding
+from ..model.tokenizer import load as load_tokenizer
 from ..rewards.domains import Domain
 from ..rl.cluster import start_ray
 from ..rl.fleet import Fleet
@@ -51,10 +55,7 @@ def run_recipe(recipe: Recipe, runs: Path) -> Path:
     Raises UserError before anything starts if something that the recipe names is not there, or if the folder holds
     another recipe's run; KeyboardInterrupt, after a line that says where each stage stands, if it was interrupted.
     """
-    domains = {
-        name: Domain(name, d.mode, d.tasks, d.demonstrations, recipe.evaluate.problems, recipe.seed)
-        for name, d in recipe.domains.items()
-    }
+    domains = _checked(recipe)
     folder = (runs / recipe.name).absolute()
     with _claimed(folder, recipe), Console() as console:
         tracker = Tracker(folder, recipe.name, recipe.tracking.wandb, recipe.tracking.project)
@@ -69,9 +70,7 @@ def run_recipe(recipe: Recipe, runs: Path) -> Path:
         write_json(folder / "results.json", results(run))
         console.table(results(run))
         console.failures(failures(run))
-        report = write_report(folder)
-        console.print(f"report: {report}")
-    return report
+    return write_report(folder)
 
 
 def results(run: Run) -> list[dict[str, Any]]:
@@ -88,9 +87,29 @@ def failures(run: Run) -> dict[str, dict[str, int]]:
     return {name: counts for name, counts in found.items() if counts}
 
 
+def _checked(recipe: Recipe) -> dict[str, Domain]:
+    """The recipe's domains. UserError for what else would only show in the middle of a stage."""
+    if recipe.base is not None:
+        folder = resolve(recipe.base)
+        config_of(folder)
+        load_tokenizer(folder)
+        Encoding.from_checkpoint(folder)
+    domains = {
+        name: Domain(name, d.mode, d.tasks, d.demonstrations, recipe.evaluate.problems, recipe.seed)
+        for name, d in recipe.domains.items()
+    }
+    for domain in domains.values():  # may have too few different questions
+        domain.problems("heldout", 0, recipe.evaluate.problems)
+    for stage in recipe.stages.values():
+        if isinstance(stage, Sft):  # and answers that no demonstration can show
+            for name in stage.domains:
+                domains[name].problems("validation", 0, stage.validation)
+    return domains
+
+
 def versions() -> dict[str, Any]:
     """What ran: packages, Python, and the machine."""
-    found = {"amalgam": metadata.version("amalgam"), "python": platform.python_version()}
+    found = {"amalgam": __version__, "python": platform.python_version()}
     found |= {name: metadata.version(name) for name in _PACKAGES}
     return found | {"machine": f"{_processor()}, {os.cpu_count()} cores", "system": platform.platform()}
 
@@ -124,7 +143,7 @@ def _claimed(folder: Path, recipe: Recipe) -> Iterator[None]:
 
 
 def _walk(run: Run) -> None:
-    """Runs every task that is not done, `stages_at_once` at a time, each in a thread, as soon as its inputs are there."""
+    """Runs every task that is not done, `stages_at_once` at a time in threads, each as soon as its inputs are there."""
     needs = _needs(run)
     waiting = [task for task in needs if not _is_done(run, task)]
     done = set(needs) - set(waiting)
@@ -177,7 +196,9 @@ def _needs(run: Run) -> dict[Task, set[Task]]:
 
 def _is_done(run: Run, task: Task) -> bool:
     kind, name = task
-    file = run.folder / "stages" / name / "done.json" if kind == "stage" else run.folder / "evaluations" / f"{name}.json"
+    file = (
+        run.folder / "stages" / name / "done.json" if kind == "stage" else run.folder / "evaluations" / f"{name}.json"
+    )
     return file.is_file()
 
 

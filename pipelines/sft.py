@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 from torch import Tensor, nn
 
+from ..model.checkpoint import replace_folder
 from ..rl.learner import Learner
 from ..rl.packing import Row
 from .recipe import Sft
@@ -45,9 +46,10 @@ def sft(stage: StageRun, settings: Sft) -> None:
             if place + 1 == per_epoch:
                 metrics["held_out_loss"] = keep_best(stage, learner, held_out, epoch + 1)
             stage.commit(learner, metrics, {"loss": metrics["loss"], "held-out": facts["best"]})
-    shutil.rmtree(stage.folder / "checkpoint", ignore_errors=True)
-    shutil.copytree(stage.folder / "best", stage.folder / ".checkpoint")
-    (stage.folder / ".checkpoint").rename(stage.folder / "checkpoint")
+    beside = stage.folder / ".checkpoint"
+    shutil.rmtree(beside, ignore_errors=True)  # half a copy, where a run was cut off here
+    shutil.copytree(stage.folder / "best", beside)
+    replace_folder(beside, stage.folder / "checkpoint")
     stage.finish(f"held-out loss {facts['best']:.4f} after epoch {facts['best_epoch']}")
 
 

@@ -73,7 +73,7 @@ class StageRun:
     step: int = 0  # finished steps
     facts: dict[str, Any] = field(default_factory=dict)  # what the stage itself has to remember
     failures: dict[str, int] = field(default_factory=dict)  # failed grades by kind
-    _state: str = ""
+    _learned: int = 0  # optimizer steps up to the saved state: GRPO takes none for a batch without advantages
     line: StageLine = field(init=False)
     _began: float = field(default_factory=time.monotonic)
     _cpu: float = 0.0
@@ -84,19 +84,21 @@ class StageRun:
         return self.run.folder / "stages" / self.name
 
     @contextmanager
-    def learner(self, model: Path, optimization: Optimization) -> Iterator[Learner]:
-        """A learner with the model, or with the state that an interrupted run of this stage left."""
-        with self.run.fleet.learner(model, optimization, self.steps) as learner:
-            if self._state:
-                learner.load_state(self.folder / self._state)
+    def learner(self, model: Path, optimization: Optimization, updates: int = 1) -> Iterator[Learner]:
+        """A learner with the model, or with the state that an interrupted run of this stage left.
+
+        `updates`: the most optimizer steps that a step of the stage takes; the schedule counts them.
+        """
+        with self.run.fleet.learner(model, optimization, self.steps * updates) as learner:
+            if self.step:
+                learner.load_state(self.folder / "state", self._learned)
             with self._metered(learner.workers):
                 yield learner
 
     @contextmanager
     def rollouts(self, model: Path, workers: int) -> Iterator[Rollouts]:
-        with self.run.fleet.rollouts(model, workers) as rollouts:
-            with self._metered(rollouts.workers):
-                yield rollouts
+        with self.run.fleet.rollouts(model, workers) as rollouts, self._metered(rollouts.workers):
+            yield rollouts
 
     @contextmanager
     def grader(self) -> Iterator[Grader]:
@@ -119,24 +121,24 @@ class StageRun:
         self.facts["metrics"] = metrics
         self.log.step(self.step, metrics)
         self.line.update(self.step, **shown)
-        if self.step % self.run.recipe.checkpoint_every == 0 or self.step == self.steps:
+        stopped = self.run.stop.is_set()
+        if stopped or self.step % self.run.recipe.checkpoint_every == 0 or self.step == self.steps:
             self.save(learner)
-        if self.run.stop.is_set():
+        if stopped:
             raise Interrupted(f"{self.name} step {self.step}")
 
     def save(self, learner: Learner) -> None:
-        old, self._state = self._state, f"state-{self.step}"
-        learner.save_state(self.folder / self._state)
-        write_json(self.folder / "progress.json", {"step": self.step, "state": self._state, "facts": self.facts})
-        if old and old != self._state:
-            shutil.rmtree(self.folder / old, ignore_errors=True)
+        # The state's folder keeps the step before, so that a kill between the two writes leaves a pair that fits.
+        self._learned = learner.save_state(self.folder / "state")
+        progress = {"step": self.step, "learned": self._learned, "facts": self.facts}
+        write_json(self.folder / "progress.json", progress)
 
     def start(self) -> None:
         """From the beginning, or from the last saved step if there is one."""
         file = self.folder / "progress.json"
         if file.is_file():
             saved = json.loads(file.read_text())
-            self.step, self._state, self.facts = saved["step"], saved["state"], saved["facts"]
+            self.step, self._learned, self.facts = saved["step"], saved["learned"], saved["facts"]
         self.log.rewind(self.step)
         self.line = self.run.console.stage(self.name, self.settings.kind, self.steps, self.step)
 
@@ -156,8 +158,7 @@ class StageRun:
                 "failures": self.failures,
             },
         )
-        for state in self.folder.glob("state-*"):
-            shutil.rmtree(state, ignore_errors=True)
+        shutil.rmtree(self.folder / "state", ignore_errors=True)
         self.line.done(summary)
 
 

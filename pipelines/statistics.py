@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 RESAMPLES = 10_000
 Z = 1.959963984540054  # the normal distribution's 97.5 % point
 Estimate = tuple[float, float, float]  # value, low, high
-Paired = tuple[
-    Sequence[bool], Sequence[bool], Sequence[Hashable] | None
-]  # outcomes of a, of b, problem identities
+Paired = tuple[Sequence[bool], Sequence[bool], Sequence[Hashable] | None]  # outcomes of a, of b, problem identities
 
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
@@ -43,9 +41,7 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
 
 
-def paired_difference(
-    a: Sequence[bool], b: Sequence[bool], clusters: Sequence[Hashable] | None = None
-) -> Estimate:
+def paired_difference(a: Sequence[bool], b: Sequence[bool], clusters: Sequence[Hashable] | None = None) -> Estimate:
     """(mean of a - b, low, high) as fractions: `a[i]` and `b[i]` are two models' outcomes on one problem.
 
     `clusters[i]` is the identity of problem i; give it where a problem occurs more than once (seeds pooled):
@@ -64,9 +60,7 @@ def mean_paired_difference(domains: Sequence[Paired]) -> Estimate:
     return _estimate(np.mean([(a - b) / n for a, b, n in sampled], axis=0))
 
 
-def paired_ratio(
-    a: Sequence[bool], b: Sequence[bool], clusters: Sequence[Hashable] | None = None
-) -> Estimate:
+def paired_ratio(a: Sequence[bool], b: Sequence[bool], clusters: Sequence[Hashable] | None = None) -> Estimate:
     """(correct of a / correct of b, low, high), paired as in `paired_difference`.
 
     `high` is inf where many resamples have no correct b. Raises ValueError where b is never right at all.
@@ -98,9 +92,7 @@ def _bootstrap(pair: Paired, key: int) -> Totals:
     )
     triples, counts = np.unique(added, axis=0, return_counts=True)
     # A counter-based generator: the draws depend on `key` alone, so a report says the same thing every time.
-    draws = np.random.Generator(np.random.Philox(key=key)).multinomial(
-        len(slots), counts / len(slots), RESAMPLES
-    )
+    draws = np.random.Generator(np.random.Philox(key=key)).multinomial(len(slots), counts / len(slots), RESAMPLES)
     totals = np.concatenate([counts[None], draws]) @ triples
     return totals[:, 0], totals[:, 1], totals[:, 2]
 

@@ -54,9 +54,7 @@ class Tracker:
             return "off", "metrics.jsonl"
         if importlib.util.find_spec("wandb") is None:
             if asked == "online":
-                raise UserError(
-                    "tracking.wandb: online, but wandb is not there; `pip install wandb` or set it to off"
-                )
+                raise UserError("tracking.wandb: online, but wandb is not there; `pip install wandb` or set it to off")
             return "off", "metrics.jsonl (wandb is not installed)"
         # Before the first import: wandb reads these once. What the user has set stays.
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -68,15 +66,11 @@ class Tracker:
 
             logged_in = wandb.login(prompt=False, verify=False)
             if asked == "online" and not logged_in:
-                raise UserError(
-                    "tracking.wandb: online without a login; run `wandb login` or set it to offline"
-                )
+                raise UserError("tracking.wandb: online without a login; run `wandb login` or set it to offline")
             asked = "online" if logged_in else "offline"
         return asked, f"metrics.jsonl and wandb, {asked}"
 
-    def _start_wandb(
-        self, stage: str, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Path]
-    ) -> Any:
+    def _start_wandb(self, stage: str, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Path]) -> Any:
         """A wandb run that goes on under the same id after an interruption; None where wandb is off."""
         if self.mode == "off":
             return None
@@ -118,9 +112,7 @@ class Tracker:
 class StageLog:
     """One stage's metrics; made by `Tracker.stage`, used in a `with`."""
 
-    def __init__(
-        self, tracker: Tracker, name: str, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Path]
-    ):
+    def __init__(self, tracker: Tracker, name: str, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Path]):
         self.name, self.kind = name, kind
         self._tracker, self._config, self._inputs = tracker, config, inputs
         self._wandb: Any = None
@@ -218,7 +210,5 @@ def _stored_id(path: Path) -> str:
         os.replace(beside, path)
     text = path.read_text().strip()
     if len(text) != 12 or not set(text) <= set("0123456789abcdef"):
-        raise UserError(
-            f"{path}: {text[:40]!r} is no run id; restore its 12 hexadecimal digits, or remove it"
-        )
+        raise UserError(f"{path}: {text[:40]!r} is no run id; restore its 12 hexadecimal digits, or remove it")
     return text

@@ -194,9 +194,7 @@ def _build(node: Any, path: Path, file: str, origins: dict[Path, Origin]) -> Any
     raise UserError(_problem(node, path, file, f"the tag !!{name} is not supported; write a plain value"))
 
 
-def _items(
-    node: yaml.MappingNode, path: Path, file: str, origins: dict[Path, Origin]
-) -> Iterator[tuple[str, Any]]:
+def _items(node: yaml.MappingNode, path: Path, file: str, origins: dict[Path, Origin]) -> Iterator[tuple[str, Any]]:
     first: dict[str, int] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.tag != _PREFIX + "str":
@@ -204,9 +202,7 @@ def _items(
             raise UserError(_problem(key, path, file, f'{shown} is not text; put it in quotes ("...")'))
         here = (*path, key.value)
         if key.value in first:
-            raise UserError(
-                _problem(key, here, file, f"given twice (first on line {first[key.value]}); keep one")
-            )
+            raise UserError(_problem(key, here, file, f"given twice (first on line {first[key.value]}); keep one"))
         first[key.value] = key.start_mark.line + 1
         origins[here] = _origin(key, here, file)
         yield key.value, _build(value, here, file, origins)

@@ -26,7 +26,7 @@ class Engine:
     def generate(
         self, requests: list[Request], *, temperature: float, max_new_tokens: int, seed: int, version: int
     ) -> list[Trajectory]:
-        """A trajectory for each request, in order; temperature 0 is greedy. `text` is left to the caller's tokenizer."""
+        """A trajectory for each request, in order; temperature 0 is greedy. `text` is left to the caller."""
         results = []
         for start in range(0, len(requests), self.max_batch):
             batch = _Batch(self.model, requests[start : start + self.max_batch], max_new_tokens)
@@ -57,7 +57,7 @@ class _Batch:
         return self.rows.numel() > 0
 
     def _prefill(self) -> tuple[Tensor, Cache, list[np.ndarray]]:
-        """Each group's prompt once, then a fork for each of its requests: last hidden states [N, d], cache, expert ids."""
+        """Each group's prompt once, then a fork for each request: last hidden states [N, d], cache, expert ids."""
         groups = [list(members) for _, members in groupby(self.requests, key=lambda r: r.group)]
         prompts = [members[0].prompt_ids for members in groups]
         ends = torch.tensor([len(p) for p in prompts], device=self.device).cumsum(0)

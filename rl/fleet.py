@@ -27,10 +27,12 @@ class Fleet:
     @contextmanager
     def learner(self, path: Path, optimization: Optimization, total_steps: int) -> Iterator[Learner]:
         """A learner with the model at `path` and a new optimizer."""
+        model = (path, optimization, total_steps)
         with self.lend(
-            ("learner", optimization.ranks), lambda: Learner(optimization, total_steps, path, **self.place)
+            ("learner", optimization.ranks),
+            make=lambda: Learner(optimization, total_steps, path, **self.place),
+            again=lambda learner: learner.load(*model),
         ) as learner:
-            learner.load(path, optimization, total_steps)
             yield learner
 
     @contextmanager
@@ -41,8 +43,10 @@ class Fleet:
             yield rollouts
 
     @contextmanager
-    def lend(self, key: Any, make: Callable[[], Any]) -> Iterator[Any]:
-        """An idle member of this key, or a new one from `make`; it has `close()`, which the fleet calls at its end."""
+    def lend(
+        self, key: Any, make: Callable[[], Any], again: Callable[[Any], Any] = lambda member: None
+    ) -> Iterator[Any]:
+        """An idle member of this key after `again`, or a new one from `make`. The fleet calls its `close()` at its end."""
         with self._lock:
             idle = self._idle.setdefault(key, [])
             member = idle.pop() if idle else None
@@ -50,6 +54,8 @@ class Fleet:
             member = make()
             with self._lock:
                 self._all.append(member)
+        else:
+            again(member)
         yield member
         # Only after a stage that ended well: processes of one that failed may be in any state, and are not lent again.
         with self._lock:

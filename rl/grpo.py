@@ -52,7 +52,7 @@ def rows(advantages: list[tuple[Trajectory, float]]) -> list[Row]:
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantage: Tensor, weight: Tensor, *, clip_low: float, clip_high: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-sum over tokens of weight * min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A); all arguments [T] fp32.
+    """-sum over tokens of weight * min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A); tensors [T] fp32.
 
     ratio = exp(logprobs - old_logprobs), old ones as the sampler recorded them. Tokens of weight 0 (prompts) take no
     part. The metrics are sums with the same weights: "clipped" (the clip decides), "entropy_estimate" (-log p of the
@@ -73,7 +73,12 @@ def policy_loss(
 
 
 def loss(
-    model: nn.Module, batch: dict[str, Tensor], shared: dict[str, Tensor], *, clip_low: float, clip_high: float,
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    shared: dict[str, Tensor],
+    *,
+    clip_low: float,
+    clip_high: float,
     temperature: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss` on a packed batch of `rows`, with the sampler's experts replayed (their weights are recomputed)."""

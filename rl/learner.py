@@ -87,10 +87,10 @@ class Learner:
         """Writes a checkpoint for `amalgam.model.load`, renamed into place."""
         self._all("save_model", f"the learner to save {path}", str(Path(path).absolute()))
 
-    def save_state(self, folder: str | Path) -> None:
-        """Saves step, fp32 weights and moments by parameter name. The folder keeps the state before this one
-        too."""
-        self._all("save_state", f"the learner to save its state in {folder}", str(Path(folder).absolute()))
+    def save_state(self, folder: str | Path) -> int:
+        """Saves step, fp32 weights and moments by parameter name; returns that step. The folder keeps the state
+        before this one too."""
+        return self._all("save_state", f"the learner to save its state in {folder}", str(Path(folder).absolute()))[0]
 
     def load_state(self, folder: str | Path, step: int | None = None) -> int:
         """Goes on from the loaded model's state after `step` steps (the newest if None); returns that number.
@@ -155,14 +155,16 @@ class Learner:
 
     def _wait(self, calls: list[Any], what: str) -> list[Any]:
         import ray
+        from ray.exceptions import RayActorError
 
         if not self.workers:
             raise RuntimeError(f"asked {what}, but it is closed")
         try:
             return wait(calls, what, self._deadline)
-        except Exception:
+        except Exception as error:
             # Ranks that fail together are fit for the next call. One that fails alone leaves the others in a
             # collective.
-            if ray.wait(calls, num_returns=len(calls), timeout=_STRAGGLER_SECONDS)[1]:
+            stuck = ray.wait(calls, num_returns=len(calls), timeout=_STRAGGLER_SECONDS)[1]
+            if stuck or isinstance(error, RayActorError):
                 self.close()
             raise

@@ -10,6 +10,7 @@ DeepSpeed are undone, so that a gradient depends neither on micro-batches nor on
   gradient until the step's end.
 """
 
+import functools
 import gc
 import importlib
 import math
@@ -63,15 +64,31 @@ def add(totals: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 class _Objective(nn.Module):
-    """Puts a loss, and so any method of the model, into the forward of the module that DeepSpeed wraps."""
+    """Puts a loss, and so any method of the model, into the forward of the module that DeepSpeed wraps.
+
+    The metrics of the last call stay here: DeepSpeed would hook what a forward returns into its backward pass.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.metrics: dict[str, Tensor] = {}
 
-    def forward(self, loss: Loss, batch: dict, shared: dict, settings: dict) -> tuple[Tensor, dict]:
+    def forward(self, loss: Loss, batch: dict, shared: dict, settings: dict) -> Tensor:
         value, metrics = loss(self.model, batch, shared, **settings)
-        return value, {name: metric.detach().double() for name, metric in metrics.items()}
+        self.metrics = {name: metric.detach().double() for name, metric in metrics.items()}
+        return value
+
+
+def _clear_stage_3() -> None:
+    """Empties where DeepSpeed's stage 3 would keep every model it has seen: a list, and the caches of methods."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    FWD_MODULE_STACK.clear()
+    caches = [thing for thing in gc.get_objects() if isinstance(thing, functools._lru_cache_wrapper)]
+    for cache in caches:
+        if cache.__module__.startswith("deepspeed."):
+            cache.cache_clear()
 
 
 class LearnerWorker:
@@ -84,6 +101,7 @@ class LearnerWorker:
         self._rank, self._ranks, self._device = rank, ranks, device
         self._engine: Any = None
         self._model: Any = None
+        self._trained: dict[str, nn.Parameter] = {}
 
     def host(self) -> str:
         import ray
@@ -136,13 +154,14 @@ class LearnerWorker:
         self._create_moments()
 
     def _unload(self) -> None:
-        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-
-        if self._engine is not None:
-            self._engine.destroy()
-        FWD_MODULE_STACK.clear()  # a global in which stage 3 would keep every model that it has seen
+        """Lets go of the engine and its memory."""
+        if self._engine is None:
+            return
+        self._engine.destroy()
         self._engine = self._model = None
-        self._trained: dict[str, nn.Parameter] = {}
+        self._trained = {}
+        if self._stage == 3:
+            _clear_stage_3()
         gc.collect()  # engine, optimizer and hooks refer to each other
 
     def _new_optimizer(self) -> torch.optim.AdamW:
@@ -197,10 +216,10 @@ class LearnerWorker:
         with engine.coalesce_grad_reduction() if self._stage else engine.no_sync():
             for rows in batches:
                 # A rank without rows takes part with a weight of zero: at stage 3 the others wait for it.
-                value, metrics = engine(objective, collate(rows or [spare], self._device), tensors, settings)
+                value = engine(objective, collate(rows or [spare], self._device), tensors, settings)
                 engine.backward(value * (self._ranks if rows else 0.0), scale_wrt_gas=False)
                 if rows:
-                    add(totals, metrics)
+                    add(totals, engine.module.metrics)
             if self._stage < 3:
                 for p in self._trained.values():
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -213,7 +232,8 @@ class LearnerWorker:
         engine = self._engine
         if self._stage == 0:
             engine.allreduce_gradients()
-            norm = float(torch.nn.utils.get_total_norm([p.grad for p in self._trained.values()]))
+            gradients = [p.grad for p in self._trained.values() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
             engine.step() if math.isfinite(norm) else engine.zero_grad()
         else:  # DeepSpeed skips the update by itself
             engine.step()
@@ -236,9 +256,9 @@ class LearnerWorker:
         totals: dict[str, Any] = {}
         self._engine.eval()
         for rows in batches:
-            _, metrics = self._engine(objective, collate(rows or [spare], self._device), tensors, settings)
+            self._engine(objective, collate(rows or [spare], self._device), tensors, settings)
             if rows:
-                add(totals, metrics)
+                add(totals, self._engine.module.metrics)
         return {name: float(total) for name, total in totals.items()}
 
     def weights(self, version: int) -> tuple[None, Bundle | None]:
@@ -253,13 +273,14 @@ class LearnerWorker:
             if self._rank == 0:
                 save(self._model, path)
 
-    def save_state(self, folder: str) -> None:
+    def save_state(self, folder: str) -> int:
         tensors = self._state()
         if self._rank == 0:
             write_state(Path(folder), self._steps, self._shapes(), tensors)
         else:
             for _ in tensors:  # only to take part in the gathering
                 pass
+        return self._steps
 
     def load_state(self, folder: str, step: int | None) -> int:
         self._steps, tensors = read_state(Path(folder), self._shapes(), step)

@@ -1,6 +1,7 @@
 """Rollout workers: Ray actors in their own processes that sample from the policy, and the pool that drives them."""
 
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ class RolloutWorker:
         self, requests: list[Request], temperature: float, max_new_tokens: int, seed: int, version: int
     ) -> list[Trajectory]:
         if version != self.version:
-            raise RuntimeError(f"asked to sample with version {version} of the policy, but this worker has {self.version}")
+            raise RuntimeError(
+                f"asked to sample with version {version} of the policy, but this worker has {self.version}"
+            )
         limits = {"temperature": temperature, "max_new_tokens": max_new_tokens}
         trajectories = self.engine.generate(requests, **limits, seed=seed, version=version)
         for t in trajectories:
@@ -114,22 +117,26 @@ class Rollouts:
 
     def _replace(self, index: int, death: Exception) -> None:
         """A new worker with the current policy in place of one that died; the third death in a stage is raised."""
+        from ray.exceptions import RayActorError
+
         self.deaths += 1
         if self.deaths >= MAX_DEATHS:
             raise RuntimeError(f"rollout workers died {self.deaths} times in this stage; the last: {death}") from death
         worker = self.workers[index] = self._start()
-        wait(worker.load.remote(self._path), f"a new rollout worker to load {self._path}", self._deadline)
-        if self._bundle is not None:
-            wait(worker.update.remote(self._bundle), f"it to take version {self._version}", self._deadline)
+        try:
+            wait(worker.load.remote(self._path), f"a new rollout worker to load {self._path}", self._deadline)
+            if self._bundle is not None:
+                wait(worker.update.remote(self._bundle), f"it to take version {self._version}", self._deadline)
+        except RayActorError as next_death:
+            self._replace(index, next_death)
 
 
 def _shares(requests: list[Request], count: int) -> list[list[Request]]:
     """`requests` in `count` runs of nearly equal length that cut no group."""
     shares: list[list[Request]] = [[] for _ in range(count)]
-    for i, request in enumerate(requests):
-        own = i * count // len(requests)
-        if i and request.group == requests[i - 1].group:
-            own = previous
-        shares[own].append(request)
-        previous = own
+    done = 0
+    for _, members in groupby(requests, key=lambda request: request.group):
+        group = list(members)
+        shares[done * count // len(requests)] += group
+        done += len(group)
     return shares

@@ -104,9 +104,7 @@ def test_submit_passes_its_arguments_on_and_ends_with_the_runs_exit_code(monkeyp
     assert calls == [("quickstart", ["seed=1", "name=a"], "http://h:1", Path("runs"))]
 
 
-@pytest.mark.parametrize(
-    "arguments", [["run"], ["submit", "quickstart"], ["rnu"], ["run", "quickstart", "--prin"]]
-)
+@pytest.mark.parametrize("arguments", [["run"], ["submit", "quickstart"], ["rnu"], ["run", "quickstart", "--prin"]])
 def test_wrong_usage_is_exit_code_2(arguments: list[str]):
     assert amalgam(*arguments).exit_code == 2
 
@@ -124,9 +122,7 @@ def test_the_front_door_and_recipes_load_nothing_heavy():
         "import sys; from amalgam.pipelines import cli; assert 'pydantic' not in sys.modules; "
         "from amalgam.pipelines import recipe; print(*sys.modules)"
     )
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert "amalgam.rl.settings" in loaded.stdout
     assert not HEAVY & set(loaded.stdout.split())
 

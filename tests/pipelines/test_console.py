@@ -66,9 +66,7 @@ def test_a_plain_log_keeps_a_long_line_whole_and_reads_no_markup():
 def test_a_terminal_shows_a_line_for_each_running_stage(terminal):
     console = Console(terminal)
     first, second = console.stage("sft-a", "sft", 10), console.stage("sft-b", "sft", 20)
-    threads = [
-        threading.Thread(target=line.update, args=(7,), kwargs={"loss": 0.25}) for line in (first, second)
-    ]
+    threads = [threading.Thread(target=line.update, args=(7,), kwargs={"loss": 0.25}) for line in (first, second)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -142,9 +140,7 @@ def test_failed_grades_are_summed_up():
     console = Console(stream)
     console.failures({"grpo-a": {}})
     assert stream.getvalue() == ""
-    console.failures(
-        {"grpo-a": {"ValueError: x": 1, "timeout after 5 s": 12}, "merged": {"timeout after 5 s": 2}}
-    )
+    console.failures({"grpo-a": {"ValueError: x": 1, "timeout after 5 s": 12}, "merged": {"timeout after 5 s": 2}})
     assert stream.getvalue().splitlines() == [
         "15 answers counted as wrong because their grading failed:",
         "  grpo-a: 12 x timeout after 5 s",

@@ -94,9 +94,7 @@ def test_reasonings_are_exact():
     assert corpus.REASONING["products"](entry(expression="23 * 45")) == (
         "23 * 40 = 920\n23 * 5 = 115\n920 + 115 = 1035"
     )
-    assert corpus.REASONING["gcd"](entry(numbers=[8, 12])) == (
-        "12 = 1 * 8 + 4\n8 = 2 * 4 + 0\nthe last divisor is 4"
-    )
+    assert corpus.REASONING["gcd"](entry(numbers=[8, 12])) == ("12 = 1 * 8 + 4\n8 = 2 * 4 + 0\nthe last divisor is 4")
     assert corpus.REASONING["spell_backward"](entry(word="cat")) == "c-a-t\nt-a-c"
     letters = entry(target_letter="t", span=["To", "it"])
     assert corpus.REASONING["letter_counting"](letters) == "T-o: 1\ni-t: 2"
@@ -187,9 +185,7 @@ def test_command_writes_a_corpus(tmp_path: Path, monkeypatch, capsys):
         ("[]", 0, "want at least 1 document"),
     ],
 )
-def test_command_refuses_bad_input(
-    tmp_path, monkeypatch, capsys, text: str | None, documents: int, error: str
-):
+def test_command_refuses_bad_input(tmp_path, monkeypatch, capsys, text: str | None, documents: int, error: str):
     heldout, out = tmp_path / "heldout.json", tmp_path / "corpus.safetensors"
     if text is not None:
         heldout.write_text(text)

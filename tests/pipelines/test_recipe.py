@@ -171,9 +171,7 @@ def test_quickstart_is_short_and_makes_the_promised_models():
     assert recipe.base == "tiny"
 
 
-scalars = (
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
-)
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 values = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -208,9 +206,7 @@ def test_an_override_reaches_one_stage_or_all_that_a_pattern_made():
 
 
 def test_an_override_may_make_a_section_and_use_a_pattern():
-    recipe = load(
-        SMALL, "evaluate.problems=7", "stages.merged.teachers=sft-{domain}", "stages.average.of=[base]"
-    )
+    recipe = load(SMALL, "evaluate.problems=7", "stages.merged.teachers=sft-{domain}", "stages.average.of=[base]")
     assert recipe.evaluate.problems == 7
     assert recipe.inputs("merged") == ["base", "sft-arithmetic", "sft-strings"]
     assert recipe.inputs("average") == ["base"]
@@ -290,44 +286,37 @@ MISTAKES = {
     "wrong type": (
         "lr: 1e-4",
         "lr: abc",
-        'r.yaml:18: stages.grpo-{domain}.optimizer.lr: "abc" is not a number; '
-        "give a positive number, e.g. 1e-06",
+        'r.yaml:18: stages.grpo-{domain}.optimizer.lr: "abc" is not a number; give a positive number, e.g. 1e-06',
     ),
     "a number in quotes": (
         "steps: 20",
         'steps: "20"',
-        'r.yaml:16: stages.grpo-{domain}.steps: "20" is not a whole number; '
-        "give a positive whole number, e.g. 100",
+        'r.yaml:16: stages.grpo-{domain}.steps: "20" is not a whole number; give a positive whole number, e.g. 100',
     ),
     "half a step": (
         "steps: 20",
         "steps: 20.5",
-        "r.yaml:16: stages.grpo-{domain}.steps: 20.5 is not a whole number; "
-        "give a positive whole number, e.g. 100",
+        "r.yaml:16: stages.grpo-{domain}.steps: 20.5 is not a whole number; give a positive whole number, e.g. 100",
     ),
     "out of range": (
         "lr: 1e-4",
         "lr: -1",
-        "r.yaml:18: stages.grpo-{domain}.optimizer.lr: -1 is out of range; "
-        "give a positive number, e.g. 1e-06",
+        "r.yaml:18: stages.grpo-{domain}.optimizer.lr: -1 is out of range; give a positive number, e.g. 1e-06",
     ),
     "infinite": (
         "lr: 1e-4",
         "lr: .inf",
-        'r.yaml:18: stages.grpo-{domain}.optimizer.lr: ".inf" is not a number; '
-        "give a positive number, e.g. 1e-06",
+        'r.yaml:18: stages.grpo-{domain}.optimizer.lr: ".inf" is not a number; give a positive number, e.g. 1e-06',
     ),
     "a beta of 1": (
         "lr: 1e-4",
         "betas: [0.9, 1]",
-        "r.yaml:18: stages.grpo-{domain}.optimizer.betas.1: 1 is out of range; "
-        "give a number at least 0 and below 1",
+        "r.yaml:18: stages.grpo-{domain}.optimizer.betas.1: 1 is out of range; give a number at least 0 and below 1",
     ),
     "a group of one": (
         "steps: 20",
         "steps: 20\n    group_size: 1",
-        "r.yaml:17: stages.grpo-{domain}.group_size: 1 is out of range; "
-        "give a whole number at least 2, e.g. 16",
+        "r.yaml:17: stages.grpo-{domain}.group_size: 1 is out of range; give a whole number at least 2, e.g. 16",
     ),
     "yes for true": (
         "    from: base\n  grpo",
@@ -380,8 +369,7 @@ MISTAKES = {
     "a pattern where one model belongs": (
         "    from: base\n    teachers",
         "    from: sft-{domain}\n    teachers",
-        "r.yaml:22: stages.merged.from: names one model; "
-        "{domain} in it needs {domain} in the stage's own name",
+        "r.yaml:22: stages.merged.from: names one model; {domain} in it needs {domain} in the stage's own name",
     ),
     "a domain without a teacher": (
         "teachers: grpo-{domain}",
@@ -492,8 +480,7 @@ MISTAKES = {
     "no domains": (
         SMALL[SMALL.index("domains:") : SMALL.index("stages:")],
         "",
-        "r.yaml:1: domains: missing; give a "
-        "mapping that is not empty, e.g. {strings: {tasks: {spell_backward: {}}}}",
+        "r.yaml:1: domains: missing; give a mapping that is not empty, e.g. {strings: {tasks: {spell_backward: {}}}}",
     ),
 }
 
@@ -554,20 +541,13 @@ def test_a_recipe_that_is_not_there(name: str, message: str):
 
 def places(data: dict, path: tuple = ()) -> list[tuple]:
     """The path of every value in a recipe's mappings."""
-    inner = [
-        place
-        for key, value in data.items()
-        if isinstance(value, dict)
-        for place in places(value, (*path, key))
-    ]
+    inner = [place for key, value in data.items() if isinstance(value, dict) for place in places(value, (*path, key))]
     return [(*path, key) for key in data] + inner
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(places(read(SMALL.encode(), "").data)), values, st.booleans())
-def test_whatever_stands_in_one_place_is_taken_or_refused_with_its_line(
-    path: tuple, value: object, extra: bool
-):
+def test_whatever_stands_in_one_place_is_taken_or_refused_with_its_line(path: tuple, value: object, extra: bool):
     data = read(SMALL.encode(), "").data
     parent = data
     for key in path[:-1]:
@@ -576,9 +556,7 @@ def test_whatever_stands_in_one_place_is_taken_or_refused_with_its_line(
     try:
         load(write(data))
     except UserError as error:
-        assert all(
-            re.match(r"r\.yaml:\d+: \S|\.\.\. and \d+ more$", line) for line in str(error).splitlines()
-        )
+        assert all(re.match(r"r\.yaml:\d+: \S|\.\.\. and \d+ more$", line) for line in str(error).splitlines())
 
 
 # The base's folder

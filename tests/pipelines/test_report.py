@@ -41,10 +41,10 @@ SKILL = {
     "merged": (0.80, 0.73),
 }  # fmt: skip
 METRICS = {
-    "sft": ("loss", "held_out_loss", "grad_norm", "lr", "tokens_per_second"),
-    "grpo": ("reward", "reward_task", "reward_format", "loss", "kl", "entropy", "response_length",
-             "clip_fraction", "groups_dropped", "grad_norm", "tokens_per_second"),
-    "distill": ("kl", "loss", "reward_arithmetic", "reward_strings", "response_length", "grad_norm"),
+    "sft": ("loss", "held_out_loss", "tokens", "grad_norm", "lr"),
+    "grpo": ("reward", "correct", "part_task", "part_format", "dropped_groups", "loss", "clipped",
+             "entropy_estimate", "response_tokens", "unfinished", "grad_norm", "lr", "tokens_per_second"),
+    "distill": ("kl", "response_tokens", "unfinished", "grad_norm", "lr", "tokens_per_second"),
 }  # fmt: skip
 
 
@@ -59,9 +59,7 @@ def fake_run(folder, problems=64, steps=60, finished=tuple(STAGES), hostile="<an
         "stages": STAGES,
     }
     write(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    write(
-        folder / "versions.json", json.dumps({"amalgam": "0.1.0", "torch": "2.13.0", "machine": {"cores": 2}})
-    )
+    write(folder / "versions.json", json.dumps({"amalgam": "0.1.0", "torch": "2.13.0", "machine": {"cores": 2}}))
     results = []
     luck = rng.random((len(DOMAINS), problems))  # the same problems are hard for every model
     for model in ("base", *(name for name in finished if name != "start")):
@@ -69,10 +67,9 @@ def fake_run(folder, problems=64, steps=60, finished=tuple(STAGES), hostile="<an
         for domain, skill, hard in zip(DOMAINS, SKILL[model], luck, strict=True):
             correct = 0.8 * hard + 0.2 * rng.random(problems) < skill
             answers[domain] = [answer(index, bool(right), hostile) for index, right in enumerate(correct)]
-            results.append(
-                {"model": model, "domain": domain, "correct": int(correct.sum()), "total": problems}
-            )
-        write(folder / "evaluations" / f"{model}.json", json.dumps({"model": model, "domains": answers}))
+            results.append({"model": model, "domain": domain, "correct": int(correct.sum()), "total": problems})
+        evaluation = {"model": model, "failures": {}, "domains": answers}
+        write(folder / "evaluations" / f"{model}.json", json.dumps(evaluation))
     write(folder / "results.json", json.dumps(results))
     started = list(STAGES)[: len(finished) + 1]
     lines = []
@@ -80,19 +77,21 @@ def fake_run(folder, problems=64, steps=60, finished=tuple(STAGES), hostile="<an
         kind = STAGES[name]["kind"]
         for step in range(1, 1 + (steps if name in finished else steps // 3)):
             values = {metric: curve(metric, step / steps, rng) for metric in METRICS.get(kind, ())}
+            if step % (steps // 10):
+                values.pop("held_out_loss", None)  # once an epoch
             if values:
-                lines.append(
-                    json.dumps({"stage": name, "kind": kind, "step": step, "time": 1.7e9 + step, **values})
-                )
+                lines.append(json.dumps({"stage": name, "kind": kind, "step": step, "time": 1.7e9 + step, **values}))
     write(folder / "metrics.jsonl", "".join(line + "\n" for line in lines))
     for name in finished:
         done = {
             "stage": name, "kind": STAGES[name]["kind"], "inputs": [], "steps": steps,
             "wall_seconds": float(rng.integers(20, 200)), "cpu_seconds": 71.5, "peak_rss_bytes": 1.4e9,
+            "failures": {"timeout after 5 s": 3} if name == "grpo-strings" else {},
         }  # fmt: skip
         write(folder / "stages" / name / "done.json", json.dumps(done))
         if STAGES[name]["kind"] in ("grpo", "distill"):
-            rollouts(folder / "stages" / name / "rollouts", STAGES[name]["domains"], steps, hostile)
+            graded = STAGES[name]["kind"] == "grpo"
+            rollouts(folder / "stages" / name / "rollouts", STAGES[name]["domains"], steps, hostile, graded)
     return folder
 
 
@@ -106,35 +105,46 @@ def answer(index, right, hostile):
         "task": "chain_sum", "index": index,
         "question": f"What is {index} + 2 - 17?", "answer": str(index - 15),
         "response": f"<answer>{index - 15}</answer>" if right else hostile, "correct": right,
-        "parts": {"task": float(right), "format": 1.0}, "finish": "stop" if index % 3 else "length",
+        "parts": {"task": float(right), "format": 1.0}, "note": "",
+        "finish": "stop" if index % 3 else "length",
     }  # fmt: skip
 
 
 def curve(metric, done, rng):
     noise = rng.normal() * 0.03
-    if "reward" in metric:
+    if metric in ("reward", "correct") or "part_" in metric:
         return 0.45 + 0.4 * (1 - np.exp(-4 * done)) + noise
     if metric == "lr":
         return 1e-4 * (1 - done)
     if metric == "tokens_per_second":
         return 1200 + 900 * noise
-    if metric == "response_length":
+    if metric == "response_tokens":
         return 18 - 6 * done + 20 * noise
     return 1.6 * float(np.exp(-3 * done)) + 0.2 + noise
 
 
-def rollouts(folder, domains, step, hostile):
-    rows = [
-        {"step": step, "request": r, "group": r // 4, "domain": domain,
-         "prompt": f"<｜User｜>Problem {r // 2} of {domain}<｜Assistant｜></think>",
-         "response": hostile if r % 2 else "<answer>7</answer>", "value": 1.0 - r % 2,
-         "correct": r % 2 == 0, "part_task": 1.0 - r % 2, "part_format": 1.0,
-         "note": "timeout after 5 s" if r == 1 else "", "finish": "stop", "tokens": 9}
-        for domain in domains for r in range(12)
-    ]  # fmt: skip
+def rollouts(folder, domains, step, hostile, graded):
+    rows = []
+    for domain in domains:
+        for r in range(12):
+            row = {
+                "step": step, "request": r, "group": r // 4, "domain": domain,
+                "prompt": f"Problem {r // 2} of {domain}",
+                "response": hostile if r % 2 else "<answer>7</answer>",
+                "finish": "stop", "tokens": 9, "response_ids": np.arange(9, dtype=np.int32),
+            }  # fmt: skip
+            right = r % 2 == 0
+            parts = {"part_task": float(right), "part_format": 1.0}
+            score = {
+                "value": float(right),
+                "correct": right,
+                "note": "" if r != 1 else "timeout after 5 s",
+                **parts,
+            }
+            rows.append({**row, **score} if graded else row)
     folder.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows), folder / f"{step}.parquet")
-    pq.write_table(pa.Table.from_pylist([{**rows[0], "prompt": "an older step"}]), folder / "9.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), folder / f"{step:06}.parquet")
+    pq.write_table(pa.Table.from_pylist([{**rows[0], "prompt": "an older step"}]), folder / f"{step - 1:06}.parquet")
 
 
 class Page(HTMLParser):
@@ -160,11 +170,7 @@ class Page(HTMLParser):
         self.text.append((self.open[-1] if self.open else ("", ""), data))
 
     def of(self, tag, style=None):
-        return [
-            text
-            for (name, given), text in self.text
-            if name == tag and (style is None or style in given.split())
-        ]
+        return [text for (name, given), text in self.text if name == tag and (style is None or style in given.split())]
 
 
 def page(run):
@@ -178,18 +184,15 @@ def test_a_whole_run(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert parsed.of("h1") == ["quickstart"] and parsed.of("span", "state") == ["complete"]
     shares = [f"{100 * row['correct'] / row['total']:.1f}" for row in results]
-    means = [
-        f"{50 * (a['correct'] + b['correct']) / 64:.1f}"
-        for a, b in zip(results[::2], results[1::2], strict=True)
-    ]
+    means = [f"{50 * (a['correct'] + b['correct']) / 64:.1f}" for a, b in zip(results[::2], results[1::2], strict=True)]
     rows = zip(shares[::2], shares[1::2], means, strict=True)
     shown = [text for text in parsed.of("b") if re.fullmatch(r"\d+\.\d", text)]
-    assert shown == [number for row in rows for number in row]
+    assert shown[: 3 * 7] == [number for row in rows for number in row]
     assert len(parsed.of("span", "tag")) == 3  # the best of each domain and of the mean
     drawings = [given["aria-label"] for tag, given in parsed.tags if tag == "svg"]
     per_stage = {name: len(METRICS.get(stage["kind"], ())) for name, stage in STAGES.items()}
     assert len(drawings) == 1 + sum(per_stage.values())
-    assert drawings[1:4] == ["held out loss", "loss", "grad norm"]
+    assert drawings[1:6] == ["held out loss", "loss", "grad norm", "lr", "tokens"]
     assert any("2.13.0" in text for text in parsed.of("dd"))
     assert any("grpo-arithmetic:" in text for text in parsed.of("pre"))  # the recipe
 
@@ -198,8 +201,7 @@ def test_comparisons_are_paired_and_named(tmp_path):
     parsed = page(fake_run(tmp_path, problems=256))
     numbers = [text for (tag, given), text in parsed.text if tag == "b" and re.match(r"[+−]|\d+\.\d %", text)]
     results = {
-        (row["model"], row["domain"]): row["correct"]
-        for row in json.loads((tmp_path / "results.json").read_text())
+        (row["model"], row["domain"]): row["correct"] for row in json.loads((tmp_path / "results.json").read_text())
     }
 
     def points(a, b, domain):
@@ -254,17 +256,13 @@ def test_a_run_without_its_recipe_is_still_drawn(tmp_path):
     assert len(parsed.of("span", "tag")) == 3
 
 
-HOSTILE = (
-    "</pre><script>alert(1)</script><img src=//evil/x onerror=alert(1)>\"'><svg onload=alert(1)> {{ 7*7 }}"
-)
+HOSTILE = "</pre><script>alert(1)</script><img src=//evil/x onerror=alert(1)>\"'><svg onload=alert(1)> {{ 7*7 }}"
 
 
 def test_hostile_text_stays_text_and_the_page_loads_nothing(tmp_path):
     run = fake_run(tmp_path, hostile=HOSTILE)
     with open(run / "metrics.jsonl", "a") as file:
-        file.write(
-            json.dumps({"stage": "merged", "kind": "distill", "step": 61, "time": 0, HOSTILE: 1.0}) + "\n"
-        )
+        file.write(json.dumps({"stage": "merged", "kind": "distill", "step": 61, "time": 0, HOSTILE: 1.0}) + "\n")
     write(run / "versions.json", json.dumps({HOSTILE: HOSTILE}))
     write(run / "recipe.yaml", (run / "recipe.yaml").read_text() + f"# {HOSTILE}\n")
     parsed = page(run)
@@ -282,9 +280,10 @@ def test_hostile_text_stays_text_and_the_page_loads_nothing(tmp_path):
         "use",
     }
     for tag, attributes in parsed.tags:
-        assert not any(
-            name.startswith("on") or name in ("src", "srcset", "xlink:href") for name in attributes
-        ), (tag, attributes)
+        assert not any(name.startswith("on") or name in ("src", "srcset", "xlink:href") for name in attributes), (
+            tag,
+            attributes,
+        )
         assert attributes.get("href", "#").startswith("#")
     assert (
         "meta",
@@ -306,13 +305,19 @@ def test_characters_that_hide_or_turn_text_are_spelt_out():
 def test_samples_show_right_and_wrong_ones_of_the_last_step(tmp_path):
     parsed = page(fake_run(tmp_path, hostile="wrong answer"))
     cards = [given["class"] for tag, given in parsed.tags if tag == "article"]
-    # 2 right and 2 wrong: of the merged model on 2 domains, of 2 experts on 1, of distillation's on 2
-    assert cards.count("sample right") == cards.count("sample") == 2 * (2 + 1 + 1 + 2)
+    # Two of a sort: the merged model's answers in 2 domains, 2 experts' rollouts, distillation's in 2.
+    assert cards.count("sample right") == cards.count("sample wrong") == 2 * (2 + 2)
+    assert cards.count("sample ungraded") == 2 * 2
     prompts = parsed.of("pre")
-    assert "<｜User｜>Problem 0 of strings<｜Assistant｜></think>" in prompts
-    assert "<｜User｜>Problem 1 of strings<｜Assistant｜></think>" in prompts
+    assert "Problem 0 of strings" in prompts and "Problem 1 of strings" in prompts
     assert "an older step" not in prompts
     assert "timeout after 5 s" in parsed.of("span")
+
+
+def test_failed_grades_are_listed(tmp_path):
+    parsed = page(fake_run(tmp_path))
+    assert parsed.of("td", "happened") == ["timeout after 5 s"]
+    assert parsed.of("h3")[-1] == "Grades that failed"
 
 
 @pytest.mark.parametrize(
@@ -325,7 +330,7 @@ def test_samples_show_right_and_wrong_ones_of_the_last_step(tmp_path):
             '{"stage": "a", "kind": "sft", "step": 1}\n{"stage"\n',
             r"metrics\.jsonl:2: not JSON",
         ),
-        ("stages/merged/rollouts/60.parquet", "PAR1", r"60\.parquet: not a Parquet file"),
+        ("stages/merged/rollouts/000060.parquet", "PAR1", r"000060\.parquet: not a Parquet file"),
     ],
 )
 def test_a_spoilt_file_is_named_and_the_old_report_stays(tmp_path, name, content, message):
@@ -367,9 +372,7 @@ def test_a_curve_has_gaps_dots_and_few_points():
     assert "no finite value" in line_chart(Curve("kl", [(1, None)]))
     assert "NaN" not in line_chart(Curve("one", [(5, 0.0)])) and "h0" in line_chart(Curve("one", [(5, 0.0)]))
     rng = np.random.default_rng(0)
-    noisy = line_chart(
-        Curve("reward", [(step, float(value)) for step, value in enumerate(rng.random(10_000))])
-    )
+    noisy = line_chart(Curve("reward", [(step, float(value)) for step, value in enumerate(rng.random(10_000))]))
     assert 'class="raw"' in noisy and len(noisy) < 20_000
     assert 'class="raw"' not in line_chart(Curve("lr", [(step, 1 - step / 100) for step in range(100)]))
 

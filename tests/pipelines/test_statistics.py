@@ -15,9 +15,7 @@ from amalgam.pipelines.statistics import mean_paired_difference, paired_differen
 def test_wilson_equals_solving_the_score_equation(correct, total, low, high):
     assert wilson(correct, total) == pytest.approx((low, high), abs=1e-5)
     share = correct / total
-    for edge in wilson(
-        correct, total
-    ):  # each edge is a proportion whose own normal interval just reaches the share
+    for edge in wilson(correct, total):  # each edge is a proportion whose own normal interval just reaches the share
         z_squared_variance = 1.959963984540054**2 * edge * (1 - edge) / total
         assert (share - edge) ** 2 == pytest.approx(z_squared_variance, abs=1e-12)
 
@@ -60,9 +58,7 @@ def test_clusters_widen_the_interval_of_repeated_problems():
 
 
 def test_clusters_of_unequal_sizes_weigh_each_outcome_alike():
-    value, low, high = paired_difference(
-        [True, True, True, False], [False, False, True, False], ["x", "x", "x", "y"]
-    )
+    value, low, high = paired_difference([True, True, True, False], [False, False, True, False], ["x", "x", "x", "y"])
     assert value == pytest.approx(2 / 4)
     assert (low, high) == (0.0, pytest.approx(2 / 3))  # only y drawn, only x drawn
 
@@ -81,9 +77,7 @@ def test_mean_over_domains_gives_each_domain_equal_weight():
     assert value == pytest.approx((paired_difference(*big)[0] + paired_difference(*small)[0]) / 2)
     assert low < value < high
     twice = mean_paired_difference([(*big, None), (*big, None)])
-    alone = paired_difference(
-        *big
-    )  # two independent domains: the interval shrinks by sqrt(2), so their draws differ
+    alone = paired_difference(*big)  # two independent domains: the interval shrinks by sqrt(2), so their draws differ
     assert (twice[2] - twice[1]) * math.sqrt(2) == pytest.approx(alone[2] - alone[1], rel=0.06)
 
 
@@ -92,9 +86,7 @@ def test_ratio():
     value, low, high = paired_ratio(a, b)
     assert value == pytest.approx(sum(a) / sum(b))
     assert 0.88 < low < value < high < 1.0
-    assert (
-        paired_ratio([True] * 8, [True] + [False] * 7)[2] == math.inf
-    )  # some resamples never draw b's one success
+    assert paired_ratio([True] * 8, [True] + [False] * 7)[2] == math.inf  # some resamples never draw b's one success
     with pytest.raises(ValueError, match="never right"):
         paired_ratio([True], [False])
 
@@ -104,9 +96,7 @@ def test_same_input_same_interval():
     assert paired_difference(a, b) == paired_difference(a, b)
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "clusters"), [([], [], None), ([True], [], None), ([True], [True], ["x", "y"])]
-)
+@pytest.mark.parametrize(("a", "b", "clusters"), [([], [], None), ([True], [], None), ([True], [True], ["x", "y"])])
 def test_difference_refuses_lengths_that_do_not_fit(a, b, clusters):
     with pytest.raises(ValueError, match="equal lengths"):
         paired_difference(a, b, clusters)

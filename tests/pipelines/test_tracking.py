@@ -168,6 +168,7 @@ def test_two_stages_at_once_leave_two_offline_runs_in_one_group(tmp_path, wandb,
     for thread in threads:
         thread.join(timeout=120)
     tracker.close()
+    wandb.teardown()  # its service writes the last records behind finish()
 
     written = capfd.readouterr()
     assert written.out == written.err == ""
@@ -186,9 +187,7 @@ def test_two_stages_at_once_leave_two_offline_runs_in_one_group(tmp_path, wandb,
             3: pytest.approx(1 / 3),
         }
         assert (logged[3]["samples.nrows"], logged[3]["samples.ncols"]) == (2, 3)
-        (artifact,) = [
-            r.artifact for r in records if r.HasField("artifact") and r.artifact.type == "model"
-        ] or [None]
+        (artifact,) = [r.artifact for r in records if r.HasField("artifact") and r.artifact.type == "model"] or [None]
         assert artifact is not None and artifact.name == f"{tracker.id}-{name}"
         assert json.loads(artifact.metadata)["inputs"] == {"base": str(checkpoint)}
         (entry,) = artifact.manifest.contents

@@ -195,9 +195,7 @@ def test_a_child_that_died_between_two_calls_is_replaced(bad_grader):
 
 def test_long_answers_fail_unread(bad_grader):
     (score,) = bad_grader.grade(misbehave("x" * 20_001))
-    assert score == Score(
-        0.0, False, {"task": 0.0, "format": 0.0}, "an answer of 20001 characters; at most 20000"
-    )
+    assert score == Score(0.0, False, {"task": 0.0, "format": 0.0}, "an answer of 20001 characters; at most 20000")
     assert bad_grader.failures["too long"] == 1
 
 
@@ -208,9 +206,7 @@ def test_threads_have_a_grader_each(grader, bad_grader):
         "good": lambda: grader.grade([(problem, f"<answer>{problem.answer}</answer>", True, "chat")] * 200),
         "bad": lambda: bad_grader.grade(misbehave(*["right", "raise"] * 100)),
     }
-    threads = [
-        threading.Thread(target=lambda name=name: results.update({name: jobs[name]()})) for name in jobs
-    ]
+    threads = [threading.Thread(target=lambda name=name: results.update({name: jobs[name]()})) for name in jobs]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -49,9 +49,7 @@ def test_plan_refuses_nothing(lengths):
 
 
 def test_collate_concatenates_every_field():
-    rows = [
-        {"tokens": np.array([5, 6], np.int32), "experts": np.full((2, 3, 2), i, np.uint8)} for i in range(2)
-    ]
+    rows = [{"tokens": np.array([5, 6], np.int32), "experts": np.full((2, 3, 2), i, np.uint8)} for i in range(2)]
     batch = collate(rows, "cpu")
     assert batch["tokens"].tolist() == [5, 6, 5, 6]
     assert batch["tokens"].dtype == torch.int64

@@ -1,0 +1,145 @@
+"""A stage's progress on disk, with a learner of three numbers and the real files: killed anywhere, it goes on."""
+
+import json
+import threading
+from contextlib import nullcontext
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from amalgam.pipelines import stage as stage_module
+from amalgam.pipelines.stage import Interrupted, StageRun
+from amalgam.rl.state import read_state, write_state
+
+
+class Killed(BaseException):
+    pass
+
+
+class Numbers:
+    """What StageRun uses of a learner."""
+
+    workers: list[Any] = []
+    shapes = {"w": (3,)}
+
+    def __init__(self):
+        self.steps, self.weights = 0, torch.zeros(3)
+
+    def step(self, value: float) -> None:
+        self.weights = self.weights * 1.5 + value
+        self.steps += 1
+
+    def save_state(self, folder: Path) -> int:
+        write_state(folder, self.steps, self.shapes, [self.weights])
+        return self.steps
+
+    def load_state(self, folder: Path, step: int) -> int:
+        self.steps, tensors = read_state(folder, self.shapes, step)
+        self.weights = tensors["w"]
+        return self.steps
+
+
+class Log:
+    def __init__(self):
+        self.rows: list[int] = []
+
+    def step(self, step: int, _: dict[str, float]) -> None:
+        self.rows.append(step)
+
+    def rewind(self, step: int) -> None:
+        self.rows = [s for s in self.rows if s <= step]
+
+
+class Progress:
+    """A stage of 7 steps, two of which have nothing to learn from. Killed at its `kill_at`th chance to be, if any."""
+
+    def __init__(self, folder: Path, every: int, patch: pytest.MonkeyPatch):
+        self.log, self.stop, self.chances, self.kill_at = Log(), threading.Event(), 0, 0
+        patch.setattr(stage_module, "usage", lambda _: [])
+        patch.setattr(stage_module, "write_json", self._risky(stage_module.write_json))
+        patch.setattr(Numbers, "save_state", self._risky(Numbers.save_state))
+        line = SimpleNamespace(update=lambda *_, **__: None)
+        self.run: Any = SimpleNamespace(
+            recipe=SimpleNamespace(checkpoint_every=every),
+            folder=folder,
+            stop=self.stop,
+            fleet=SimpleNamespace(learner=lambda *_: nullcontext(Numbers())),
+            console=SimpleNamespace(stage=lambda *_: line),
+        )
+        (folder / "stages" / "s").mkdir(parents=True)
+
+    def _risky(self, write):
+        def wrapped(*arguments):
+            self._chance()
+            result = write(*arguments)
+            self._chance()
+            return result
+
+        return wrapped
+
+    def _chance(self) -> None:
+        self.chances += 1
+        if self.chances == self.kill_at:
+            raise Killed
+
+    def attempt(self, stop_at: int = 0) -> torch.Tensor:
+        """The weights at the end."""
+        stage = StageRun(self.run, "s", SimpleNamespace(kind="sft"), 7, self.log)  # pyright: ignore
+        stage.start()
+        with stage.learner(Path(), None) as learner:  # pyright: ignore
+            while stage.step < 7:
+                if stage.step not in (2, 3):
+                    learner.step(stage.step)  # pyright: ignore
+                if stage.step + 1 == stop_at:
+                    self.stop.set()
+                stage.commit(learner, {}, {})
+            return learner.weights  # pyright: ignore
+
+
+@pytest.fixture
+def unbroken(tmp_path: Path) -> torch.Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        return Progress(tmp_path / "unbroken", 1, patch).attempt()
+
+
+def test_the_schedule_counts_optimizer_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A GRPO step may take several."""
+    progress, asked = Progress(tmp_path, 1, monkeypatch), []
+    progress.run.fleet.learner = lambda *arguments: asked.append(arguments) or nullcontext(Numbers())
+    stage = StageRun(progress.run, "s", SimpleNamespace(kind="grpo"), 7, progress.log)  # pyright: ignore
+    with stage.learner(Path("model"), None, updates=4):  # pyright: ignore
+        assert asked == [(Path("model"), None, 28)]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_stage_may_be_killed_before_and_after_each_of_its_writes(tmp_path: Path, unbroken: torch.Tensor, every: int):
+    kills = 0
+    for kill_at in count(1):
+        with pytest.MonkeyPatch.context() as patch:
+            progress = Progress(tmp_path / f"{kill_at}", every, patch)
+            progress.kill_at = kill_at
+            try:
+                progress.attempt()
+                break
+            except Killed:
+                kills += 1
+                assert torch.equal(progress.attempt(), unbroken)
+                assert progress.log.rows == [1, 2, 3, 4, 5, 6, 7]
+    assert kills == 4 * (7 if every == 1 else 3)
+
+
+def test_a_stage_that_is_asked_to_stop_saves_its_last_step(tmp_path: Path, unbroken: torch.Tensor):
+    """Also where the recipe saves every third only."""
+    for step in range(1, 8):
+        with pytest.MonkeyPatch.context() as patch:
+            progress = Progress(tmp_path / f"{step}", 3, patch)
+            with pytest.raises(Interrupted, match=f"s step {step}"):
+                progress.attempt(stop_at=step)
+            progress.stop.clear()
+            assert json.loads((tmp_path / f"{step}/stages/s/progress.json").read_text())["step"] == step
+            assert torch.equal(progress.attempt(), unbroken)
+            assert progress.log.rows == [1, 2, 3, 4, 5, 6, 7]
