@@ -134,9 +134,9 @@ class GroupedLinear(nn.Linear):
         super().__init__(size_in, size_out, bias=False)
         self.groups = groups
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         blocks = self.weight.unflatten(0, (self.groups, -1))
-        return torch.bmm(x.transpose(0, 1), blocks.transpose(1, 2)).transpose(0, 1)
+        return torch.bmm(input.transpose(0, 1), blocks.transpose(1, 2)).transpose(0, 1)
 
 
 class Attention(nn.Module):
@@ -146,6 +146,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.dim, self.groups = config.num_attention_heads, config.head_dim, config.o_groups
         self.window, self.eps = config.sliding_window, config.rms_norm_eps
+        assert config.layer_types is not None and config.compress_rates is not None  # transformers fills them
         kind = config.layer_types[layer]
         self.ratio = 0 if kind == "sliding_attention" else config.compress_rates[kind]
         self.rope = "compress" if self.ratio else "main"

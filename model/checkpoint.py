@@ -100,6 +100,7 @@ def save(model: DeepseekV4, path: str | Path) -> None:
     beside.mkdir()
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, beside / "model.safetensors", metadata={"format": "pt"})
+    (beside / "model.safetensors").chmod(0o644)  # safetensors makes it 0600, which a shared folder's readers are not
     config = {**model.config.to_dict(), "architectures": ["DeepseekV4ForCausalLM"]}
     config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
     (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")

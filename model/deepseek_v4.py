@@ -5,7 +5,7 @@ low precision. Shapes: T packed tokens, B documents, L layers, k experts a token
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +109,7 @@ class SharedExpert(nn.Module):
 class MoE(nn.Module):
     def __init__(self, config: DeepseekV4Config, layer: int):
         super().__init__()
+        assert config.mlp_layer_types is not None  # transformers fills it
         self.gate = Router(config, config.mlp_layer_types[layer] == "hash_moe")
         self.experts = Experts(config)
         self.shared_experts = SharedExpert(config)
@@ -179,8 +180,9 @@ class DeepseekV4(nn.Module):
         self.model = Backbone(config)
         self.lm_head = linear(config.hidden_size, config.vocab_size)
         self.ratios = {a.ratio for a in self._attentions() if a.ratio}
+        parameters: Any = config.rope_parameters
         for kind in ("main", "compress"):
-            table = inverse_frequencies(config.qk_rope_head_dim, config.rope_parameters[kind])
+            table = inverse_frequencies(config.qk_rope_head_dim, parameters[kind])
             self.register_buffer(f"{kind}_frequencies", table, persistent=False)
         for attention in self._attentions():
             if indexer := getattr(attention.compressor, "indexer", None):

@@ -1,7 +1,8 @@
 """Where every token sits: packed documents for training and prefill, and one step of decoding.
 
 Shapes: T packed tokens, B documents or requests, N compressed entries of the pack, W the sliding window,
-Q = ceil(T / W) query blocks, E entries that a block of queries may see. Everything here is index arithmetic, done once for all layers.
+Q = ceil(T / W) query blocks, E entries that a block of queries may see. Everything here is index arithmetic, done once
+for all layers.
 """
 
 from dataclasses import dataclass, field

@@ -17,6 +17,8 @@ def average(stage: StageRun, settings: Average) -> None:
         if state.keys() != sums.keys():
             raise UserError(f"stages.{stage.name}.of: {name} and {settings.of[0]} do not have the same tensors")
         for key, total in sums.items():
+            if total.shape != state[key].shape:
+                raise UserError(f"stages.{stage.name}.of: {key}: {name} and {settings.of[0]} differ in shape")
             if total.is_floating_point():
                 total += state[key]
             elif not torch.equal(total, state[key]):

@@ -1,8 +1,13 @@
 """The base model's training text: a broad mixture of reasoning-gym tasks and procedural drills.
 
-Document i of a seed is a function of (seed, i) alone, so any part of the corpus can be made anywhere, in any
-order. A task's question that is held out is drawn again before it is rendered, whatever the style. The
-mixture, its shares and its wordings are our choice.
+Document i of a seed is a function of (seed, i, held-out questions) alone, so any part of the corpus can be
+made anywhere, in any order. A task's question that is held out is drawn again before it is rendered, whatever
+the style. The mixture, its shares and its wordings are our choice.
+
+What the base sees of the quickstart's tasks, in their own wording and with answers: chain_sum with two 1-digit
+terms, spell_backward with words of 3 and 4 letters. Sums of 2-digit terms it sees in other wordings (drills,
+basic_arithmetic), the reversal of made-up words of up to 5 letters as drills, that of longer words never. Only
+the questions that the caller names are held out: another recipe's held-out questions may be among the rest.
 
     python -m amalgam.pipelines.corpus --documents 99999 --seed 0 --heldout QUESTIONS.json --out FILE
 
@@ -33,19 +38,22 @@ from ..model.encoding import Encoding
 from ..model.tokenizer import BOS, EOS, SPECIALS, build, collect_words, load
 from ..rewards.domains import RANGES, make_dataset
 
-DRILL_CHAT_SHARE = 0.1  # of the documents that start with a drill "X -> Y": one turn of chat instead
 DRILL_SHARE = 0.45  # of the documents; the others hold problems
+DRILL_CHAT_SHARE = 0.1  # of those whose first drill is "X -> Y": one turn of chat, X asked and Y answered
 STYLE_SHARES = {  # of the documents with problems; the first three are plain text
     "Question: {question}\nAnswer: {answer}": 0.25,
     "Q: {question}\nA: {answer}": 0.2,
     "{question}\n{answer}": 0.2,
-    "chat": 0.25,  # one turn in V4's chat format, the content in <answer> tags
+    "chat": 0.25,  # one turn in V4's chat format, the answer in <answer> tags
     "high": 0.1,  # the same with reasoning, for the tasks in REASONING
 }
 MAX_PROBLEMS = 3  # of one task, in one plain document: 1 to this many, evenly
 
-# reasoning-gym's tasks that have short prompts and take well under a millisecond, each at a few difficulties.
+# reasoning-gym's tasks that have short prompts and take well under a millisecond, at one or two difficulties.
 TASKS: dict[str, list[dict[str, Any]]] = {
+    # The quickstart's two at their easiest: its base knows their wording, and the rest is its experts' work.
+    "chain_sum": [{"max_terms": 2, "max_digits": 1}],
+    "spell_backward": [{"max_word_len": 4}],
     "products": [{"max_digits": 1}, {"max_digits": 2}],
     "basic_arithmetic": [{"max_terms": 3, "max_digits": 2, "allow_negation": False}],
     "gcd": [{"max_value": 20}, {"max_value": 100}],
@@ -66,10 +74,6 @@ TASKS: dict[str, list[dict[str, Any]]] = {
     "sentence_reordering": [{"min_words_in_sentence": 3, "max_words_in_sentence": 6}],
 }
 
-# The quickstart's tasks are not among them, so that its base has their skills from the drills and has never seen their
-# wording; the tokenizer knows its words all the same.
-WORDED: dict[str, list[dict[str, Any]]] = {"chain_sum": [{}], "spell_backward": [{}]}
-
 CHUNK = 4096  # documents of one piece of work
 CHUNK_SECONDS = 600
 REDRAWS = 1000
@@ -83,7 +87,7 @@ def documents(seed: int, start: int, count: int, heldout: Collection[str]) -> It
 
 
 def document(seed: int, index: int, heldout: frozenset[str]) -> str:
-    """Document `index` of a seed: drills of one kind, or one or a few problems of one task in one style."""
+    """Document `index` of a seed: 1 to 4 drills of one kind, or a few problems of one task; or one of either as chat."""
     rng = Random(f"{seed}/{index}")
     if rng.random() < DRILL_SHARE:
         drill = rng.choices(list(DRILLS), list(DRILLS.values()))[0]
@@ -111,7 +115,7 @@ def _turn(question: str, answer: dict[str, str], mode: str) -> str:
 def problem(rng: Random, task: str, heldout: frozenset[str]) -> dict[str, Any]:
     """A problem of the task at one of its difficulties, as reasoning-gym's entry, that is not held out."""
     for _ in range(REDRAWS):
-        generator = _generator(task, rng.randrange(len((TASKS | WORDED)[task])))
+        generator = _generator(task, rng.randrange(len(TASKS[task])))
         entry = generator[rng.randrange(*RANGES["corpus"])]
         if entry["question"] not in heldout and entry["question"].strip() not in heldout:
             return entry
@@ -120,7 +124,7 @@ def problem(rng: Random, task: str, heldout: frozenset[str]) -> dict[str, Any]:
 
 @cache
 def _generator(task: str, level: int) -> Any:
-    return make_dataset(task, (TASKS | WORDED)[task][level], seed=0, size=1)
+    return make_dataset(task, TASKS[task][level], seed=0, size=1)
 
 
 # --- reasoning, for the tasks where a short one is easy to write: reasoning-gym's entry -> text
@@ -162,7 +166,7 @@ REASONING: dict[str, Callable[[dict[str, Any]], str]] = {
     "word_sequence_reversal": _reason_reversal,
 }
 
-# --- drills: one line of procedural text each; they spell made-up words, so that no task's word is given away
+# --- drills: one line of procedural text each; the words they spell are random letters, English only by chance
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _NUMBERS = "zero one two three four five six seven eight nine ten".split()
@@ -182,7 +186,6 @@ _WORD_LINES = (
     "Repeat: {word} -> {word} {word} {word}",
     "Reverse: {word} -> {backward}",
     "Reverse: {spelled} -> {spelled_backward}",
-    "Spell {word} backward: {backward}",
     "Backward: {word} -> {backward}",
     "Spell: {word} -> {spelled}",
     "Spell: {word} -> {spelled} -> {spelled_backward} -> {backward}",
@@ -215,7 +218,7 @@ def _made_up(rng: Random, longest: int) -> str:
 
 
 def _drill_words(rng: Random) -> str:
-    word = _made_up(rng, 8)
+    word = _made_up(rng, 5)
     place = rng.randrange(len(word))
     return rng.choice(_WORD_LINES).format(
         word=word,
@@ -286,10 +289,10 @@ DRILLS = {  # and their shares
 
 
 def wordings(samples: int = 200) -> dict[str, list[str]]:
-    """Texts by task, for the tokenizer's closed list: questions, reasonings, the drills' lines and words."""
+    """Texts by task, for the tokenizer's closed list: questions, reasonings, and the drills' and styles' words."""
     rng = Random("wordings")
     texts: dict[str, list[str]] = {}
-    for task in TASKS | WORDED:
+    for task in TASKS:
         entries = [problem(rng, task, frozenset()) for _ in range(samples)]
         texts[task] = [entry["question"] for entry in entries]
         if task in REASONING:

@@ -23,6 +23,7 @@ def distill(stage: StageRun, settings: Distill) -> None:
         stage.learner(model, settings.optimizer) as learner,
         stage.rollouts(model, settings.rollout_workers) as rollouts,
         Teachers(paths, **run.fleet.place) as teachers,
+        stage.metered([teachers.worker]),
     ):
         heads = teachers.heads()
         while stage.step < stage.steps:

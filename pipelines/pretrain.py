@@ -31,7 +31,7 @@ def pretrain(stage: StageRun, settings: Pretrain) -> None:
             stage.commit(learner, metrics, {"loss": metrics["loss"], "lr": metrics["lr"]})
         learner.save_model(stage.folder / "trained")
     save(cast(load(stage.folder / "trained"), torch.bfloat16), stage.folder / "checkpoint")
-    stage.finish(f"loss {stage.facts['metrics']['loss']:.4f}")
+    stage.finish(f"loss {stage.facts['metrics']['loss']:.4f}", scratch=("start", "trained"))
 
 
 def corpus(stage: StageRun, settings: Pretrain) -> tuple[np.ndarray, np.ndarray]:

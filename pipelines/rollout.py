@@ -8,14 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..model.encoding import Encoding
-from ..rewards.domains import Domain
+from ..rewards.domains import Domain, Split
 from ..rewards.grader import Grader
 from ..rewards.problem import Problem
 from ..rl.rollout import Rollouts
 from ..rl.trajectory import Request, Trajectory
 
 
-def draw(domains: list[Domain], split: str, step: int, count: int) -> list[tuple[Domain, Problem]]:
+def draw(domains: list[Domain], split: Split, step: int, count: int) -> list[tuple[Domain, Problem]]:
     """`count` problems of step `step`, evenly from the domains; no problem comes twice in a stage."""
     drawn = []
     for i, domain in enumerate(domains):

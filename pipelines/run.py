@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,9 @@ def run_recipe(recipe: Recipe, runs: Path) -> Path:
     """
     domains = _checked(recipe)
     folder = (runs / recipe.name).absolute()
-    with _claimed(folder, recipe), Console() as console:
+    with _claimed(folder), Console() as console:
         tracker = Tracker(folder, recipe.name, recipe.tracking.wandb, recipe.tracking.project)
+        _keep(recipe, folder / "recipe.yaml")
         console.print(f"{recipe.name}: {folder}, tracked in {tracker.status}")
         write_json(folder / "versions.json", versions())
         start_ray()
@@ -120,26 +122,31 @@ def _processor() -> str:
 
 
 @contextmanager
-def _claimed(folder: Path, recipe: Recipe) -> Iterator[None]:
-    """The run's folder for this process alone, with the resolved recipe in it."""
+def _claimed(folder: Path) -> Iterator[None]:
+    """The run's folder for this process alone."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is running this; wait for it, or set another name") from None
-        kept, text = folder / "recipe.yaml", resolved_yaml(recipe)
-        if kept.exists() and kept.read_text() != text:
-            old, new = kept.read_text().splitlines(), text.splitlines()
-            line = next((i for i, pair in enumerate(zip(old, new, strict=False), 1) if pair[0] != pair[1]), len(new))
-            raise UserError(
-                f"{kept}:{line}: this folder holds a run of another recipe; "
-                "remove the folder, or give this run a name of its own: --set name=NAME"
-            )
-        if not kept.exists():
-            (folder / ".recipe.new").write_text(text)
-            os.replace(folder / ".recipe.new", kept)
         yield
+
+
+def _keep(recipe: Recipe, file: Path) -> None:
+    """The resolved recipe stays with its run; a folder that holds another recipe's run is refused."""
+    text = resolved_yaml(recipe)
+    if not file.exists():
+        beside = file.with_name(".recipe.new")
+        beside.write_text(text)
+        os.replace(beside, file)
+    elif (kept := file.read_text()) != text:
+        pairs = enumerate(zip_longest(kept.splitlines(), text.splitlines()), 1)
+        line = next(number for number, (old, new) in pairs if old != new)
+        raise UserError(
+            f"{file}:{line}: this folder holds a run of another recipe; "
+            "remove the folder, or give this run a name of its own: --set name=NAME"
+        )
 
 
 def _walk(run: Run) -> None:
@@ -165,13 +172,15 @@ def _walk(run: Run) -> None:
         run.stop.set()
         if isinstance(error, KeyboardInterrupt):
             run.console.print("interrupted: stages end after their current step (Ctrl-C again: at once)")
-        stopped = _drain(running, ended)
+        stopped = _drain(running, ended, run.console)
         if isinstance(error, KeyboardInterrupt):
             run.console.print(f"interrupted; the same command goes on from {', '.join(stopped) or 'here'}")
         raise
 
 
-def _drain(running: set[Task], ended: "queue.Queue[tuple[Task, BaseException | None]]") -> list[str]:
+def _drain(
+    running: set[Task], ended: "queue.Queue[tuple[Task, BaseException | None]]", console: Console
+) -> list[str]:
     """Waits for the running tasks to stop; where those stand that stopped in the middle."""
     stopped = []
     try:
@@ -180,6 +189,8 @@ def _drain(running: set[Task], ended: "queue.Queue[tuple[Task, BaseException | N
             running.remove(task)
             if isinstance(error, Interrupted):
                 stopped.append(str(error))
+            elif error is not None:
+                console.print(f"{task[1]} failed too: {type(error).__name__}: {error}")
     except queue.Empty:
         stopped += [f"{name} (its last saved step)" for _, name in running]
     return stopped

@@ -50,7 +50,7 @@ def sft(stage: StageRun, settings: Sft) -> None:
     shutil.rmtree(beside, ignore_errors=True)  # half a copy, where a run was cut off here
     shutil.copytree(stage.folder / "best", beside)
     replace_folder(beside, stage.folder / "checkpoint")
-    stage.finish(f"held-out loss {facts['best']:.4f} after epoch {facts['best_epoch']}")
+    stage.finish(f"held-out loss {facts['best']:.4f} after epoch {facts['best_epoch']}", scratch=("best",))
 
 
 def demonstrations(stage: StageRun, settings: Sft) -> tuple[list[Row], list[Row]]:
@@ -60,9 +60,11 @@ def demonstrations(stage: StageRun, settings: Sft) -> tuple[list[Row], list[Row]
     held_out: list[Row] = []
     for name in settings.domains:
         domain = stage.run.domains[name]
-        parts = [("demonstrations", domain.demonstrations, train), ("validation", settings.validation, held_out)]
-        for split, count, rows in parts:
-            for problem in domain.problems(split, 0, count):
+        for rows, problems in (
+            (train, domain.problems("demonstrations", 0, domain.demonstrations)),
+            (held_out, domain.problems("validation", 0, settings.validation)),
+        ):
+            for problem in problems:
                 answer = {"role": "assistant", "content": domain.demonstration(problem)}
                 ids, trained = encoding.ids(tokenizer, [*domain.messages(problem), answer], domain.mode)
                 rows.append({"tokens": np.array(ids, np.int32), "trained": np.array(trained, np.float32)})

@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,12 +92,12 @@ class StageRun:
         with self.run.fleet.learner(model, optimization, self.steps * updates) as learner:
             if self.step:
                 learner.load_state(self.folder / "state", self._learned)
-            with self._metered(learner.workers):
+            with self.metered(learner.workers):
                 yield learner
 
     @contextmanager
     def rollouts(self, model: Path, workers: int) -> Iterator[Rollouts]:
-        with self.run.fleet.rollouts(model, workers) as rollouts, self._metered(rollouts.workers):
+        with self.run.fleet.rollouts(model, workers) as rollouts, self.metered(rollouts.workers):
             yield rollouts
 
     @contextmanager
@@ -108,14 +108,15 @@ class StageRun:
             self.failures = dict(Counter(grader.failures) - before)
 
     @contextmanager
-    def _metered(self, workers: list[Any]) -> Iterator[None]:
+    def metered(self, workers: list[Any]) -> Iterator[None]:
+        """Counts the CPU time and the memory of these actors as the stage's."""
         before = sum(cpu for cpu, _ in usage(workers))
         yield
         after = usage(workers)
         self._cpu += sum(cpu for cpu, _ in after) - before
         self._peak += sum(peak for _, peak in after)
 
-    def commit(self, learner: Learner, metrics: dict[str, float], shown: dict[str, float | str]) -> None:
+    def commit(self, learner: Learner, metrics: dict[str, float], shown: Mapping[str, float | str]) -> None:
         """One more step is finished: log it, show it, and save the learner's state every `checkpoint_every` steps."""
         self.step += 1
         self.facts["metrics"] = metrics
@@ -142,8 +143,11 @@ class StageRun:
         self.log.rewind(self.step)
         self.line = self.run.console.stage(self.name, self.settings.kind, self.steps, self.step)
 
-    def finish(self, summary: str) -> None:
-        """The checkpoint is in place: the stage is done, and its state is not needed any more."""
+    def finish(self, summary: str, scratch: tuple[str, ...] = ()) -> None:
+        """The checkpoint is in place: the stage is done, and its state and `scratch` folders are not needed any more.
+
+        What done.json says of time, memory and failed grades is this attempt's, if the stage was interrupted before.
+        """
         self.log.artifact(self.folder / "checkpoint")
         write_json(
             self.folder / "done.json",
@@ -158,7 +162,8 @@ class StageRun:
                 "failures": self.failures,
             },
         )
-        shutil.rmtree(self.folder / "state", ignore_errors=True)
+        for name in ("state", *scratch):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         self.line.done(summary)
 
 

@@ -46,7 +46,7 @@ class Fleet:
     def lend(
         self, key: Any, make: Callable[[], Any], again: Callable[[Any], Any] = lambda member: None
     ) -> Iterator[Any]:
-        """An idle member of this key after `again`, or a new one from `make`. The fleet calls its `close()` at its end."""
+        """An idle member of this key after `again`, or a new one from `make`; `__exit__` closes it."""
         with self._lock:
             idle = self._idle.setdefault(key, [])
             member = idle.pop() if idle else None

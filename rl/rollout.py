@@ -30,7 +30,10 @@ class RolloutWorker:
 
         model = load(path, device=self.device)
         self.tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
-        self.engine = Engine(model, model.config.eos_token_id)
+        end = model.config.eos_token_id
+        if not isinstance(end, int):
+            raise ValueError(f"{path}/config.json: eos_token_id: {end!r}; it must be one token's id")
+        self.engine = Engine(model, end)
         self.version = 0
 
     def update(self, bundle: Any) -> None:

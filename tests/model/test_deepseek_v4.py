@@ -143,7 +143,7 @@ def test_replay_forces_recorded_experts(model: DeepseekV4):
     torch.testing.assert_close(model(tokens, cu, replay=own.experts).hidden, own.hidden)
     torch.testing.assert_close(model(tokens, cu, replay=torch.full_like(own.experts, -1)).hidden, own.hidden)
     other = model(tokens, cu, replay=(own.experts + 1) % model.config.n_routed_experts).experts
-    hashed = [kind == "hash_moe" for kind in model.config.mlp_layer_types]
+    hashed = [kind == "hash_moe" for kind in model.config.mlp_layer_types or []]
     for layer, is_hashed in enumerate(hashed):
         same = torch.equal(other[:, layer], own.experts[:, layer])
         assert same == is_hashed  # a hash layer's table cannot be overruled
