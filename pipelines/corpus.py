@@ -4,10 +4,10 @@ Document i of a seed is a function of (seed, i, held-out questions) alone, so an
 made anywhere, in any order. A task's question that is held out is drawn again before it is rendered, whatever
 the style. The mixture, its shares and its wordings are our choice.
 
-What the base sees of the quickstart's tasks, in their own wording and with answers: chain_sum with two 1-digit
-terms, spell_backward with words of 3 and 4 letters. Sums of 2-digit terms it sees in other wordings (drills,
-basic_arithmetic), the reversal of made-up words of up to 5 letters as drills, that of longer words never. Only
-the questions that the caller names are held out: another recipe's held-out questions may be among the rest.
+What the base sees of the quickstart's tasks, in their own wording with the answers: chain_sum with two
+1-digit terms, spell_backward with words of 3 and 4 letters. Sums of 2-digit terms it sees in other wordings
+(drills, basic_arithmetic), made-up words of up to 5 letters reversed as drills, longer ones reversed never.
+Only the questions that the caller names are held out; those that another recipe holds out may be here.
 
     python -m amalgam.pipelines.corpus --documents 99999 --seed 0 --heldout QUESTIONS.json --out FILE
 
@@ -87,7 +87,7 @@ def documents(seed: int, start: int, count: int, heldout: Collection[str]) -> It
 
 
 def document(seed: int, index: int, heldout: frozenset[str]) -> str:
-    """Document `index` of a seed: 1 to 4 drills of one kind, or a few problems of one task; or one of either as chat."""
+    """Document `index` of a seed: drills of one kind or problems of one task, a few as text or one as chat."""
     rng = Random(f"{seed}/{index}")
     if rng.random() < DRILL_SHARE:
         drill = rng.choices(list(DRILLS), list(DRILLS.values()))[0]
@@ -289,7 +289,7 @@ DRILLS = {  # and their shares
 
 
 def wordings(samples: int = 200) -> dict[str, list[str]]:
-    """Texts by task, for the tokenizer's closed list: questions, reasonings, and the drills' and styles' words."""
+    """Texts by task, for the tokenizer's closed list: questions, reasonings, the words of drills and styles."""
     rng = Random("wordings")
     texts: dict[str, list[str]] = {}
     for task in TASKS:

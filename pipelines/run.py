@@ -34,7 +34,7 @@ from .pretrain import pretrain
 from .recipe import BASE, Average, Recipe, Sft, resolved_yaml
 from .report import write_report
 from .sft import sft
-from .stage import Interrupted, Run, StageRun, write_json
+from .stage import Interrupted, Run, StageRun, write_json, write_text
 from .tracking import Tracker
 
 STAGES: dict[str, Callable[[StageRun, Any], None]] = {
@@ -59,8 +59,10 @@ def run_recipe(recipe: Recipe, runs: Path) -> Path:
     domains = _checked(recipe)
     folder = (runs / recipe.name).absolute()
     with _claimed(folder), Console() as console:
+        kept, text = folder / "recipe.yaml", resolved_yaml(recipe)
+        _refuse_another(kept, text)
         tracker = Tracker(folder, recipe.name, recipe.tracking.wandb, recipe.tracking.project)
-        _keep(recipe, folder / "recipe.yaml")
+        write_text(kept, text)
         console.print(f"{recipe.name}: {folder}, tracked in {tracker.status}")
         write_json(folder / "versions.json", versions())
         start_ray()
@@ -133,20 +135,16 @@ def _claimed(folder: Path) -> Iterator[None]:
         yield
 
 
-def _keep(recipe: Recipe, file: Path) -> None:
-    """The resolved recipe stays with its run; a folder that holds another recipe's run is refused."""
-    text = resolved_yaml(recipe)
-    if not file.exists():
-        beside = file.with_name(".recipe.new")
-        beside.write_text(text)
-        os.replace(beside, file)
-    elif (kept := file.read_text()) != text:
-        pairs = enumerate(zip_longest(kept.splitlines(), text.splitlines()), 1)
-        line = next(number for number, (old, new) in pairs if old != new)
-        raise UserError(
-            f"{file}:{line}: this folder holds a run of another recipe; "
-            "remove the folder, or give this run a name of its own: --set name=NAME"
-        )
+def _refuse_another(kept: Path, text: str) -> None:
+    """UserError if the folder holds the run of another recipe than `text`."""
+    if not kept.exists() or (old := kept.read_text()) == text:
+        return
+    pairs = enumerate(zip_longest(old.splitlines(), text.splitlines()), 1)
+    line = next(number for number, (before, now) in pairs if before != now)
+    raise UserError(
+        f"{kept}:{line}: this folder holds a run of another recipe; "
+        "remove the folder, or give this run a name of its own: --set name=NAME"
+    )
 
 
 def _walk(run: Run) -> None:

@@ -174,7 +174,11 @@ def speaker(run: Run, model: str) -> tuple[Encoding, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Written beside and renamed."""
     beside = path.with_name(f".{path.name}.new")
-    beside.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    beside.write_text(text)
     os.replace(beside, path)

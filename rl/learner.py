@@ -7,7 +7,7 @@ import numpy as np
 
 from .cluster import wait
 from .learner_worker import LearnerWorker, Loss, add
-from .packing import Row, plan
+from .packing import Row, plan, stack
 from .settings import Optimization
 
 _STRAGGLER_SECONDS = 10.0
@@ -137,11 +137,11 @@ class Learner:
 
         lengths = [len(row["tokens"]) for row in rows]
         batches = plan(lengths, self._optimization.micro_batch_tokens, self._optimization.ranks)
-        arguments = (rows[int(np.argmin(lengths))], loss, ray.put(shared or {}), settings)
-        calls = [
-            getattr(worker, method).remote([[rows[i] for i in batch] for batch in batches[rank]], *arguments)
-            for rank, worker in enumerate(self.workers)
-        ]
+        arguments = (stack([rows[int(np.argmin(lengths))]]), loss, ray.put(shared or {}), settings)
+        calls = []
+        for worker, own in zip(self.workers, batches, strict=bool(self.workers)):
+            packed = [stack([rows[i] for i in batch]) if batch else None for batch in own]
+            calls.append(getattr(worker, method).remote(packed, *arguments))
         results = self._wait(calls, f"the learner to {method} on {len(rows)} rows, {sum(lengths)} tokens")
         totals: dict[str, float] = {}
         for result in results:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .packing import Row, collate
+from .packing import Batch, tensors
 from .settings import Optimization
 from .state import Shapes, read_state, write_state
 from .sync import Bundle, pack
@@ -199,14 +199,14 @@ class LearnerWorker:
 
     def step(
         self,
-        batches: list[list[Row]],
-        spare: Row,
+        batches: list[Batch | None],
+        spare: Batch,
         loss: str | Loss,
         shared: dict[str, np.ndarray],
         settings: dict[str, Any],
     ) -> dict[str, float]:
         """An optimizer step on this rank's micro-batches: the sums of their metrics, "grad_norm" and "lr"."""
-        engine, objective, tensors = self._engine, named(loss), self._tensors(shared)
+        engine, objective, common = self._engine, named(loss), tensors(shared, self._device)
         lr = lr_at(self._steps, self._optimization, self._total_steps)
         for group in engine.basic_optimizer.param_groups:
             group["lr"] = lr
@@ -214,11 +214,11 @@ class LearnerWorker:
         engine.zero_grad()  # of a step that failed
         engine.train()
         with engine.coalesce_grad_reduction() if self._stage else engine.no_sync():
-            for rows in batches:
+            for batch in batches:
                 # A rank without rows takes part with a weight of zero: at stage 3 the others wait for it.
-                value = engine(objective, collate(rows or [spare], self._device), tensors, settings)
-                engine.backward(value * (self._ranks if rows else 0.0), scale_wrt_gas=False)
-                if rows:
+                value = engine(objective, tensors(batch or spare, self._device), common, settings)
+                engine.backward(value * (self._ranks if batch else 0.0), scale_wrt_gas=False)
+                if batch:
                     add(totals, engine.module.metrics)
             if self._stage < 3:
                 for p in self._trained.values():
@@ -245,19 +245,19 @@ class LearnerWorker:
     @torch.no_grad()
     def evaluate(
         self,
-        batches: list[list[Row]],
-        spare: Row,
+        batches: list[Batch | None],
+        spare: Batch,
         loss: str | Loss,
         shared: dict[str, np.ndarray],
         settings: dict[str, Any],
     ) -> dict[str, float]:
         """The sums of the metrics of this rank's micro-batches."""
-        objective, tensors = named(loss), self._tensors(shared)
+        objective, common = named(loss), tensors(shared, self._device)
         totals: dict[str, Any] = {}
         self._engine.eval()
-        for rows in batches:
-            self._engine(objective, collate(rows or [spare], self._device), tensors, settings)
-            if rows:
+        for batch in batches:
+            self._engine(objective, tensors(batch or spare, self._device), common, settings)
+            if batch:
                 add(totals, self._engine.module.metrics)
         return {name: float(total) for name, total in totals.items()}
 
@@ -332,6 +332,3 @@ class LearnerWorker:
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(list(self._model.parameters()), modifier_rank=writer)
-
-    def _tensors(self, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
-        return {name: torch.tensor(array, device=self._device) for name, array in arrays.items()}

@@ -1,7 +1,7 @@
 """From documents of any length to packed micro-batches: no padding, and every rank gets equal work."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -9,6 +9,9 @@ from torch import Tensor
 
 Row = dict[str, np.ndarray]
 """One document: "tokens" [n], and any further fields with one value (of any shape) a token: [n, ...]."""
+
+Batch = dict[str, np.ndarray]
+"""Documents in a row: every field of theirs as one array, and where each document ends."""
 
 
 def plan(lengths: Sequence[int], max_tokens: int, ranks: int) -> list[list[list[int]]]:
@@ -53,7 +56,7 @@ def _deal(batches: list[list[int]], lengths: Sequence[int], count: int, ranks: i
     return dealt
 
 
-def collate(rows: Sequence[Row], device: str | torch.device) -> dict[str, Tensor]:
+def stack(rows: Sequence[Row]) -> Batch:
     """The rows' fields, each concatenated along dim 0 to [T, ...], and "cu_seqlens" int32 [B + 1].
 
     "tokens" become int64, other fields keep their dtypes. Raises ValueError for a row whose fields are not
@@ -66,7 +69,17 @@ def collate(rows: Sequence[Row], device: str | torch.device) -> dict[str, Tensor
         for field, values in row.items():
             if len(values) != lengths[i]:
                 raise ValueError(f"row {i}: {field}: {len(values)} values for {lengths[i]} tokens")
-    fields = {field: np.concatenate([row[field] for row in rows]) for field in rows[0]}
-    fields["tokens"] = fields["tokens"].astype(np.int64)
-    fields["cu_seqlens"] = np.cumsum([0, *lengths], dtype=np.int32)
-    return {field: torch.from_numpy(values).to(device) for field, values in fields.items()}
+    batch = {field: np.concatenate([row[field] for row in rows]) for field in rows[0]}
+    batch["tokens"] = batch["tokens"].astype(np.int64)
+    batch["cu_seqlens"] = np.cumsum([0, *lengths], dtype=np.int32)
+    return batch
+
+
+def tensors(arrays: Mapping[str, np.ndarray], device: str | torch.device) -> dict[str, Tensor]:
+    """The arrays as tensors of their own memory: what Ray hands over is read-only."""
+    return {name: torch.tensor(array, device=device) for name, array in arrays.items()}
+
+
+def collate(rows: Sequence[Row], device: str | torch.device) -> dict[str, Tensor]:
+    """`stack`, as tensors."""
+    return tensors(stack(rows), device)

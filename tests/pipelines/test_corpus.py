@@ -1,6 +1,7 @@
-"""The training corpus: documents by counter, held-out questions, styles, reasonings, packed files."""
+"""The training corpus: documents by counter, held-out questions, styles, reasonings, drills, packed files."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from random import Random
@@ -16,11 +17,17 @@ from amalgam.pipelines import corpus
 
 PRESET = Path(corpus.__file__).parents[1] / "model" / "presets" / "tiny"
 SAMPLE = list(corpus.documents(seed=7, start=0, count=1500, heldout=()))
+DRILL = re.compile(r"(Copy|Repeat|Reverse( the list)?|Backward|Spell|Join|In (a|de)scending order): ")
+
+
+def asked(text: str) -> str:
+    """What the user says in a document in chat format."""
+    return text.split(USER)[1].split(ASSISTANT)[0]
 
 
 def questions(texts: list[str]) -> set[str]:
-    """The questions of the documents in chat format."""
-    return {text.split(USER)[1].split(ASSISTANT)[0] for text in texts if USER in text}
+    """The tasks' questions of the documents in chat format."""
+    return {asked(text) for text in texts if USER in text and not DRILL.match(asked(text))}
 
 
 def holding(texts: list[str], heldout: set[str]) -> list[int]:
@@ -65,9 +72,29 @@ def test_documents_are_whole_and_chat_ones_parse():
         message = Encoding.default().parse(text.split(THINK if mode == "high" else END_THINK, 1)[1], mode)
         assert message["content"].startswith("<answer>") and message["content"].endswith("</answer>")
         assert bool(message["reasoning_content"]) == (mode == "high")
+    drills = [text for text in chat if DRILL.match(asked(text))]
+    assert 0 < len(drills) < corpus.DRILL_CHAT_SHARE * corpus.DRILL_SHARE * len(SAMPLE)
     problems = (1 - corpus.DRILL_SHARE) * len(SAMPLE)
-    assert 0.25 < len(chat) / problems < 0.45
+    assert 0.25 < (len(chat) - len(drills)) / problems < 0.45
     assert 0.05 < sum(THINK in text for text in chat) / problems < 0.15
+
+
+def test_a_drill_as_a_turn_of_chat_asks_for_its_last_part(monkeypatch):
+    plain = [text for text in SAMPLE if DRILL.match(text.removeprefix(BOS))]
+    monkeypatch.setattr(corpus, "DRILL_CHAT_SHARE", 1.0)
+    chat = dict(zip(SAMPLE, corpus.documents(7, 0, len(SAMPLE), ()), strict=True))
+    assert len(plain) > 50
+    for text in plain:
+        question, answer = text.removeprefix(BOS).removesuffix(EOS).split("\n")[0].rsplit(" -> ", 1)
+        assert chat[text] == f"{BOS}{USER}{question}{ASSISTANT}{END_THINK}<answer>{answer}</answer>{EOS}"
+
+
+def test_the_quickstarts_tasks_are_there_at_their_easiest_alone():
+    text = "\n".join(SAMPLE)
+    sums = re.findall(r"arithmetic problem: (.*) =", text)
+    words = re.findall(r"Spell this word backward \(example: sun -> nus\): (\w+)", text)
+    assert len(sums) > 20 and all(re.fullmatch(r"\d [+-] \d", expression) for expression in sums)
+    assert len(words) > 20 and {len(word) for word in words} == {3, 4}
 
 
 def test_every_task_and_drill_is_in_the_mixture():
@@ -81,24 +108,41 @@ def test_every_task_and_drill_is_in_the_mixture():
     assert not [line for line in lines if "\n" in line or "{" in line]
 
 
+def test_drills_of_sums_and_words_are_right():
+    rng = Random(0)
+    for _ in range(300):
+        left, right = re.sub(r"The sum (.*) is (.*)\.", r"\1 = \2", corpus._drill_sums(rng)).split(" = ")
+        assert eval(left) == eval(right)
+    for _ in range(600):
+        kind, _, line = corpus._drill_words(rng).partition(": ")
+        word, *parts = line.split(" -> ")
+        spelled, backward = "-".join(word), word[::-1]
+        right = {
+            "Copy": [word],
+            "Repeat": [f"{word} {word} {word}"],
+            "Reverse": [backward],
+            "Backward": [backward],
+            "Spell": [spelled, "-".join(backward), backward][: len(parts)],
+            "Join": [word.replace("-", "")],
+        }
+        assert not parts or (parts == right[kind] and len(word.replace("-", "")) <= 5)
+
+
 def test_shares_sum_to_one():
     assert sum(corpus.STYLE_SHARES.values()) == pytest.approx(1)
     assert sum(corpus.DRILLS.values()) == pytest.approx(1)
 
 
 def test_reasonings_are_exact():
-    def entry(**metadata):
-        return {"metadata": metadata}
-
-    assert corpus.REASONING["chain_sum"](entry(expression="4 - 10 + 7")) == "4 - 10 = -6\n-6 + 7 = 1"
-    assert corpus.REASONING["products"](entry(expression="23 * 45")) == (
-        "23 * 40 = 920\n23 * 5 = 115\n920 + 115 = 1035"
-    )
-    assert corpus.REASONING["gcd"](entry(numbers=[8, 12])) == ("12 = 1 * 8 + 4\n8 = 2 * 4 + 0\nthe last divisor is 4")
-    assert corpus.REASONING["spell_backward"](entry(word="cat")) == "c-a-t\nt-a-c"
-    letters = entry(target_letter="t", span=["To", "it"])
-    assert corpus.REASONING["letter_counting"](letters) == "T-o: 1\ni-t: 2"
-    assert corpus.REASONING["word_sequence_reversal"](entry(words=["a", "b"])) == "2. b\n1. a"
+    exact = {
+        "products": ({"expression": "23 * 45"}, "23 * 40 = 920\n23 * 5 = 115\n920 + 115 = 1035"),
+        "gcd": ({"numbers": [8, 12]}, "12 = 1 * 8 + 4\n8 = 2 * 4 + 0\nthe last divisor is 4"),
+        "letter_counting": ({"target_letter": "t", "span": ["To", "it"]}, "T-o: 1\ni-t: 2"),
+        "word_sequence_reversal": ({"words": ["a", "b"]}, "2. b\n1. a"),
+    }
+    assert corpus.REASONING.keys() == exact.keys()
+    for task, (metadata, text) in exact.items():
+        assert corpus.REASONING[task]({"metadata": metadata}) == text
 
 
 @pytest.mark.parametrize("task", corpus.REASONING)
@@ -107,9 +151,7 @@ def test_a_reasoning_leads_to_the_answer(task: str):
     for _ in range(50):
         entry = corpus.problem(rng, task, frozenset())
         lines = corpus.REASONING[task](entry).split("\n")
-        if task == "spell_backward":
-            assert lines[-1].replace("-", "") == entry["answer"]
-        elif task == "word_sequence_reversal":
+        if task == "word_sequence_reversal":
             assert ", ".join(line.split(". ", 1)[1] for line in lines) == entry["answer"]
         else:
             assert lines[-1].split()[-1] == entry["answer"]

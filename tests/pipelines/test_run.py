@@ -110,8 +110,9 @@ def test_sampler_and_learner_agree_in_every_step(whole: Path):
 
 
 def test_the_sft_checkpoint_is_the_best_epochs(whole: Path, recipe: Recipe):
-    """By its own held-out loss. The base knows the demonstrations well, so that a second epoch only overfits."""
-    for name, earlier in (("numbers", False), ("words", True)):
+    """By its own held-out loss, in at least one stage an earlier epoch than the last."""
+    earlier = []
+    for name in ("numbers", "words"):
         found = [r["held_out_loss"] for r in metrics(whole)[f"sft-{name}"] if "held_out_loss" in r]
         settings = recipe.domains[name]
         domain = Domain(name, settings.mode, settings.tasks, settings.demonstrations, 8, recipe.seed)
@@ -121,7 +122,8 @@ def test_the_sft_checkpoint_is_the_best_epochs(whole: Path, recipe: Recipe):
         with torch.no_grad():
             value = sft_loss(model, collate(weighted(held_out), "cpu"), {})[0].item()
         assert value == pytest.approx(min(found), rel=1e-5)
-        assert (found[0] < found[1]) == earlier, "the test needs one of each"
+        earlier.append(found[-1] > min(found))
+    assert any(earlier), "the test needs a stage whose last epoch is not its best"
 
 
 def test_a_finished_stage_says_so_and_keeps_no_state(whole: Path):
