@@ -161,7 +161,7 @@ def _walk(run: Run) -> None:
                 waiting.remove(task)
                 running.add(task)
                 threading.Thread(target=_attempt, args=(run, task, ended), daemon=True).start()
-            task, error = ended.get()
+            task, error = _next(ended)
             running.remove(task)
             if error is not None:
                 raise error
@@ -174,6 +174,15 @@ def _walk(run: Run) -> None:
         if isinstance(error, KeyboardInterrupt):
             run.console.print(f"interrupted; the same command goes on from {', '.join(stopped) or 'here'}")
         raise
+
+
+def _next(ended: "queue.Queue[tuple[Task, BaseException | None]]") -> tuple[Task, BaseException | None]:
+    """The next task that ends. Wakes up now and then: Ctrl-C may reach another thread, and then only shows here."""
+    while True:
+        try:
+            return ended.get(timeout=0.5)
+        except queue.Empty:
+            continue
 
 
 def _drain(
