@@ -1,1 +1,1 @@
-"""Operations of DeepSeek-V4, one file each: its plain PyTorch definition (`reference_*`) and one public function."""
+"""Operations of DeepSeek-V4, a file each, in plain PyTorch: the definition that every faster version is held to."""

@@ -14,16 +14,22 @@ def route(
     [T, k] (hash layers, replay), where a row that holds -1 falls back to the learned choice. Weights never see the
     bias: s / (sum of the chosen s + 1e-20) * scaling; with replayed ids they are recomputed, so the gate gets gradient.
     """
-    scores = F.softplus(F.linear(x.float(), gate.float())).sqrt()
+    logits = F.linear(x.float(), gate.float())
     if chosen is None or bool((chosen < 0).any()):
-        biased = scores.detach() if bias is None else scores.detach() + bias.float()
-        ids = biased.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
+        scores = _affinity(logits.detach())
+        order = (scores if bias is None else scores + bias.float()).sort(dim=-1, descending=True, stable=True)
+        ids = order.indices[:, :topk]
         if chosen is not None:
             ids = torch.where((chosen < 0).any(-1, keepdim=True), ids, chosen)
     else:
         ids = chosen
-    picked = scores.gather(1, ids)
+    picked = _affinity(logits.gather(1, ids))
     return ids, picked / (picked.sum(-1, keepdim=True) + 1e-20) * scaling
+
+
+def _affinity(logits: Tensor) -> Tensor:
+    """sqrt(softplus(logits)), with a finite gradient where softplus underflows (logits below about -100)."""
+    return F.softplus(logits).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
 
 def swiglu(gate_up: Tensor, limit: float) -> Tensor:

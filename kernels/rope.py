@@ -21,7 +21,7 @@ def inverse_frequencies(rope_dim: int, parameters: Mapping[str, Any]) -> Tensor:
         return frequencies
     if kind != "yarn":
         raise ValueError(f"rope_type {kind!r} is not one of DeepSeek-V4's: default, yarn")
-    if parameters.get("attention_factor", 1.0) != 1.0:
+    if parameters.get("attention_factor") not in (None, 1.0):
         raise ValueError(f"attention_factor {parameters['attention_factor']}: DeepSeek-V4 has 1.0")
     original = parameters["original_max_position_embeddings"]
 

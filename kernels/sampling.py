@@ -26,8 +26,8 @@ def gumbel(seed: int, request: Tensor, position: Tensor, vocabulary: int) -> Ten
     low, high = (request & _MASK).unsqueeze(1), (request >> 32).unsqueeze(1)
     counter = torch.broadcast_tensors(words, position.unsqueeze(1), low, high)
     bits = torch.stack(philox(tuple(counter), (seed & _MASK, (seed >> 32) & _MASK)), dim=-1).flatten(1)[:, :vocabulary]
-    # 24 bits and a half: strictly between 0 and 1 in fp32, so both logarithms are finite.
-    uniform = ((bits >> 8).float() + 0.5) * 2.0**-24
+    # 23 bits and a half are exact in fp32: strictly between 0 and 1, so that both logarithms are finite.
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))
 
 

@@ -5,20 +5,34 @@ import os
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 from transformers import DeepseekV4Config
 
 from ..errors import UserError
+from ..kernels.rope import inverse_frequencies
 from .deepseek_v4 import DeepseekV4
 
 PRESETS = Path(__file__).parent / "presets"
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "encoding.json")
 # What V4 computes in fp32 whatever the model's dtype (transformers keeps the same list).
 _FP32 = ("_hc.", "hc_head.", ".sinks", "position_bias", "e_score_correction_bias", "norm.weight", "_frequencies")
+
+
+# What a config may say of choices that V4 fixes, or that are not built here: the default first.
+_BUILT: dict[str, tuple[Any, ...]] = {
+    "scoring_func": ("sqrtsoftplus",),
+    "norm_topk_prob": (True,),
+    "n_shared_experts": (1,),
+    "tie_word_embeddings": (False,),
+    "num_key_value_heads": (1,),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+}
 
 
 def resolve(path_or_preset: str | Path) -> Path:
@@ -47,8 +61,15 @@ def config_of(path_or_preset: str | Path) -> DeepseekV4Config:
     if kind != "deepseek_v4":
         raise UserError(f"{file}: model_type: {kind!r} is not built; it must be 'deepseek_v4'")
     values = {key: value for key, value in values.items() if key not in ("architectures", "transformers_version")}
+    for key, built in _BUILT.items():
+        if values.get(key, built[0]) not in built:
+            wanted = " or ".join(json.dumps(value) for value in built)
+            raise UserError(f"{file}: {key}: {json.dumps(values[key])} is not built; it must be {wanted}")
     try:
-        return DeepseekV4Config(**values)
+        config = DeepseekV4Config(**values)
+        for parameters in (config.rope_parameters or {}).values():
+            inverse_frequencies(config.qk_rope_head_dim, parameters)  # pyright: ignore[reportArgumentType]
+        return config
     except Exception as error:  # transformers raises many kinds for values that do not fit
         raise UserError(f"{file}: {' '.join(str(error).split())}") from error
 
@@ -150,7 +171,3 @@ def _hash_table(config: DeepseekV4Config, generator: torch.Generator) -> torch.T
     tokens = torch.randperm(config.vocab_size, generator=generator)
     circle = torch.randperm(count, generator=generator)
     return circle[(tokens.unsqueeze(1) * k + torch.arange(k)) % count]
-
-
-def parameter_count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

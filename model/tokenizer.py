@@ -9,7 +9,7 @@ spelling never depends on its neighbors. An argument that happens to be on the l
 backward: word") is one token too.
 
 Ids: the special tokens from 0 (BOS 0, EOS 1, as in V4), then the 256 bytes in order, then the words. All here
-uses the `tokenizers` library alone, so that a rollout worker never imports transformers.
+uses the `tokenizers` library alone.
 """
 
 import json

@@ -305,6 +305,13 @@ class Recipe(Settings):
             for index, domain in enumerate(stage.domains):
                 if domain not in self.domains:
                     yield ("domains", index), f"no domain '{domain}'; {suggest(domain, self.domains)}"
+        if isinstance(stage, Grpo | Distill) and stage.prompts < len(stage.domains):
+            yield ("prompts",), f"{stage.prompts} a step leave some of the {len(stage.domains)} domains out; give more"
+        if isinstance(stage, Sft):
+            for domain in stage.domains:
+                if domain in self.domains and self.domains[domain].mode == "high":
+                    problem = "its demonstrations hold no reasoning (not built yet); set the domain's mode to chat"
+                    yield ("domains",), f"the domain '{domain}' has the mode high, and {problem}"
         if isinstance(stage, Distill):
             for domain in stage.domains:
                 if domain not in stage.teachers:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from .base_check import PRESETS
-from .recipe import load_recipe, resolved_yaml
+from .recipe import Pretrain, load_recipe, resolved_yaml
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -35,6 +35,10 @@ def submit(recipe: str, overrides: list[str], address: str, runs: Path = Path("r
     resolved = load_recipe(recipe, overrides)
     if resolved.base and not (PRESETS / resolved.base).is_dir():  # a folder, relative to here: the job is not
         resolved = resolved.model_copy(update={"base": str(Path(resolved.base).resolve())})
+    for name, stage in resolved.stages.items():
+        if isinstance(stage, Pretrain) and stage.corpus is not None:
+            stage = stage.model_copy(update={"corpus": str(Path(stage.corpus).resolve())})
+            resolved = resolved.model_copy(update={"stages": {**resolved.stages, name: stage}})
     client = connect(address)
     command = ["python", "-m", "amalgam.pipelines.cli", "run", "recipe.yaml", "--runs", str(runs.resolve())]
     with tempfile.TemporaryDirectory(prefix="amalgam-") as folder:

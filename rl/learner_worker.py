@@ -166,10 +166,11 @@ class LearnerWorker:
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         """Weight decay is for matrices only (our choice): a norm's gain or a bias has no reason to shrink."""
-        o, parameters = self._optimization, self._trained.values()
+        o = self._optimization
+        matrix = {name: p.ndim >= 2 and not name.endswith("position_bias") for name, p in self._trained.items()}
         groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": o.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for name, p in self._trained.items() if matrix[name]], "weight_decay": o.weight_decay},
+            {"params": [p for name, p in self._trained.items() if not matrix[name]], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
         return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)

@@ -234,3 +234,19 @@ def test_sampling_follows_the_distribution_and_the_counter():
     greedy, at_one = sampling.sample(logits[:1], 0.0, 3, request[:1], position[:1])
     assert int(greedy) == int(logits[0].argmax())
     torch.testing.assert_close(at_one, torch.log_softmax(logits[:1], 1).max(1).values)
+
+
+def test_noise_is_finite_for_every_word(monkeypatch: pytest.MonkeyPatch):
+    for word in (0, 2**32 - 1):
+        monkeypatch.setattr(
+            sampling, "philox", lambda counter, key, word=word: (torch.full_like(counter[0], word),) * 4
+        )
+        assert sampling.gumbel(0, torch.tensor([1]), torch.tensor([2]), 8).isfinite().all()
+
+
+def test_the_gradient_of_routing_is_finite_for_any_logit():
+    x = torch.tensor([[1.0, 0.0]])
+    gate = torch.tensor([[-200.0, 0.0], [-150.0, 0.0], [200.0, 0.0], [-180.0, 0.0]], requires_grad=True)
+    _, weights = moe.route(x, gate, topk=2, scaling=1.0)
+    weights.square().sum().backward()
+    assert gate.grad is not None and gate.grad.isfinite().all()

@@ -19,7 +19,7 @@ domains:
   arithmetic:
     tasks: {chain_sum: {max_terms: 3}}
   strings:
-    mode: high
+    mode: chat
     tasks: {spell_backward: {}}
 stages:
   sft-{domain}:

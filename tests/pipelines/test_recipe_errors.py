@@ -69,9 +69,20 @@ MISTAKES = {
         'r.yaml:13: stages.sft-{domain}.evaluate: "yes" is not true or false; give true or false',
     ),
     "unknown choice": (
-        "mode: high",
+        "mode: chat",
         "mode: think",
         'r.yaml:7: domains.strings.mode: "think" is not possible; choose from chat, high',
+    ),
+    "fewer prompts than domains": (
+        "teachers: grpo-{domain}\n",
+        "teachers: grpo-{domain}\n    prompts: 1\n",
+        "r.yaml:24: stages.merged.prompts: 1 a step leave some of the 2 domains out; give more",
+    ),
+    "demonstrations in mode high": (
+        "mode: chat",
+        "mode: high",
+        "r.yaml:10: stages.sft-{domain}.domains: the domain 'strings' has the mode high, and its demonstrations hold "
+        "no reasoning (not built yet); set the domain's mode to chat",
     ),
     "unknown kind": (
         "kind: sft",
@@ -240,7 +251,7 @@ def test_a_base_that_is_named_but_absent():
 
 
 def test_several_mistakes_get_a_line_each_in_the_files_order_and_five_at_most():
-    text = SMALL.replace("lr: 1e-4", "lr: -1").replace("mode: high", "mod: high").replace("tiny", "[]")
+    text = SMALL.replace("lr: 1e-4", "lr: -1").replace("mode: chat", "mod: chat").replace("tiny", "[]")
     assert [line.split(": ")[0] for line in errors(text)] == ["r.yaml:2", "r.yaml:7", "r.yaml:18"]
     many = errors(SMALL.replace("lr: 1e-4", "{a1: 1, b1: 1, c1: 1, d1: 1, e1: 1, f1: 1, g1: 1}"))
     assert len(many) == 6
