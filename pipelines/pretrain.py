@@ -3,6 +3,8 @@
 Left out: the balance rule for the routers' correction bias (it stays at zero), MTP, a schedule of sequence lengths.
 """
 
+import time
+
 import numpy as np
 import torch
 
@@ -13,7 +15,7 @@ from ..model.tokenizer import load as load_tokenizer
 from ..rl.packing import Row
 from .corpus import build_corpus, load_corpus, save_corpus
 from .recipe import Pretrain
-from .sft import weighted
+from .sft import rate, shown, weighted
 from .stage import StageRun
 
 
@@ -26,9 +28,11 @@ def pretrain(stage: StageRun, settings: Pretrain) -> None:
     tokens, borders = corpus(stage, settings)
     with stage.learner(start, settings.optimizer) as learner:
         while stage.step < stage.steps:
+            began = time.monotonic()
             rows = batch(stage, settings, tokens, borders)
             metrics = learner.step(weighted(rows), "pipelines.sft:loss")
-            stage.commit(learner, metrics, {"loss": metrics["loss"], "lr": metrics["lr"]})
+            metrics["tokens_per_second"] = rate(rows, began)
+            stage.commit(learner, metrics, shown(metrics))
         learner.save_model(stage.folder / "trained")
     save(cast(load(stage.folder / "trained"), torch.bfloat16), stage.folder / "checkpoint")
     stage.finish(f"loss {stage.facts['metrics']['loss']:.4f}", scratch=("start", "trained"))

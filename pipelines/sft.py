@@ -5,6 +5,7 @@ the model is the best so far. The checkpoint is the best epoch's.
 """
 
 import shutil
+import time
 
 import numpy as np
 from torch import Tensor, nn
@@ -33,6 +34,15 @@ def weighted(rows: list[Row]) -> list[Row]:
     return [{"tokens": row["tokens"], "weight": row["trained"] / total} for row in rows]
 
 
+def rate(rows: list[Row], began: float) -> float:
+    """Tokens a second of a step on `rows` that began at that monotonic time."""
+    return sum(len(row["tokens"]) for row in rows) / (time.monotonic() - began)
+
+
+def shown(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: metrics[name] for name in ("loss", "tokens_per_second")}
+
+
 def sft(stage: StageRun, settings: Sft) -> None:
     train, held_out = demonstrations(stage, settings)
     per_epoch = -(-len(train) // settings.batch_size)
@@ -41,11 +51,13 @@ def sft(stage: StageRun, settings: Sft) -> None:
         while stage.step < stage.steps and stage.step // per_epoch - facts["best_epoch"] < settings.patience:
             epoch, place = divmod(stage.step, per_epoch)
             order = np.random.default_rng([stage.run.seed(stage.name), epoch]).permutation(len(train))
+            began = time.monotonic()
             rows = [train[i] for i in order[place * settings.batch_size :][: settings.batch_size]]
             metrics = learner.step(weighted(rows), "pipelines.sft:loss")
+            metrics["tokens_per_second"] = rate(rows, began)
             if place + 1 == per_epoch:
                 metrics["held_out_loss"] = keep_best(stage, learner, held_out, epoch + 1)
-            stage.commit(learner, metrics, {"loss": metrics["loss"], "held-out": facts["best"]})
+            stage.commit(learner, metrics, shown(metrics) | {"held-out": facts["best"]})
     beside = stage.folder / ".checkpoint"
     shutil.rmtree(beside, ignore_errors=True)  # half a copy, where a run was cut off here
     shutil.copytree(stage.folder / "best", beside)

@@ -31,7 +31,7 @@ class Optimization(Settings):
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """Where a linear or cosine decay ends, as a share of `lr`."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay; norms, biases and other vectors are left out."""
+    """Decoupled weight decay; norms, biases (the compressors' too) and other vectors are left out."""
     betas: Annotated[tuple[Beta, Beta], Strict(False)] = (0.9, 0.95)
     """Decay rates of AdamW's first and second moment."""
     eps: PositiveFloat = 1e-8

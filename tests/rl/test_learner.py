@@ -128,12 +128,11 @@ class Plain:
 
     def __init__(self, checkpoint: Path, settings: Optimization):
         self.model, self.settings, self.steps = load(checkpoint), settings, 0
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.trained = trained
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        free = [p for name, p in trained.items() if p.ndim < 2 or "position_bias" in name]
+        decayed = [p for p in trained.values() if not any(p is other for other in free)]
+        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
+        self.trained = list(trained.values())
         self.optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
 
     def gradient(self, rows) -> dict[str, torch.Tensor]:
