@@ -1,8 +1,8 @@
 """The rollout engine: batched decoding over the cache, reproducible request by request.
 
 A request's tokens depend on its prompt, its counter and the weights alone: not on its neighbors, on the batch's size or
-on the order of requests (on a CPU up to fp32 rounding, which a near-tie can turn into another token). What it leaves out,
-for now: admitting requests while others decode, preemption, paging.
+on the order of requests (on a CPU up to fp32 rounding, which a near-tie can turn into another token).
+What it leaves out, for now: admitting requests while others decode, preemption, paging.
 """
 
 from itertools import groupby
