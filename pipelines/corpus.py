@@ -6,7 +6,7 @@ the style. The mixture, its shares and its wordings are our choice.
 
 What the base sees of the quickstart's tasks, in their own wording with the answers: chain_sum with two
 1-digit terms, spell_backward with words of 3 and 4 letters. Sums of 2-digit terms it sees in other wordings
-(drills, basic_arithmetic), made-up words of up to 5 letters reversed as drills, longer ones reversed never.
+(drills, basic_arithmetic), made-up words of up to 8 letters reversed as drills, longer ones reversed never.
 Only the questions that the caller names are held out; those that another recipe holds out may be here.
 
     python -m amalgam.pipelines.corpus --documents 99999 --seed 0 --heldout QUESTIONS.json --out FILE
@@ -218,7 +218,7 @@ def _made_up(rng: Random, longest: int) -> str:
 
 
 def _drill_words(rng: Random) -> str:
-    word = _made_up(rng, 5)
+    word = _made_up(rng, 8)
     place = rng.randrange(len(word))
     return rng.choice(_WORD_LINES).format(
         word=word,
