@@ -5,7 +5,7 @@ made anywhere, in any order. A task's question that is held out is drawn again b
 the style. The mixture, its shares and its wordings are our choice.
 
 What the base sees of the quickstart's tasks, in their own wording with the answers: chain_sum with two
-1-digit terms, spell_backward with words of 3 and 4 letters. Sums of 2-digit terms it sees in other wordings
+1-digit terms, spell_backward with words of 3 to 6 letters. Sums of 2-digit terms it sees in other wordings
 (drills, basic_arithmetic), made-up words of up to 8 letters reversed as drills, longer ones reversed never.
 Only the questions that the caller names are held out; those that another recipe holds out may be here.
 
@@ -53,7 +53,7 @@ MAX_PROBLEMS = 3  # of one task, in one plain document: 1 to this many, evenly
 TASKS: dict[str, list[dict[str, Any]]] = {
     # The quickstart's two at their easiest: its base knows their wording, and the rest is its experts' work.
     "chain_sum": [{"max_terms": 2, "max_digits": 1}],
-    "spell_backward": [{"max_word_len": 4}],
+    "spell_backward": [{"max_word_len": 6}],
     "products": [{"max_digits": 1}, {"max_digits": 2}],
     "basic_arithmetic": [{"max_terms": 3, "max_digits": 2, "allow_negation": False}],
     "gcd": [{"max_value": 20}, {"max_value": 100}],
