@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
+import threading
 import typing
 from collections.abc import Callable, Collection
 from functools import cached_property
@@ -105,7 +106,7 @@ def check_parameters(task: str, parameters: dict[str, Any], where: str) -> dict[
 
 
 class Domain:
-    """The problems of one domain of a recipe; its tasks take turns.
+    """The problems of one domain of a recipe; its tasks take turns. Threads may share one.
 
     Args:
         name: the recipe's name of the domain.
@@ -147,6 +148,7 @@ class Domain:
         self._names = list(tasks)
         self._blocks: dict[tuple[str, Split], tuple[int, ProceduralDataset]] = {}
         self._demonstrable = False
+        self._lock = threading.RLock()  # stages draw side by side in threads, and reasoning-gym promises them nothing
         for i in range(len(tasks)):  # only drawing shows that the parameters leave something to draw
             self._draw("heldout", i, ())
 
@@ -160,17 +162,18 @@ class Domain:
         Raises: UserError where a task has too few different questions for this, where reasoning-gym cannot
         draw from it, or where demonstrations are asked of a task whose stored answers do not get full marks.
         """
-        if split == "heldout":
-            if start + count > self.heldout:
-                raise ValueError(f"{self.name} has {self.heldout} held-out problems, not {start + count}")
-            return self._heldout[start : start + count]
-        if split in ("demonstrations", "validation") and not self._demonstrable:
-            self._check_stored_answers()
-            self._demonstrable = True
-        taken = self._heldout_questions
-        if split == "validation":
-            taken |= self._demonstration_questions
-        return [self._draw(split, i, taken) for i in range(start, start + count)]
+        with self._lock:
+            if split == "heldout":
+                if start + count > self.heldout:
+                    raise ValueError(f"{self.name} has {self.heldout} held-out problems, not {start + count}")
+                return self._heldout[start : start + count]
+            if split in ("demonstrations", "validation") and not self._demonstrable:
+                self._check_stored_answers()
+                self._demonstrable = True
+            taken = self._heldout_questions
+            if split == "validation":
+                taken |= self._demonstration_questions
+            return [self._draw(split, i, taken) for i in range(start, start + count)]
 
     def demonstration(self, problem: Problem) -> str:
         """What the assistant should have said."""

@@ -3,6 +3,7 @@
 import datetime
 import subprocess
 import sys
+import threading
 from typing import get_args
 
 import pytest
@@ -37,6 +38,28 @@ def test_problems_are_the_same_whenever_and_wherever_asked():
     )
     run = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=60)
     assert run.stdout == f"{questions(first.problems('train', 55, 5))}\n", run.stderr
+
+
+def test_threads_that_share_a_domain_draw_one_after_the_other(monkeypatch):
+    """Another thread's call does not end, or reach the generator, while one is in it."""
+    shared, inside, others = domain(), [], []
+
+    def make_dataset(*arguments, **options):
+        inside.append(threading.current_thread())
+        if len(inside) == 1:
+            others.append(threading.Thread(target=shared.problems, args=("train", 0, 4)))
+            others[0].start()
+            others[0].join(timeout=0.2)
+            assert len(inside) == 1 and others[0].is_alive()
+        return original(*arguments, **options)
+
+    original = domains.make_dataset
+    shared.problems("heldout", 0, 4)
+    monkeypatch.setattr(domains, "make_dataset", make_dataset)
+    found = shared.problems("train", 0, 4)
+    others[0].join(timeout=60)
+    assert found == domain().problems("train", 0, 4)
+    assert inside.count(others[0]) == 0, "what one thread has built serves the other"
 
 
 def test_tasks_take_turns():
