@@ -27,9 +27,6 @@ class Cache:
         layers = [{name: t.index_select(0, rows) for name, t in layer.items()} for layer in self.layers]
         return Cache(self.length.index_select(0, rows), self.capacity, layers)
 
-    def nbytes(self) -> int:
-        return sum(t.nbytes for layer in self.layers for t in layer.values())
-
 
 def ring(x: Tensor, layout: Packed, slots: int, empty: float) -> Tensor:
     """[T, C] -> [B, slots, C]: each document's last `slots` rows at (position mod slots), else `empty`."""

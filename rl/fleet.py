@@ -6,7 +6,7 @@ model into them. Stages that run side by side get different ones.
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from .settings import Optimization
 
 
 class Fleet:
-    """A context manager that ends all its processes. `gpus_per_actor` and `threads` are those of every process."""
+    """A context manager that ends all its processes, also where ending one fails. `gpus_per_actor` and `threads` are those of every process."""
 
     def __init__(self, gpus_per_actor: float = 0.0, threads: int = 1):
         self.place: dict[str, Any] = {"gpus_per_actor": gpus_per_actor, "threads": threads}
@@ -65,5 +65,6 @@ class Fleet:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for member in self._all:
-            member.close()
+        with ExitStack() as ends:
+            for member in self._all:
+                ends.callback(member.close)

@@ -33,7 +33,11 @@ class Learner:
     ):
         self._gpus, self._threads, self._deadline = gpus_per_actor, threads, deadline
         self.workers: list[Any] = []
-        self.load(path, optimization, total_steps)
+        try:
+            self.load(path, optimization, total_steps)
+        except BaseException:
+            self.close()  # nobody else has the ranks that did start
+            raise
 
     def __enter__(self) -> "Learner":
         return self

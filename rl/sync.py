@@ -29,13 +29,8 @@ class Bundle:
     """A policy's weights. Through Ray's object store `data` travels without a copy, and arrives read-only."""
 
     version: int
-    manifest: tuple[Entry, ...]
+    manifest: tuple[Entry, ...]  # equal manifests: equal weights, by their checksums
     data: np.ndarray  # uint8 [bytes]
-
-    @property
-    def checksum(self) -> int:
-        """crc32 over the manifest, so over every name, dtype, shape and tensor checksum."""
-        return zlib.crc32(repr(self.manifest).encode())
 
 
 class SyncError(RuntimeError):

@@ -44,6 +44,18 @@ def test_a_member_of_a_stage_that_failed_is_not_lent_again_but_ended():
     assert (broken.closed, fresh.closed) == (1, 1)
 
 
+def test_all_members_are_closed_although_one_cannot_be():
+    class Stuck(Member):
+        def close(self) -> None:
+            super().close()
+            raise OSError("no such process")
+
+    with pytest.raises(OSError, match="no such process"), Fleet() as fleet:
+        with fleet.lend("a", Member) as one, fleet.lend("a", Stuck) as stuck, fleet.lend("a", Member) as other:
+            pass
+    assert [m.closed for m in (one, stuck, other)] == [1, 1, 1]
+
+
 def test_a_member_that_cannot_be_made_is_the_stages_error():
     def fail() -> Member:
         raise OSError("no memory")

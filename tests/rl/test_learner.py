@@ -223,14 +223,14 @@ def test_resumed_run_is_bit_equal(learner, tmp_path, ranks, stage):
         straight.step(rows, nll, scale=1.0)
         if i < 3:
             straight.save_state(tmp_path)
-    expected = sent(straight).checksum
+    expected = sent(straight).manifest
     for step in (3, 2):  # the folder holds the newest state and the one before
         resumed = learner(ranks, stage)
-        assert sent(resumed).checksum != expected
+        assert sent(resumed).manifest != expected
         assert resumed.load_state(tmp_path, None if step == 3 else step) == step
         for rows in data[step:]:
             resumed.step(rows, nll, scale=1.0)
-        assert sent(resumed).checksum == expected
+        assert sent(resumed).manifest == expected
 
 
 def test_state_moves_to_other_ranks_and_stages(learner, checkpoint, tmp_path):
@@ -241,10 +241,10 @@ def test_state_moves_to_other_ranks_and_stages(learner, checkpoint, tmp_path):
         theirs.step(rows)
         ours.step(rows, nll, scale=1.0)
         ours.save_state(tmp_path)
-        saved = sent(ours).checksum
+        saved = sent(ours).manifest
         ours = learner(*engine)
         assert ours.load_state(tmp_path) == theirs.steps
-        assert sent(ours).checksum == saved
+        assert sent(ours).manifest == saved
     assert_near(weights(ours, checkpoint), theirs.model.state_dict(), 2e-6)
 
 
@@ -285,11 +285,11 @@ def test_weights_reach_another_model_twice(learner, checkpoint, tmp_path, ranks,
         ours.step(rows, nll, scale=1.0)
         bundle = sent(ours)
         sync.load(worker, bundle)
-        assert sync.pack(worker, version).checksum == bundle.checksum
-        versions.append(bundle.checksum)
+        assert sync.pack(worker, version).manifest == bundle.manifest
+        versions.append(bundle.manifest)
     assert versions[0] != versions[1]
     ours.save_model(tmp_path / "saved")
-    assert sync.pack(load(tmp_path / "saved"), 0).checksum == versions[1]
+    assert sync.pack(load(tmp_path / "saved"), 0).manifest == versions[1]
     table = "model.layers.0.mlp.gate.tid2eid"
     assert torch.equal(worker.state_dict()[table], load(checkpoint).state_dict()[table])
 
@@ -298,12 +298,12 @@ def test_weights_reach_another_model_twice(learner, checkpoint, tmp_path, ranks,
 def test_evaluation_adds_up_and_changes_nothing(learner, checkpoint, ranks, stage):
     (rows,) = batches(1)
     ours = learner(ranks, stage)
-    before = sent(ours).checksum
+    before = sent(ours).manifest
     found = ours.evaluate(rows, nll, scale=1.0)
     with torch.no_grad():
         _, expected = nll(load(checkpoint), collate(rows, "cpu"), {}, scale=1.0)
     assert found == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-6)
-    assert sent(ours).checksum == before
+    assert sent(ours).manifest == before
 
 
 def test_settings_and_shared_arrays_reach_the_loss(learner):
@@ -321,16 +321,30 @@ def test_failed_steps_leave_no_trace(learner, ranks, stage):
     (rows,) = batches(1)
     ours = learner(ranks, stage)
     ours.step(rows, nll, scale=1.0)
-    expected = sent(ours).checksum
+    expected = sent(ours).manifest
     ours = learner(ranks, stage)
-    before = sent(ours).checksum
+    before = sent(ours).manifest
     with pytest.raises(UserError, match=r"^recipe\.yaml:3: a key: no good$"):
         ours.step(rows, fails_everywhere)
     with pytest.raises(FloatingPointError, match="step 0: the gradient is not finite"):
         ours.step(rows, not_finite)
-    assert sent(ours).checksum == before
+    assert sent(ours).manifest == before
     ours.step(rows, nll, scale=1.0)
-    assert sent(ours).checksum == expected
+    assert sent(ours).manifest == expected
+
+
+def test_a_learner_that_cannot_load_leaves_no_process(checkpoint, monkeypatch):
+    closed = []
+
+    def refuse(*_):
+        raise UserError("model.safetensors: cut short")
+
+    monkeypatch.setattr(Learner, "_start", lambda self, ranks: self.workers.extend(range(ranks)))
+    monkeypatch.setattr(Learner, "_all", refuse)
+    monkeypatch.setattr(Learner, "close", lambda self: (closed.extend(self.workers), self.workers.clear()))
+    with pytest.raises(UserError, match="cut short"):
+        Learner(optimization(2), STEPS, checkpoint)
+    assert closed == [0, 1]
 
 
 def alive(worker) -> list[int]:
