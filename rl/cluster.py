@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import secrets
 import sys
 from contextlib import chdir
@@ -12,6 +13,8 @@ from typing import Any
 _WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 # Weights, rollouts and batches of models that fit a CPU run; Ray spills to disk what goes beyond.
 _CPU_OBJECT_STORE_BYTES = 200_000_000
+_LAST_LINES = 20  # of a dead actor's log
+_session: dict[str, str] = {}  # "session_dir" and "node_ip_address", among others, of the Ray that was started or joined
 
 
 def start_ray(address: str | None = None) -> None:
@@ -30,13 +33,14 @@ def start_ray(address: str | None = None) -> None:
     # Ray puts the driver's working directory on every worker's sys.path: from a clone's root, our `kernels`
     # would then shadow Hugging Face's. `sys.prefix` holds no module.
     with chdir(sys.prefix):
-        ray.init(
+        context = ray.init(
             address=address,
             log_to_driver=False,
             logging_level=logging.WARNING,
             runtime_env={"env_vars": _WORKER_ENVIRONMENT},
             **private,
         )
+    _session.update(getattr(context, "address_info", {}))  # not there where Ray goes through its client
 
 
 def _authenticate(private: bool) -> None:
@@ -62,7 +66,8 @@ def wait(refs: Any, what: str, deadline: float) -> Any:
     """`ray.get(refs)` within `deadline` seconds.
 
     An actor's exception is raised as itself, its remote traceback as the cause. Raises TimeoutError, which
-    says `what` was waited for and for how long. A dead actor's error carries `what` as a note.
+    says `what` was waited for and for how long. A dead actor's error carries `what` as a note, and the last
+    lines of its log if it ran on this machine.
     """
     import ray
     from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
@@ -75,7 +80,20 @@ def wait(refs: Any, what: str, deadline: float) -> Any:
         raise error.cause from error
     except RayActorError as error:
         error.add_note(f"while waiting for {what}")
+        if words := _last_words(str(error)):
+            error.add_note(f"its log ended with:\n{words}")
         raise
+
+
+def _last_words(death: str) -> str:
+    """The last lines that an actor wrote to stderr, found by the pid in Ray's text; empty for another machine's."""
+    place = dict(re.findall(r"^\t(pid|ip): (\S+)$", death, re.MULTILINE))
+    if "pid" not in place or not _session or place.get("ip") != _session["node_ip_address"]:
+        return ""
+    files = Path(_session["session_dir"], "logs").glob(f"worker-*-{place['pid']}.err")
+    lines = [line for file in files for line in file.read_text(errors="replace").splitlines()]
+    own = [line for line in lines if not re.match(r":(job_id|actor_name|task_name):", line)]  # the others are Ray's
+    return "\n".join(own[-_LAST_LINES:])
 
 
 def _object_store_bytes() -> int | None:
@@ -84,9 +102,17 @@ def _object_store_bytes() -> int | None:
 
 
 def usage(workers: list[Any]) -> list[tuple[float, int]]:
-    """CPU seconds so far and peak resident bytes of each actor's process."""
+    """CPU seconds so far and peak resident bytes of each actor's process; zeros for one that died."""
+    from ray.exceptions import RayActorError
+
     calls = [worker.__ray_call__.remote(_own_usage) for worker in workers]
-    return wait(calls, "the actors' resource usage", 60.0)
+    found = []
+    for call in calls:
+        try:
+            found.append(wait(call, "an actor's resource usage", 60.0))
+        except RayActorError:  # whoever needs it next finds out, and replaces it where that can be done
+            found.append((0.0, 0))
+    return found
 
 
 def _own_usage(_actor: Any) -> tuple[float, int]:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from amalgam.model import DeepseekV4, load
 from amalgam.rl import sync
-from amalgam.rl.cluster import wait
+from amalgam.rl.cluster import usage, wait
 from amalgam.rl.engine import Engine
 from amalgam.rl.rollout import Rollouts, _shares
 from amalgam.rl.trajectory import Request, Trajectory
@@ -150,6 +150,7 @@ class Dying:
     """A worker that ends while it loads, as one without enough memory would."""
 
     def load(self, path: str) -> None:
+        print("one\nno memory left", file=sys.stderr, flush=True)
         os._exit(1)
 
 
@@ -164,5 +165,8 @@ def test_dead_workers_are_replaced_until_the_third(pool: Rollouts, monkeypatch: 
     assert pool.deaths == 1
     monkeypatch.setattr(pool, "_start", lambda: ray.remote(Dying).options(num_cpus=0).remote())
     kill(pool.workers[1])
-    with pytest.raises(RuntimeError, match="rollout workers died 3 times in this stage; the last: .*died"):
+    assert [cpu > 0 for cpu, _ in usage(pool.workers)] == [True, False]
+    with pytest.raises(RuntimeError, match="rollout workers died 3 times in this stage; the last: .*died") as caught:
         pool.generate(requests(), **LIMITS)
+    assert caught.value.__cause__ is not None
+    assert caught.value.__cause__.__notes__[-1] == "its log ended with:\none\nno memory left"
