@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -114,9 +115,15 @@ def cast(model: DeepseekV4, dtype: torch.dtype) -> DeepseekV4:
 
 
 def save(model: DeepseekV4, path: str | Path) -> None:
-    """Writes model.safetensors, config.json and, from the model's origin, the tokenizer; then renames the folder."""
+    """Writes model.safetensors, config.json and, from the model's origin, the tokenizer; then renames the folder.
+
+    One process at a time saves to a `path`. What a save to it that was cut off has left beside it is removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}", stale.name):
+            shutil.rmtree(stale, ignore_errors=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     beside.mkdir()
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -132,13 +139,26 @@ def save(model: DeepseekV4, path: str | Path) -> None:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Renames folder `new` to `path`; a folder that is there is moved aside first and then removed."""
+    """Renames folder `new`, once its files are on the disk, to `path`; a folder there is moved aside, then removed."""
+    for file in new.iterdir():
+        flush(file)
+    flush(new)
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.rename(path, old)
     os.rename(new, path)
+    flush(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk: a power cut undoes what is not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """The learner's state on disk: fp32 weights and moments as safetensors, and a JSON index with checksums.
 
 A folder holds the last two states saved, in two files that are written in turn. The index is replaced in one
-rename after its file is complete, so a process that is killed at any moment leaves a whole state, and a torn
-file (a power cut) is found by its crc32. Overwriting a file in place is also faster than making one, and this
-may happen after every step. Nothing is pickled.
+rename after its file is complete and on the disk, so a process that is killed at any moment, or a machine that
+loses power, leaves a whole state. A file that was torn later is found by its crc32. Overwriting a file in place
+is also faster than making one, and this may happen after every step. Nothing is pickled.
 """
 
 import json
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import UserError
+from ..model.checkpoint import flush
 
 _FILES = ("a.safetensors", "b.safetensors")
 _INDEX = "state.json"
@@ -43,9 +44,12 @@ def write_state(folder: Path, step: int, shapes: Shapes, tensors: Iterable[Tenso
             out.write(part)
             crc = zlib.crc32(part, crc)
         out.truncate()
+    flush(file)
     beside = folder / f".{_INDEX}"
     beside.write_text(json.dumps([*kept, {"step": step, "file": file.name, "crc32": crc}], indent=1) + "\n")
+    flush(beside)
     os.replace(beside, index)
+    flush(folder)
 
 
 def read_state(folder: Path, shapes: Shapes, step: int | None = None) -> tuple[int, dict[str, Tensor]]:

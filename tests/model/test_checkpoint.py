@@ -225,9 +225,12 @@ def test_a_save_that_is_cut_off_leaves_no_half_checkpoint(
     else:
         assert function == "rename"
         assert same(load(tmp_path / ".model.old"), old)
+    others = [tmp_path / name for name in (".model", ".other.01234567", ".model.0123456", ".model.012345678", "x")]
+    for other in others:
+        other.mkdir()
     save(new, tmp_path / "model")
     assert same(load(tmp_path / "model"), new)
-    assert not (tmp_path / ".model.old").exists()
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "model", *others])
 
 
 def test_a_save_that_ends_leaves_nothing_beside(tmp_path: Path):
