@@ -8,13 +8,13 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..model.checkpoint import resolve
+from ..model.checkpoint import flush, resolve
 from ..model.encoding import Encoding
 from ..model.tokenizer import load as load_tokenizer
 from ..rewards.domains import Domain
@@ -28,14 +28,16 @@ from .console import Console, StageLine
 from .recipe import BASE, Recipe
 from .tracking import StageLog, Tracker
 
+_NOTHING: Mapping[str, Any] = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "failures": {}}
+
 
 class Interrupted(Exception):
-    """A stage stopped between two steps because it was asked to."""
+    """A stage or an evaluation stopped between two of its steps because it was asked to."""
 
 
 @dataclass
 class Run:
-    """One run of a recipe. Stages run in threads; `stop` asks them to end after their current step."""
+    """One run of a recipe. Stages and evaluations run in threads; `stop` asks them to end after their current step."""
 
     recipe: Recipe
     folder: Path
@@ -51,6 +53,11 @@ class Run:
             assert self.recipe.base is not None
             return resolve(self.recipe.base)
         return self.folder / "stages" / name / "checkpoint"
+
+    def check(self, where: str) -> None:
+        """Raises Interrupted, which says `where`, if the run was asked to stop."""
+        if self.stop.is_set():
+            raise Interrupted(where)
 
     def new_grader(self) -> Grader:
         return Grader(workers=1)
@@ -72,11 +79,13 @@ class StageRun:
     log: StageLog
     step: int = 0  # finished steps
     facts: dict[str, Any] = field(default_factory=dict)  # what the stage itself has to remember
-    failures: dict[str, int] = field(default_factory=dict)  # failed grades by kind
     _learned: int = 0  # optimizer steps up to the saved state: GRPO takes none for a batch without advantages
     line: StageLine = field(init=False)
     _began: float = field(default_factory=time.monotonic)
-    _cpu: float = 0.0
+    _before: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)  # `spent` by the attempts before this one
+    _failed: Callable[[], Counter[str]] = Counter  # failed grades of this attempt by kind
+    _meters: list[Callable[[], float]] = field(default_factory=list)  # CPU seconds of the actors at work
+    _cpu: float = 0.0  # of those that are done
     _peak: int = 0
 
     @property
@@ -104,17 +113,34 @@ class StageRun:
     def grader(self) -> Iterator[Grader]:
         with self.run.fleet.lend("grader", self.run.new_grader) as grader:
             before = Counter(grader.failures)
+            self._failed = lambda: Counter(grader.failures) - before
             yield grader
-            self.failures = dict(Counter(grader.failures) - before)
+            failed = self._failed()  # from here on the grader may count for another stage
+            self._failed = lambda: failed
 
     @contextmanager
     def metered(self, workers: list[Any]) -> Iterator[None]:
-        """Counts the CPU time and the memory of these actors as the stage's."""
-        before = sum(cpu for cpu, _ in usage(workers))
+        """Counts the CPU time and the memory of these actors as the stage's; what one that died had spent is lost."""
+        before = {worker: cpu for worker, (cpu, _) in zip(workers, usage(workers), strict=True)}
+
+        def meter() -> float:
+            now = zip(workers, usage(workers), strict=True)  # of other workers where some were replaced
+            return sum(max(cpu - before.get(worker, 0.0), 0.0) for worker, (cpu, _) in now)
+
+        self._meters.append(meter)
         yield
-        after = usage(workers)
-        self._cpu += sum(cpu for cpu, _ in after) - before
-        self._peak += sum(peak for _, peak in after)
+        self._meters.remove(meter)
+        self._cpu += meter()
+        self._peak += sum(peak for _, peak in usage(workers))
+
+    def spent(self) -> dict[str, Any]:
+        """Wall and CPU seconds and failed grades by kind: this attempt's, and those before it up to their last save."""
+        cpu = self._cpu + sum(meter() for meter in self._meters) + time.thread_time()
+        return {
+            "wall_seconds": self._before["wall_seconds"] + time.monotonic() - self._began,
+            "cpu_seconds": self._before["cpu_seconds"] + cpu,
+            "failures": dict(Counter(self._before["failures"]) + self._failed()),
+        }
 
     def commit(self, learner: Learner, metrics: dict[str, float], shown: Mapping[str, float | str]) -> None:
         """One more step is finished: log it, show it, and save the learner's state every `checkpoint_every` steps."""
@@ -131,7 +157,7 @@ class StageRun:
     def save(self, learner: Learner) -> None:
         # The state's folder keeps the step before, so that a kill between the two writes leaves a pair that fits.
         self._learned = learner.save_state(self.folder / "state")
-        progress = {"step": self.step, "learned": self._learned, "facts": self.facts}
+        progress = {"step": self.step, "learned": self._learned, "facts": self.facts, "spent": self.spent()}
         write_json(self.folder / "progress.json", progress)
 
     def start(self) -> None:
@@ -140,13 +166,15 @@ class StageRun:
         if file.is_file():
             saved = json.loads(file.read_text())
             self.step, self._learned, self.facts = saved["step"], saved["learned"], saved["facts"]
+            self._before = saved.get("spent", _NOTHING)  # not there if an older version saved it
         self.log.rewind(self.step)
         self.line = self.run.console.stage(self.name, self.settings.kind, self.steps, self.step)
 
     def finish(self, summary: str, scratch: tuple[str, ...] = ()) -> None:
         """The checkpoint is in place: the stage is done, and its state and `scratch` folders are not needed any more.
 
-        What done.json says of time, memory and failed grades is this attempt's, if the stage was interrupted before.
+        If the stage was interrupted before, done.json counts the time and the failed grades of all its attempts, each
+        up to its last save (after a kill, what came later is lost); the peak of memory is the last attempt's.
         """
         self.log.artifact(self.folder / "checkpoint")
         write_json(
@@ -156,10 +184,8 @@ class StageRun:
                 "kind": self.settings.kind,
                 "inputs": self.run.recipe.inputs(self.name),
                 "steps": self.step,
-                "wall_seconds": time.monotonic() - self._began,
-                "cpu_seconds": self._cpu + time.thread_time(),
+                **self.spent(),
                 "peak_rss_bytes": self._peak + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                "failures": self.failures,
             },
         )
         for name in ("state", *scratch):
@@ -178,7 +204,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written beside and renamed."""
+    """Written beside, to the disk, and renamed."""
     beside = path.with_name(f".{path.name}.new")
     beside.write_text(text)
+    flush(beside)
     os.replace(beside, path)
+    flush(path.parent)

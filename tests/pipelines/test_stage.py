@@ -1,7 +1,9 @@
 """A stage's progress on disk, with a learner of three numbers and the real files: killed anywhere, it goes on."""
 
 import json
+import os
 import threading
+from collections import Counter
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
@@ -50,6 +52,9 @@ class Log:
     def step(self, step: int, _: dict[str, float]) -> None:
         self.rows.append(step)
 
+    def artifact(self, _: Path) -> None:
+        pass
+
     def rewind(self, step: int) -> None:
         self.rows = [s for s in self.rows if s <= step]
 
@@ -62,9 +67,9 @@ class Progress:
         patch.setattr(stage_module, "usage", lambda _: [])
         patch.setattr(stage_module, "write_json", self._risky(stage_module.write_json))
         patch.setattr(Numbers, "save_state", self._risky(Numbers.save_state))
-        line = SimpleNamespace(update=lambda *_, **__: None)
+        line = SimpleNamespace(update=lambda *_, **__: None, done=lambda _: None)
         self.run: Any = SimpleNamespace(
-            recipe=SimpleNamespace(checkpoint_every=every),
+            recipe=SimpleNamespace(checkpoint_every=every, inputs=lambda _: []),
             folder=folder,
             stop=self.stop,
             fleet=SimpleNamespace(learner=lambda *_: nullcontext(Numbers())),
@@ -143,3 +148,68 @@ def test_a_stage_that_is_asked_to_stop_saves_its_last_step(tmp_path: Path, unbro
             assert json.loads((tmp_path / f"{step}/stages/s/progress.json").read_text())["step"] == step
             assert torch.equal(progress.attempt(), unbroken)
             assert progress.log.rows == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_done_says_what_all_attempts_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """CPU seconds of the stage's thread, of actors that other stages had before and that are replaced, failed grades.
+
+    The grader counts for another stage once this one has given it back.
+    """
+    progress, cpu, failures = Progress(tmp_path, 3, monkeypatch), {"a": 100.0, "b": 0.0}, Counter(timeout=7)
+    grader = SimpleNamespace(failures=failures)
+    progress.run.fleet.lend, progress.run.new_grader = lambda *_: nullcontext(grader), None
+    monkeypatch.setattr(stage_module, "usage", lambda workers: [(cpu[worker], 0) for worker in workers])
+    monkeypatch.setattr(stage_module.time, "thread_time", lambda: 0.25)
+
+    def attempt(workers: list[str]) -> StageRun:
+        stage = StageRun(progress.run, "s", SimpleNamespace(kind="grpo"), 7, progress.log)  # pyright: ignore
+        stage.start()
+        with stage.metered(workers), stage.grader():
+            cpu["a"] += 10.0
+            failures["timeout"] += 2
+            stage.commit(Numbers(), {}, {})  # pyright: ignore
+            workers[0] = "b"
+            cpu["b"] += 3.0
+            failures["raised"] += 1
+        return stage
+
+    progress.stop.set()
+    with pytest.raises(Interrupted):
+        attempt(["a"])
+    file = tmp_path / "stages" / "s" / "progress.json"
+    saved = json.loads(file.read_text())
+    assert 0 < saved["spent"].pop("wall_seconds") < 60
+    assert saved["spent"] == {"cpu_seconds": 10.25, "failures": {"timeout": 2}}
+    saved["spent"]["wall_seconds"] = 1000.0
+    file.write_text(json.dumps(saved))
+    progress.stop.clear()
+    stage = attempt(["a"])
+    failures["timeout"] += 100
+    stage.finish("")
+    done = json.loads((tmp_path / "stages" / "s" / "done.json").read_text())
+    assert 1000 < done["wall_seconds"] < 1060
+    assert (done["cpu_seconds"], done["failures"]) == (10.25 + 3.25, {"timeout": 4, "raised": 1})
+
+
+def test_progress_of_an_older_version_is_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    progress = Progress(tmp_path, 1, monkeypatch)
+    (tmp_path / "stages" / "s" / "progress.json").write_text('{"step": 2, "learned": 2, "facts": {}}')
+    stage = StageRun(progress.run, "s", SimpleNamespace(kind="sft"), 7, progress.log)  # pyright: ignore
+    stage.start()
+    assert stage.step == 2
+    assert stage.spent()["failures"] == {}
+
+
+def test_what_a_save_points_to_is_on_the_disk_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The state's file, then its index, then the progress; each under its name before the next."""
+    progress, flushed = Progress(tmp_path, 7, monkeypatch), []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).relative_to(tmp_path / "stages" / "s"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    progress.attempt()
+    names = ["state/a.safetensors", "state/.state.json", "state", ".progress.json.new", "."]
+    assert [str(path) for path in flushed] == names
