@@ -9,7 +9,7 @@ import time
 from ..distill.opd import rows
 from ..distill.teacher import Teachers
 from .recipe import Distill
-from .rollout import draw, length_metrics, sample, shown, write_rollouts
+from .rollout import draw, length_metrics, sample, sampled_rate, shown, write_rollouts
 from .stage import StageRun, speaker
 
 
@@ -42,7 +42,7 @@ def distill(stage: StageRun, settings: Distill) -> None:
             metrics |= length_metrics(trajectories)
             write_rollouts(stage.folder / "rollouts", step + 1, trajectories)
             stage.log.samples(step + 1, [shown(t) for t in trajectories[:16]])
-            metrics["tokens_per_second"] = sum(map(len, trajectories)) / (time.monotonic() - began)
+            metrics["tokens_per_second"] = sampled_rate(trajectories, began)
             stage.commit(learner, metrics, {name: metrics[name] for name in ("kl", "tokens_per_second")})
         learner.save_model(stage.folder / "checkpoint")
     stage.finish(f"reverse KL {stage.facts['metrics']['kl']:.4f}")

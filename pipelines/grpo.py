@@ -1,7 +1,8 @@
 """GRPO with verifiable rewards: sample groups, grade them, learn from the groups that disagree with themselves.
 
 One rollout batch a step and, with `updates: 1`, one optimizer step on it, so that the policy that samples is the
-policy that learns. The algorithm's own parts are in rl/grpo.py.
+policy that learns. With more, the learner's metrics are the plain means over the step's optimizer steps (our choice).
+The algorithm's own parts are in rl/grpo.py.
 """
 
 import time
@@ -11,7 +12,7 @@ import numpy as np
 from ..rl.grpo import group_advantages, rows
 from ..rl.trajectory import Trajectory
 from .recipe import Grpo
-from .rollout import draw, length_metrics, sample, score, shown, write_rollouts
+from .rollout import draw, length_metrics, sample, sampled_rate, score, shown, write_rollouts
 from .stage import StageRun, speaker
 
 
@@ -38,16 +39,22 @@ def grpo(stage: StageRun, settings: Grpo) -> None:
             kept, dropped = group_advantages(trajectories)
             metrics = reward_metrics(trajectories) | length_metrics(trajectories)
             metrics["dropped_groups"] = dropped
-            for part in np.array_split(np.arange(len(kept)), settings.updates):
-                if len(part):
-                    metrics |= learner.step(rows([kept[i] for i in part]), "rl.grpo:loss", **loss)
+            parts = [part for part in np.array_split(np.arange(len(kept)), settings.updates) if len(part)]
+            metrics |= means([learner.step(rows([kept[i] for i in part]), "rl.grpo:loss", **loss) for part in parts])
             write_rollouts(stage.folder / "rollouts", step + 1, trajectories)
             stage.log.samples(step + 1, [shown(t) for t in trajectories[:: settings.group_size]])
-            metrics["tokens_per_second"] = sum(map(len, trajectories)) / (time.monotonic() - began)
+            metrics["tokens_per_second"] = sampled_rate(trajectories, began)
             show = {name: metrics[name] for name in ("reward", "correct", "tokens_per_second")}
             stage.commit(learner, metrics, show)
         learner.save_model(stage.folder / "checkpoint")
     stage.finish(f"reward {stage.facts['metrics']['reward']:.3f}")
+
+
+def means(metrics: list[dict[str, float]]) -> dict[str, float]:
+    """The plain mean of each metric; nothing of nothing."""
+    if not metrics:
+        return {}
+    return {name: sum((m[name] for m in metrics[1:]), first) / len(metrics) for name, first in metrics[0].items()}
 
 
 def reward_metrics(trajectories: list[Trajectory]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """From problems to scored trajectories: what GRPO, distillation and evaluation have in common."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,14 @@ def length_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
         "response_tokens": float(np.mean([len(t.response_ids) for t in trajectories])),
         "unfinished": float(np.mean([t.finish == "length" for t in trajectories])),
     }
+
+
+def sampled_rate(trajectories: list[Trajectory], began: float) -> float:
+    """Sampled tokens a second of a step that began at that monotonic time.
+
+    Prompts do not count: a group's is computed once, whatever the group's size.
+    """
+    return sum(len(t.response_ids) for t in trajectories) / (time.monotonic() - began)
 
 
 def _repeated(problems: list[tuple[Domain, Problem]], times: int) -> list[tuple[Domain, Problem]]:
