@@ -320,9 +320,17 @@ def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[np.ndarray, np.n
 
 
 def build_corpus(
-    tokenizer: Tokenizer, seed: int, count: int, heldout: Collection[str], processes: int = 2
+    tokenizer: Tokenizer,
+    seed: int,
+    count: int,
+    heldout: Collection[str],
+    processes: int = 2,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first `count` documents of a seed, packed; any number of processes gives the same."""
+    """The first `count` documents of a seed, packed; any number of processes gives the same.
+
+    `check` is called before each piece of `CHUNK` documents is awaited, and may raise to end it all.
+    """
     if tokenizer.get_vocab_size() > 2**16 or count < 1:
         raise UserError("corpus: want at least 1 document, and a tokenizer of at most 65,536 entries")
     chunks = [(start, min(CHUNK, count - start)) for start in range(0, count, CHUNK)]
@@ -331,7 +339,10 @@ def build_corpus(
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_process, (shared,))
     try:
         jobs = [pool.submit(_chunk, *chunk) for chunk in chunks]
-        parts = [job.result(CHUNK_SECONDS) for job in jobs]
+        parts = []
+        for job in jobs:
+            check()
+            parts.append(job.result(CHUNK_SECONDS))
     except TimeoutError as error:
         raise TimeoutError(f"corpus: {CHUNK} documents were not ready after {CHUNK_SECONDS} s") from error
     finally:

@@ -3,19 +3,27 @@
 from collections import Counter
 from typing import Any
 
+from ..rl.engine import MAX_BATCH
 from .recipe import BASE
 from .rollout import sample, score
 from .stage import Run, speaker, write_json
 
 
 def evaluate(run: Run, model: str) -> list[dict[str, Any]]:
-    """Writes evaluations/MODEL.json and returns its rows {"model", "domain", "correct", "total"}."""
+    """Writes evaluations/MODEL.json and returns its rows {"model", "domain", "correct", "total"}.
+
+    Raises Interrupted, and writes nothing, if the run is asked to stop: between two batches of the engine.
+    """
     settings = run.recipe.evaluate
     encoding, tokenizer = speaker(run, model)
     problems = [(d, p) for d in run.domains.values() for p in d.problems("heldout", 0, settings.problems)]
     limits = {"temperature": 0.0, "max_new_tokens": settings.max_new_tokens}
     with run.fleet.rollouts(run.model(model), 1) as rollouts, run.fleet.lend("grader", run.new_grader) as grader:
-        trajectories = sample(rollouts, encoding, tokenizer, problems, first=0, group_size=1, **limits, seed=0)
+        trajectories = []
+        for first in range(0, len(problems), MAX_BATCH):  # the engine would cut all of them into the same batches
+            run.check(f"the evaluation of {model}")
+            batch = problems[first : first + MAX_BATCH]
+            trajectories += sample(rollouts, encoding, tokenizer, batch, first=first, group_size=1, **limits, seed=0)
         before = Counter(grader.failures)
         score(grader, trajectories)
         failures = dict(Counter(grader.failures) - before)

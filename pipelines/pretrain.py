@@ -46,7 +46,11 @@ def corpus(stage: StageRun, settings: Pretrain) -> tuple[np.ndarray, np.ndarray]
     if not file.exists():
         heldout = {p.question for d in stage.run.domains.values() for p in d.problems("heldout", 0, d.heldout)}
         tokenizer = load_tokenizer(resolve(settings.init))
-        save_corpus(file, *build_corpus(tokenizer, stage.run.recipe.seed, settings.documents, heldout))
+        built = build_corpus(
+            tokenizer, stage.run.recipe.seed, settings.documents, heldout,
+            check=lambda: stage.run.check(f"the corpus of {stage.name}"),
+        )  # fmt: skip
+        save_corpus(file, *built)
     return load_corpus(file)
 
 

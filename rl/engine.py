@@ -16,11 +16,14 @@ from ..model import DeepseekV4
 from ..model.cache import Cache
 from .trajectory import Request, Trajectory
 
+MAX_BATCH = 512
+"""Requests that decode at once."""
+
 
 class Engine:
     """Samples from one model replica. `end_id` ends a response; `max_batch` requests decode at once."""
 
-    def __init__(self, model: DeepseekV4, end_id: int, max_batch: int = 512):
+    def __init__(self, model: DeepseekV4, end_id: int, max_batch: int = MAX_BATCH):
         self.model, self.end_id, self.max_batch = model, end_id, max_batch
 
     @torch.inference_mode()

@@ -16,7 +16,10 @@ from .settings import Optimization
 
 
 class Fleet:
-    """A context manager that ends all its processes, also where ending one fails. `gpus_per_actor` and `threads` are those of every process."""
+    """A context manager that ends all its processes, also where ending one fails.
+
+    `gpus_per_actor` and `threads` are those of every process.
+    """
 
     def __init__(self, gpus_per_actor: float = 0.0, threads: int = 1):
         self.place: dict[str, Any] = {"gpus_per_actor": gpus_per_actor, "threads": threads}

@@ -50,9 +50,11 @@ def test_all_members_are_closed_although_one_cannot_be():
             super().close()
             raise OSError("no such process")
 
-    with pytest.raises(OSError, match="no such process"), Fleet() as fleet:
-        with fleet.lend("a", Member) as one, fleet.lend("a", Stuck) as stuck, fleet.lend("a", Member) as other:
-            pass
+    fleet = Fleet()
+    with fleet.lend("a", Member) as one, fleet.lend("a", Stuck) as stuck, fleet.lend("a", Member) as other:
+        pass
+    with pytest.raises(OSError, match="no such process"), fleet:
+        pass
     assert [m.closed for m in (one, stuck, other)] == [1, 1, 1]
 
 
