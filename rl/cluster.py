@@ -14,7 +14,7 @@ _WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZE
 # Weights, rollouts and batches of models that fit a CPU run; Ray spills to disk what goes beyond.
 _CPU_OBJECT_STORE_BYTES = 200_000_000
 _LAST_LINES = 20  # of a dead actor's log
-_session: dict[str, str] = {}  # "session_dir" and "node_ip_address", among others, of the Ray that was started or joined
+_session: dict[str, str] = {}  # of the Ray that was started or joined: "session_dir", "node_ip_address", ...
 
 
 def start_ray(address: str | None = None) -> None:
