@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -13,7 +14,13 @@ from pathlib import Path
 
 _PR_SET_CHILD_SUBREAPER = 36
 _TICK = os.sysconf("SC_CLK_TCK")
-_MEMORY_SECONDS = 0.5  # between two readings of the memory
+_READING_SECONDS = 0.5  # between two readings of all processes
+
+AMALGAM = (sys.executable, "-P", "-m", "amalgam.pipelines.cli")
+ENVIRONMENT = {  # of every command: one thread a process, nothing from the Hub
+    **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
 
 
 class Job:
@@ -25,7 +32,8 @@ class Job:
 
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str], folder: Path):
         self.log = log
-        self.peak_bytes = 0
+        self.peak_bytes = 0  # highest sum of the processes' proportional set sizes
+        self._used: dict[tuple[int, str], float] = {}  # (pid, its start) -> its own CPU seconds at its last reading
         if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
         with log.open("wb") as out:
@@ -34,7 +42,7 @@ class Job:
                 start_new_session=True,
             )  # fmt: skip
         self._ended = threading.Event()
-        self._watcher = threading.Thread(target=self._watch_memory, daemon=True)
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
 
     def __enter__(self) -> "Job":
@@ -43,6 +51,7 @@ class Job:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._watcher.join()
+        self._take_readings()
         while pids := _descendants():
             for pid in pids:
                 with suppress(ProcessLookupError):  # its parent has waited for it meanwhile
@@ -52,10 +61,20 @@ class Job:
                     os.waitpid(pid, 0)
             time.sleep(0.01)
 
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU seconds of all processes, ended ones too, each at its last reading (each 0.5 s, and the block's end)."""
+        return sum(self._used.values())
+
+    def tail(self) -> str:
+        """The end of the command's output."""
+        return self.log.read_text(errors="replace")[-2000:]
+
     def cpu(self) -> Counter[str]:
         """CPU seconds so far by role (`_role`), those of ended processes with the parent that waited for them.
 
-        Nobody waits for orphans before the end, so no second is lost.
+        Nobody waits for orphans before the end, so none of their seconds is lost. Those of an actor are when it ends:
+        its parent, the raylet, ignores SIGCHLD and never waits for it. Then use `cpu_seconds`.
         """
         seconds: Counter[str] = Counter()
         for pid, fields in _descendants().items():
@@ -72,9 +91,15 @@ class Job:
             return command.removeprefix("ray::").split(".")[0].strip("\0 ")
         return "grader" if "amalgam.rewards.grader" in command else "ray"
 
-    def _watch_memory(self) -> None:
-        while not self._ended.wait(_MEMORY_SECONDS):
-            self.peak_bytes = max(self.peak_bytes, sum(_pss(pid) for pid in _descendants()))
+    def _watch(self) -> None:
+        while not self._ended.wait(_READING_SECONDS):
+            self._take_readings()
+
+    def _take_readings(self) -> None:
+        found = _descendants()
+        for pid, fields in found.items():
+            self._used[pid, fields[19]] = (int(fields[11]) + int(fields[12])) / _TICK  # utime, stime; start
+        self.peak_bytes = max(self.peak_bytes, sum(map(_pss, found)))
 
 
 def _descendants() -> dict[int, list[str]]:

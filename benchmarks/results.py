@@ -1,4 +1,4 @@
-"""What both benchmarks share: the machine they name, a table, and the JSON file of a result."""
+"""What the benchmarks share: the machine they name, a table, and the JSON file of a result."""
 
 import json
 import os

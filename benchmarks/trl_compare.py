@@ -8,7 +8,6 @@ time. README.md says what is equal and what is not.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from processes import Job
+from processes import AMALGAM, ENVIRONMENT, Job
 from results import machine, print_table, write_result
 
 from amalgam.errors import UserError
@@ -38,7 +37,6 @@ SIDES = ("amalgam", "trl", "amalgam, no saving")
 WARMUP = 3  # steps
 DEADLINE = 1800.0  # seconds for one run
 _POLL = 0.02
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "reasoning-gym")
 
 
@@ -151,10 +149,8 @@ def measure(work: Work, kind: str, side: str, repetition: int) -> Measurement:
     else:
         rows, stage = work.folder / name / "metrics.jsonl", "measured"
         file.write_text(json.dumps(recipe(work, kind, name, saving=side == "amalgam")))  # which is YAML
-        amalgam = [sys.executable, "-P", "-m", "amalgam.pipelines.cli"]
-        command = [*amalgam, "run", str(file), "--runs", str(work.folder)]
-    environment = {**os.environ, **_ONE_THREAD, "HF_HUB_OFFLINE": "1"}
-    with Job(command, log, environment, work.folder) as run:
+        command = [*AMALGAM, "run", str(file), "--runs", str(work.folder)]
+    with Job(command, log, ENVIRONMENT, work.folder) as run:
         marks = watch(run, rows, stage, [1, WARMUP, WARMUP + work.steps])
         peak = run.peak_bytes
     (_, first), (start, before), (end, after) = marks
@@ -179,7 +175,7 @@ def watch(run: Job, rows: Path, stage: str | None, at: list[int]) -> list[tuple[
     seen = -1
     while (code := run.root.poll()) is None:
         if time.monotonic() > until:
-            raise TimeoutError(f"{run.root.args}: not done after {DEADLINE:g} s; {tail(run.log)}")
+            raise TimeoutError(f"{run.root.args}: not done after {DEADLINE:g} s; {run.tail()}")
         size = rows.stat().st_size if rows.exists() else 0
         if size != seen and len(marks) < len(at):
             seen = size
@@ -188,7 +184,7 @@ def watch(run: Job, rows: Path, stage: str | None, at: list[int]) -> list[tuple[
                 marks.append((done, run.cpu()))
         time.sleep(_POLL)
     if code or len(marks) < len(at):
-        raise RuntimeError(f"{run.root.args} ended with {code} after {len(marks)} of the steps {at}: {tail(run.log)}")
+        raise RuntimeError(f"{run.root.args} ended with {code} after {len(marks)} of the steps {at}: {run.tail()}")
     return marks
 
 
@@ -207,10 +203,6 @@ def means(rows: list[dict[str, Any]]) -> dict[str, float]:
             if isinstance(value, int | float) and name not in ("step", "time", "epoch"):
                 values.setdefault(name, []).append(value)
     return {name: statistics.fmean(found) for name, found in values.items()}
-
-
-def tail(log: Path) -> str:
-    return log.read_text(errors="replace")[-2000:]
 
 
 def prepare(venv: Path) -> Path:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from . import report_charts as charts
+from .comparisons import Comparison, Comparisons, compare, lessons
 from .report_data import Run, rollout_rows
-from .statistics import Paired, mean_paired_difference, paired_difference, paired_ratio, wilson
+from .statistics import wilson
 
 KINDS = {
     "base": "the model that everything starts from",
@@ -59,7 +60,7 @@ def view(run: Run) -> dict[str, Any]:
     """The template's variables."""
     finished = [name for name in run.stages if name in run.done]
     evaluated = {name for name, stage in run.stages.items() if stage.get("evaluate", True)}
-    comparisons = _comparisons(run)
+    comparisons = compare([run])
     return {
         "name": run.recipe.get("name", run.folder.resolve().name),
         "finished": len(finished),
@@ -70,7 +71,7 @@ def view(run: Run) -> dict[str, Any]:
         "headlines": list(_headlines(comparisons, run)),
         "table": _table(run),
         "graph": _graph(run),
-        "comparisons": comparisons,
+        "comparisons": _forests(comparisons),
         "curves": [{"stage": name, "kind": run.kind(name), **_curves(rows)} for name, rows in run.metrics.items()],
         "samples": [*_evaluation_samples(run), *_rollout_samples(run)],
         "failures": list(_failures(run)),
@@ -88,7 +89,7 @@ def _table(run: Run) -> list[dict[str, Any]]:
         if len(scores) == len(run.domains)
     }
     shares = {d: [s[d][0] / s[d][1] for s in run.scores.values() if d in s] for d in run.domains}
-    experts = {teacher: domain for domain, teacher, _ in _lessons(run)}
+    experts = {teacher: domain for domain, teacher, _ in lessons(run)}
     table = []
     for model, scores in run.scores.items():
         cells = []
@@ -107,43 +108,9 @@ def _table(run: Run) -> list[dict[str, Any]]:
     return table
 
 
-def _lessons(run: Run) -> Iterator[tuple[str, str, str]]:
-    """(domain, its teacher, the student) of every distillation."""
-    for name, stage in run.stages.items():
-        for domain, teacher in stage.get("teachers", {}).items():
-            yield domain, teacher, name
-
-
-def _pairs(run: Run, a: str, b: str, domains: Sequence[str]) -> list[Paired] | None:
-    """Two models' outcomes on each domain; None where one is missing or they answered different problems."""
-    pairs: list[Paired] = []
-    for domain in domains:
-        ours, theirs = run.answers(a, domain), run.answers(b, domain)
-        if not ours or not theirs or ours.problems != theirs.problems:
-            return None
-        pairs.append((ours.correct, theirs.correct, ours.problems))
-    return pairs or None
-
-
-def _comparisons(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Paired: what GRPO adds, what distillation keeps, what it adds to an average of weights."""
-    gains, kept, merged = [], [], []
-    for expert, stage in run.stages.items():
-        if stage["kind"] == "grpo" and len(stage.get("domains", ())) == 1:
-            (domain,) = stage["domains"]
-            for other in dict.fromkeys([stage["from"], run.base or stage["from"]]):
-                if pairs := _pairs(run, expert, other, [domain]):
-                    estimate = paired_difference(*pairs[0])
-                    gains.append({"a": expert, "b": other, "on": domain, "estimate": estimate})
-    for domain, teacher, student in _lessons(run):
-        pairs = _pairs(run, student, teacher, [domain])
-        if pairs and any(pairs[0][1]):
-            kept.append({"a": student, "b": teacher, "on": domain, "estimate": paired_ratio(*pairs[0])})
-    for student in dict.fromkeys(student for _, _, student in _lessons(run)):
-        for other in (name for name, stage in run.stages.items() if stage["kind"] == "average"):
-            if pairs := _pairs(run, student, other, run.domains):
-                estimate, on = mean_paired_difference(pairs), "the mean of the domains"
-                merged.append({"a": student, "b": other, "on": on, "estimate": estimate})
+def _forests(comparisons: Comparisons) -> dict[str, list[dict[str, Any]]]:
+    """The comparisons as the page draws them: each with its color, and its place on an axis."""
+    gains, kept, merged = ([each._asdict() for each in found] for found in comparisons)
     for row in [*gains, *merged]:
         row["sign"] = "above" if row["estimate"][1] > 0 else "below" if row["estimate"][2] < 0 else "open"
     for row in kept:
@@ -167,18 +134,17 @@ def _place_on_axis(rows: Sequence[dict[str, Any]], mark: float) -> None:
         row |= {"value": place(value), "start": place(start), "end": place(end), "mark": place(mark)}
 
 
-def _headlines(comparisons: Mapping[str, list[dict[str, Any]]], run: Run) -> Iterator[dict[str, Any]]:
+def _headlines(comparisons: Comparisons, run: Run) -> Iterator[dict[str, Any]]:
     """The few numbers that say how the run went: a title, and rows of (value, what it belongs to)."""
 
-    def points(row: Mapping[str, Any]) -> str:
-        return f"{100 * row['estimate'][0]:+.1f}".replace("-", "−")
+    def points(comparison: Comparison) -> str:
+        return f"{100 * comparison.estimate[0]:+.1f}".replace("-", "−")
 
-    over_own = [row for row in comparisons["gains"] if row["b"] != run.base]
-    if gains := [(points(row), f"points, {row['on']}") for row in over_own]:
+    if gains := [(points(each), f"points, {each.on}") for each in comparisons.gains if each.b != run.base]:
         yield {"title": "Reinforcement learning adds to fine-tuning", "rows": gains}
-    if kept := [(f"{100 * row['estimate'][0]:.1f} %", row["on"]) for row in comparisons["kept"]]:
+    if kept := [(f"{100 * each.estimate[0]:.1f} %", each.on) for each in comparisons.kept]:
         yield {"title": "The merged model keeps of each expert", "rows": kept}
-    if merged := [(points(row), "points, mean") for row in comparisons["merged"]]:
+    if merged := [(points(each), "points, mean") for each in comparisons.merged]:
         yield {"title": "Distillation against averaging the weights", "rows": merged}
     if run.done:
         wall = duration(sum(done["wall_seconds"] for done in run.done.values()))

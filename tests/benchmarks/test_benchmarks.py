@@ -1,4 +1,4 @@
-"""The benchmarks' own instruments: a wrong model breaks a bound, and every process's CPU is counted."""
+"""The benchmarks' own instruments: a wrong model breaks a bound, every process's CPU is counted, goals are missed."""
 
 import subprocess
 import sys
@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from amalgam.errors import UserError
 from amalgam.model import DeepseekV4, initialize, load, save
 from amalgam.model.checkpoint import config_of
+
+from ..pipelines.made_run import DOMAINS, made_run
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -93,3 +96,102 @@ def test_a_job_counts_orphans_and_leaves_nothing_behind():
         env={"PYTHONPATH": str(BENCHMARKS), "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert (done.stdout.split("\n"), done.stderr) == (["True", "{}", ""], "")
+
+
+# Its 0.6 s of CPU show up nowhere but in /proc while it lives: Ray's raylet ignores SIGCHLD too.
+IGNORED = """
+import os, subprocess, sys, processes
+from pathlib import Path
+processes._READING_SECONDS = 0.02
+spin = "import time\\nwhile time.process_time() < 0.6: pass"
+parent = (
+    "import signal, subprocess, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
+    f"subprocess.run([sys.executable, '-S', '-c', {spin!r}])"
+)
+with processes.Job([sys.executable, "-S", "-c", parent], Path(os.devnull), dict(os.environ), Path("/")) as job:
+    job.root.wait(30)
+print(job.cpu_seconds >= 0.5)
+"""
+
+
+def test_a_job_counts_processes_that_nobody_waits_for():
+    done = subprocess.run(
+        [sys.executable, "-c", IGNORED], capture_output=True, text=True, timeout=60, cwd="/",
+        env={"PYTHONPATH": str(BENCHMARKS), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+# The quickstart's goals
+
+RIGHT = {"base": 20, "sft-arithmetic": 60, "sft-strings": 60, "grpo-arithmetic": 80, "grpo-strings": 80,
+         "average": 40, "merged": 80}  # fmt: skip
+
+
+@pytest.fixture
+def goals(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import goals  # pyright: ignore[reportMissingImports]
+
+    return goals
+
+
+@pytest.fixture
+def seeds(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import seeds  # pyright: ignore[reportMissingImports]
+
+    return seeds
+
+
+def runs_of(folder: Path, right: dict[str, int]):
+    """Two runs; every model answers the first so many of 100 problems in both domains."""
+    outcomes = {model: {domain: [i < n for i in range(100)] for domain in DOMAINS} for model, n in right.items()}
+    return [made_run(folder / str(seed), outcomes) for seed in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "missed"),
+    [
+        ({}, []),
+        ({"base": 4}, ["base on arithmetic", "base on strings"]),
+        ({"base": 41}, ["base on arithmetic", "base on strings"]),
+        ({"sft-strings": 73}, ["grpo-strings over sft-strings on strings"]),
+        ({"grpo-arithmetic": 44, "sft-arithmetic": 30}, ["grpo-arithmetic over base on arithmetic"]),
+        ({"merged": 75}, ["merged of grpo-arithmetic on arithmetic", "merged of grpo-strings on strings"]),
+        ({"average": 80}, ["merged over average on the mean of the domains"]),
+    ],
+)
+def test_every_goal_can_be_missed(goals, tmp_path, changed, missed):
+    verdicts = goals.verdicts(runs_of(tmp_path, RIGHT | changed))
+    assert len(verdicts) == 9 and [each.what for each in verdicts if not each.met] == missed
+
+
+def test_a_goal_is_missed_where_nothing_was_compared(goals, tmp_path):
+    *others, last = goals.verdicts(runs_of(tmp_path, {m: n for m, n in RIGHT.items() if m != "average"}))
+    assert all(each.met for each in others)
+    assert last.cells() == ["merged over average on the mean of the domains", "-", "-", "interval above 0", "MISSED"]
+
+
+def test_a_verdict_is_told_in_the_goals_unit(goals):
+    cells = goals.Verdict("x over y", (0.0949, -0.001, 0.2), goals.ADDS).cells()
+    assert cells == ["x over y", "+9.5 points", "-0.1 to +20.0", "at least 8 points, interval above 0", "MISSED"]
+    assert goals.Verdict("x of y", (0.95, 0.9, 1.02), goals.KEEPS).cells()[1:] == [
+        "95.0 %", "90.0 to 102.0", "at least 95 %", "met",
+    ]  # fmt: skip
+
+
+def test_tables_of_several_seeds_are_summed(seeds):
+    row = {"model": "base", "domain": "strings", "correct": 3, "total": 8}
+    other = {"model": "base", "domain": "arithmetic", "correct": 1, "total": 8}
+    assert seeds.pooled([[row, other], [row | {"correct": 5}, other]]) == [
+        row | {"correct": 8, "total": 16}, other | {"correct": 2, "total": 16},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "message"), [([0, 1], "quickstart-1: is there"), ([2, 2], "twice"), ([-1], "seed")])
+def test_runs_that_cannot_be_measured_are_refused(seeds, tmp_path, given, message):
+    (tmp_path / "quickstart-1").mkdir()
+    assert seeds.new_folders([2, 0], tmp_path) == {n: tmp_path / f"quickstart-{n}" for n in (2, 0)}
+    with pytest.raises(UserError, match=message):
+        seeds.new_folders(given, tmp_path)

@@ -22,19 +22,8 @@ from amalgam.pipelines.report_charts import (
     stage_graph,
 )
 
-DOMAINS = ("arithmetic", "strings")
-STAGES = {
-    "sft-arithmetic": {"kind": "sft", "from": "base", "domains": ["arithmetic"]},
-    "sft-strings": {"kind": "sft", "from": "base", "domains": ["strings"]},
-    "grpo-arithmetic": {"kind": "grpo", "from": "sft-arithmetic", "domains": ["arithmetic"]},
-    "grpo-strings": {"kind": "grpo", "from": "sft-strings", "domains": ["strings"]},
-    "average": {"kind": "average", "of": ["grpo-arithmetic", "grpo-strings"]},
-    "start": {"kind": "sft", "from": "base", "domains": list(DOMAINS), "evaluate": False},
-    "merged": {
-        "kind": "distill", "from": "start", "domains": list(DOMAINS),
-        "teachers": {"arithmetic": "grpo-arithmetic", "strings": "grpo-strings"},
-    },
-}  # fmt: skip
+from .made_run import DOMAINS, RECIPE, STAGES
+
 SKILL = {
     "base": (0.17, 0.11), "sft-arithmetic": (0.58, 0.09), "sft-strings": (0.14, 0.52),
     "grpo-arithmetic": (0.81, 0.08), "grpo-strings": (0.11, 0.74), "average": (0.41, 0.39),
@@ -51,14 +40,7 @@ METRICS = {
 def fake_run(folder, problems=64, steps=60, finished=tuple(STAGES), hostile="<answer>42</answer>"):
     """A run's folder as the pipeline writes it, with `finished` stages done and the next one under way."""
     rng = np.random.default_rng(0)
-    recipe = {
-        "name": "quickstart",
-        "seed": 0,
-        "base": "tiny",
-        "domains": dict.fromkeys(DOMAINS, {}),
-        "stages": STAGES,
-    }
-    write(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    write(folder / "recipe.yaml", yaml.safe_dump(RECIPE, sort_keys=False))
     write(folder / "versions.json", json.dumps({"amalgam": "0.1.0", "torch": "2.13.0", "machine": {"cores": 2}}))
     results = []
     luck = rng.random((len(DOMAINS), problems))  # the same problems are hard for every model
@@ -218,12 +200,16 @@ def test_comparisons_are_paired_and_named(tmp_path):
     ]  # fmt: skip
 
 
-def test_models_on_different_problems_are_not_compared(tmp_path):
-    run = fake_run(tmp_path)
-    file = run / "evaluations" / "base.json"
-    file.write_text(file.read_text().replace('"index": 0,', '"index": 1000000,'))
-    text = write_report(run).read_text()
-    assert "over</b> base" not in text and "over base" not in text and "over sft-arithmetic" in text
+def test_an_interval_is_green_where_it_lies_right_of_the_mark(tmp_path):
+    axes = write_report(fake_run(tmp_path, problems=256)).read_text().split('<div class="axis">')[1:]
+    seen = set()
+    for axis in axes:
+        mark, start, value = (float(each) for each in re.findall(r'style="left: ([\d.]+)%', axis))
+        (sign, width) = re.findall(r'class="range (\w+)" style="left: [\d.]+%; width: ([\d.]+)%', axis)[0]
+        assert 0 < start <= value <= start + float(width) < 100
+        assert (sign == "above") == (start > mark and sign != "kept")
+        seen.add(sign)
+    assert len(axes) == 7 and seen == {"above", "kept"}
 
 
 def test_a_partial_run_shows_what_is_there(tmp_path):
