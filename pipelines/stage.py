@@ -166,7 +166,7 @@ class StageRun:
         if file.is_file():
             saved = json.loads(file.read_text())
             self.step, self._learned, self.facts = saved["step"], saved["learned"], saved["facts"]
-            self._before = saved.get("spent", _NOTHING)  # not there if an older version saved it
+            self._before = saved["spent"]
         self.log.rewind(self.step)
         self.line = self.run.console.stage(self.name, self.settings.kind, self.steps, self.step)
 

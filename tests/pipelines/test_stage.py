@@ -191,15 +191,6 @@ def test_done_says_what_all_attempts_spent(tmp_path: Path, monkeypatch: pytest.M
     assert (done["cpu_seconds"], done["failures"]) == (10.25 + 3.25, {"timeout": 4, "raised": 1})
 
 
-def test_progress_of_an_older_version_is_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    progress = Progress(tmp_path, 1, monkeypatch)
-    (tmp_path / "stages" / "s" / "progress.json").write_text('{"step": 2, "learned": 2, "facts": {}}')
-    stage = StageRun(progress.run, "s", SimpleNamespace(kind="sft"), 7, progress.log)  # pyright: ignore
-    stage.start()
-    assert stage.step == 2
-    assert stage.spent()["failures"] == {}
-
-
 def test_what_a_save_points_to_is_on_the_disk_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The state's file, then its index, then the progress; each under its name before the next."""
     progress, flushed = Progress(tmp_path, 7, monkeypatch), []
