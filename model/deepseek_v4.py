@@ -72,6 +72,7 @@ class Router(nn.Module):
     def __init__(self, config: DeepseekV4Config, hashed: bool):
         super().__init__()
         self.hashed, self.topk, self.scaling = hashed, config.num_experts_per_tok, config.routed_scaling_factor
+        self.experts = config.n_routed_experts
         self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size))
         if hashed:
             self.register_buffer("tid2eid", torch.zeros(config.vocab_size, self.topk, dtype=torch.int64))

@@ -1,6 +1,6 @@
 """Next-token training of a new base model on the procedural corpus of pipelines/corpus.py; the checkpoint is bf16.
 
-Left out: the balance rule for the routers' correction bias (it stays at zero), MTP, a schedule of sequence lengths.
+Left out: MTP, the sequence-wise balance loss, a schedule of sequence lengths.
 """
 
 import time

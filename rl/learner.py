@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .cluster import wait
-from .learner_worker import LearnerWorker, Loss, add
+from .learner_worker import COMMON, LearnerWorker, Loss, add
 from .packing import Row, plan, stack
 from .settings import Optimization
 
@@ -69,9 +69,10 @@ class Learner:
         micro-batch, it is called as loss(model, batch, shared, **settings) with `collate`'s batch, and
         returns a scalar and metrics. The scalar is divided by a denominator of the whole optimizer batch
         (rows carry weights for that), so that gradients add up over micro-batches and ranks. Metrics are sums
-        over tokens, and add up the same way; "grad_norm" (before clipping) and "lr" join them. `shared`
-        reaches every micro-batch as tensors. Trained parameters that the loss does not reach get a gradient
-        of zero. Raises FloatingPointError, and changes nothing, if it is not finite.
+        over tokens, and add up the same way; "grad_norm" (before clipping), "lr" and, of a model with experts,
+        "load_max" and "load_idle" (`balance.figures`) join them. `shared` reaches every micro-batch as
+        tensors. Trained parameters that the loss does not reach get a gradient of zero. Raises
+        FloatingPointError, and changes nothing, if it is not finite.
         """
         return self._on_rows("step", rows, loss, shared, settings)
 
@@ -149,7 +150,7 @@ class Learner:
         results = self._wait(calls, f"the learner to {method} on {len(rows)} rows, {sum(lengths)} tokens")
         totals: dict[str, float] = {}
         for result in results:
-            common = {name: result.pop(name) for name in ("grad_norm", "lr") if name in result}
+            common = {name: result.pop(name) for name in COMMON if name in result}
             add(totals, result)
             totals |= common
         return totals

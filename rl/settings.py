@@ -38,6 +38,8 @@ class Optimization(Settings):
     """AdamW's epsilon."""
     gradient_clipping: PositiveFloat = 1.0
     """Largest global L2 norm of a step's gradient; a larger one is scaled down to it."""
+    balance_speed: float = Field(default=0.0, ge=0)
+    """How far the routers' correction biases move a step towards level loads (V4's pretraining: 0.001); 0: not."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO: 1 shards the optimizer's state over the ranks, 2 also gradients, 3 also parameters."""
     ranks: PositiveInt = 1

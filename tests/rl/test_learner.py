@@ -405,3 +405,31 @@ def test_a_rank_that_fails_alone_does_not_leave_the_other_waiting(learner, monke
         ours.step(rows, fails_on_the_longest)
     with pytest.raises(RuntimeError, match="it is closed"):
         ours.step(rows, nll, scale=1.0)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 1), (2, 3)])
+def test_the_balance_rule_counts_the_whole_batch_and_resumes(learner, checkpoint, tmp_path, ranks, stage):
+    """In the second step one rank has no document of its own. The state holds the biases where they change."""
+    (rows,) = batches(1)
+    ours = learner(ranks, stage, balance_speed=0.01)
+    expected = {n: b.clone() for n, b in load(checkpoint).named_buffers() if n.endswith("correction_bias")}
+    for data in (rows, rows[:1]):
+        model = load(checkpoint)
+        sync.load(model, sent(ours))
+        batch = collate(data, "cpu")
+        ids = model(batch["tokens"], batch["cu_seqlens"]).experts
+        counts = [torch.bincount(ids[:, layer].flatten(), minlength=4).float() for layer in range(3)]
+        for name, load_ in zip(expected, counts[1:], strict=True):
+            expected[name] += 0.01 * torch.sign(load_.mean() - load_)
+        metrics = ours.step(data, nll, scale=1.0)
+        assert metrics["load_max"] == pytest.approx(sum(float(c.max() / c.mean()) for c in counts) / 3)
+        assert metrics["load_idle"] == pytest.approx(sum(float((c == 0).float().mean()) for c in counts) / 3)
+    ours.save_state(tmp_path)
+    found = weights(ours, checkpoint)
+    assert len(expected) == 2
+    for name, bias in expected.items():
+        torch.testing.assert_close(found[name], bias, rtol=0, atol=1e-7)
+    again = learner(ranks, stage, balance_speed=0.01)
+    again.load_state(tmp_path)
+    resumed = weights(again, checkpoint)
+    assert all(torch.equal(resumed[name], found[name]) for name in found)
