@@ -16,6 +16,8 @@ from transformers import DeepseekV4Config
 from ..errors import UserError
 from ..kernels.rope import inverse_frequencies
 from .deepseek_v4 import DeepseekV4
+from .encoding import Encoding
+from .wordings import OFFICIAL
 
 PRESETS = Path(__file__).parent / "presets"
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "encoding.json")
@@ -115,7 +117,7 @@ def cast(model: DeepseekV4, dtype: torch.dtype) -> DeepseekV4:
 
 
 def save(model: DeepseekV4, path: str | Path) -> None:
-    """Writes model.safetensors, config.json and, from the model's origin, the tokenizer; then renames the folder.
+    """Writes model.safetensors, config.json and, from the model's origin, tokenizer and encoding; then renames.
 
     One process at a time saves to a `path`. What a save to it that was cut off has left beside it is removed.
     """
@@ -135,6 +137,8 @@ def save(model: DeepseekV4, path: str | Path) -> None:
     for name in _BESIDE:
         if model.origin is not None and (model.origin / name).is_file():
             shutil.copyfile(model.origin / name, beside / name)
+    if model.origin is not None and (model.origin / OFFICIAL).is_file():
+        Encoding.from_checkpoint(model.origin).save(beside)
     replace_folder(beside, path)
 
 
