@@ -15,15 +15,20 @@ from transformers import DeepseekV4Config
 from ..errors import UserError
 from .config import PRESETS, config_of, resolve
 from .deepseek_v4 import DeepseekV4
+from .numerics import Numerics, with_numerics
 
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "encoding.json")
-# What V4 computes in fp32 whatever the model's dtype (transformers keeps the same list).
-_FP32 = ("_hc.", "hc_head.", ".sinks", "position_bias", "e_score_correction_bias", "norm.weight", "_frequencies")
 
 
-def load(path_or_preset: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DeepseekV4:
+def load(
+    path_or_preset: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    numerics: Numerics = "deepseek",
+) -> DeepseekV4:
     """The model of a checkpoint's folder or a preset, in `dtype` (V4's fp32 islands stay fp32), on `device`.
 
+    `numerics` is the order of operations, DeepSeek's or transformers', which shows in bf16 only (`numerics.py`).
     Every tensor of the file is used and every tensor of the model filled, or a UserError names the first that is not.
     """
     folder = resolve(path_or_preset)
@@ -50,16 +55,12 @@ def load(path_or_preset: str | Path, dtype: torch.dtype = torch.float32, device:
     except SafetensorError as error:
         raise UserError(f"{file}: cut short or not safetensors: {error}") from error
     model.origin = folder
-    return cast(model, dtype).to(device)
+    return with_numerics(cast(model, dtype).to(device), numerics)
 
 
 def cast(model: DeepseekV4, dtype: torch.dtype) -> DeepseekV4:
     """Floating-point tensors to `dtype`, in place, but for the fp32 islands."""
-    for module_name, module in model.named_modules():
-        for name, tensor in [*module.named_parameters(module_name, False), *module.named_buffers(module_name, False)]:
-            if tensor.is_floating_point() and not any(part in name for part in _FP32):
-                tensor.data = tensor.data.to(dtype)
-    return model
+    return model.to(dtype)
 
 
 def save(model: DeepseekV4, path: str | Path) -> None:

@@ -100,7 +100,8 @@ def official_config(config: DeepseekV4Config, weights: Weights = "bf16") -> dict
     if hashed != sorted(hashed, reverse=True):
         raise UserError("mlp_layer_types: in the official config.json the hash layers come first")
     ratio = {SWA: 0, CSA: 4, HCA: rates.get(HCA)}
-    compress: Any = (config.rope_parameters or {})["compress"]
+    parameters: Any = config.rope_parameters
+    compress = parameters["compress"]
     yarn = {"type": "yarn", **{key: compress[key] for key in _YARN}} if compress["rope_type"] == "yarn" else None
     fixed = {key: allowed[0] for key, allowed in _FIXED.items()}
     values: dict[str, Any] = fixed | {key: getattr(config, key) for key in (*_COUNTS, *_NUMBERS)}

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import nn
 from transformers import DeepseekV4Config
 
 from .config import SWA
-from .deepseek_v4 import Block, DeepseekV4
+from .deepseek_v4 import DeepseekV4
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,10 @@ def parameter_counts(config: DeepseekV4Config) -> Parameters:
 
 def _mtp(config: DeepseekV4Config) -> int:
     """One window-only block with learned routing, e_proj and h_proj, three norms, and a final collapse of its own."""
-    one = {"num_hidden_layers": 1, "layer_types": [SWA], "mlp_layer_types": ["moe"]}
-    alone = DeepseekV4Config(**(config.to_dict() | one))
+    one = {"num_hidden_layers": 1, "layer_types": [SWA], "mlp_layer_types": ["moe"], "num_nextn_predict_layers": 0}
     with torch.device("meta"):
-        block: nn.Module = Block(alone, 0)
+        alone = DeepseekV4(DeepseekV4Config(**(config.to_dict() | one)))
     n, d = config.hc_mult, config.hidden_size
     extra = [(d, d), (d, d), (d,), (d,), (d,), (n, n * d), (n,), (1,)]
-    return sum(p.numel() for p in block.parameters()) + sum(map(prod, extra))
+    block = sum(p.numel() for name, p in alone.named_parameters() if name.startswith("model.layers.0."))
+    return block + sum(map(prod, extra))
