@@ -4,6 +4,7 @@ Module and parameter names are transformers'. Shapes: T tokens, H heads, D head 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
@@ -52,8 +53,10 @@ class Compressor(nn.Module):
         return self.ratio * (2 if self.overlap else 1)
 
     def forward(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and scores [T, C] of tokens x [T, d] at `position` [T]."""
-        return self.kv_proj(x), self.gate_proj(x) + self.position_bias[position % self.ratio]
+        """Values and scores [T, C] of tokens x [T, d] at `position` [T], in fp32: DeepSeek's code casts up here."""
+        x = x.float()
+        scores = F.linear(x, self.gate_proj.weight.float()) + self.position_bias[position % self.ratio]
+        return F.linear(x, self.kv_proj.weight.float()), scores
 
     def entries(self, values: Tensor, scores: Tensor, layout: Entries) -> Tensor:
         """All entries [N, dim] of a pack."""
@@ -67,7 +70,10 @@ class Compressor(nn.Module):
             half = self.dim
             values = torch.cat([previous[0][..., :half], values[..., half:]], dim=1)
             scores = torch.cat([previous[1][..., :half], scores[..., half:]], dim=1)
-        return apply_rope(self.kv_norm(pool(values, scores)), rotation)
+        return apply_rope(self.kv_norm(self._pool(values, scores)), rotation)
+
+    def _pool(self, values: Tensor, scores: Tensor) -> Tensor:
+        return pool(values, scores).to(self.kv_proj.weight.dtype)
 
     def remember(self, values: Tensor, scores: Tensor, layout: Packed, cache: LayerCache, prefix: str) -> None:
         cache[prefix + "values"] = ring(values, layout, self.slots, 0.0)
@@ -183,7 +189,7 @@ class Attention(nn.Module):
                 self.compressor.remember(values, scores, layout, cache, "")
                 own = per_request(compressed, entries.start, room // self.ratio)
                 cache["rows"] = torch.cat([cache["rows"], own], dim=1)
-        out = attend(layout.in_blocks(q), rows, visible, self.sinks)
+        out = self._attend(layout.in_blocks(q), rows, visible)
         return self._output(out.flatten(0, 1)[: x.shape[0]], rotation)
 
     def decode(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
@@ -198,7 +204,7 @@ class Attention(nn.Module):
             chosen = self._chosen_in_cache(x, latent, rotation, step, done, cache)
             visible = torch.cat([visible, chosen], dim=1)
         rows = rows[:, : visible.shape[1]]
-        out = attend(q.unsqueeze(1), rows, visible.unsqueeze(1), self.sinks)
+        out = self._attend(q.unsqueeze(1), rows, visible.unsqueeze(1))
         return self._output(out.squeeze(1), rotation)
 
     def _project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,6 +212,9 @@ class Attention(nn.Module):
         latent = self.q_a_norm(self.q_a_proj(x))
         q = rms_norm(self.q_b_proj(latent).unflatten(-1, (self.heads, self.dim)), None, self.eps)
         return latent, apply_rope(q, rotation), apply_rope(self.kv_norm(self.kv_proj(x)), rotation)
+
+    def _attend(self, q: Tensor, rows: Tensor, visible: Tensor) -> Tensor:
+        return attend(q, rows, visible, self.sinks)
 
     def _output(self, out: Tensor, rotation: Tensor) -> Tensor:
         out = apply_rope(out, rotation, inverse=True)

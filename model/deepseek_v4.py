@@ -4,6 +4,7 @@ Module and parameter names are transformers', so that a state dict means the sam
 low precision. Shapes: T packed tokens, B documents, L layers, k experts a token, n residual streams, d hidden size.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,9 @@ from ..kernels.rope import inverse_frequencies
 from .attention import Attention, RMSNorm, linear
 from .cache import Cache, LayerCache
 from .layout import Packed, Step, packed, step
+
+# What V4 keeps in fp32 whatever the model's dtype, by part of the name (transformers keeps the same parameters).
+FP32_ISLANDS = ("_hc.", "hc_head.", ".sinks", "position_bias", "e_score_correction_bias", "norm.weight", "_frequencies")
 
 
 class Output(NamedTuple):
@@ -47,6 +51,10 @@ class HyperConnection(nn.Module):
             eps=c.hc_eps,
         )
         return collapse(streams, pre), post, comb
+
+    def expand(self, streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+        """The streams [T, n, d] after a sublayer that gave `output` [T, d]."""
+        return expand(streams, output, post, comb)
 
 
 class HyperHead(nn.Module):
@@ -104,7 +112,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = F.linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight]))
-        return self.down_proj(swiglu(gate_up, self.limit))
+        return self.down_proj(swiglu(gate_up.float(), self.limit).to(x.dtype))
 
 
 class MoE(nn.Module):
@@ -149,10 +157,10 @@ class Block(nn.Module):
         else:
             assert cache is not None
             x = self.self_attn.decode(x, place, cache)
-        streams = expand(streams, x, post, comb)
+        streams = self.attn_hc.expand(streams, x, post, comb)
         x, post, comb = self.ffn_hc(streams)
         x, ids = self.mlp(self.post_attention_layernorm(x), tokens, replay)
-        return expand(streams, x, post, comb), ids
+        return self.ffn_hc.expand(streams, x, post, comb), ids
 
 
 class Backbone(nn.Module):
@@ -171,6 +179,7 @@ class DeepseekV4(nn.Module):
     discrete), and the published post-training runs of others freeze them too.
     """
 
+    numerics = "deepseek"
     main_frequencies: Tensor
     compress_frequencies: Tensor
 
@@ -188,6 +197,20 @@ class DeepseekV4(nn.Module):
         for attention in self._attentions():
             if indexer := getattr(attention.compressor, "indexer", None):
                 indexer.requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeepseekV4":
+        """What `.to`, `.bfloat16()` and the like go through, an engine's wrapper too: islands move, but stay fp32."""
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        islands = [tensor for name, tensor in tensors if any(part in name for part in FP32_ISLANDS)]
+        islands += [tensor.grad for tensor in islands if tensor.grad is not None]
+        kept = {id(tensor) for tensor in islands}
+
+        def widest(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrower = moved.dtype.itemsize < tensor.dtype.itemsize
+            return tensor.to(moved.device) if id(tensor) in kept and narrower else moved
+
+        return super()._apply(widest, recurse)  # pyright: ignore[reportReturnType]
 
     def _attentions(self) -> list[Attention]:
         return [block.self_attn for block in self.model.layers]  # pyright: ignore
@@ -224,6 +247,9 @@ class DeepseekV4(nn.Module):
         return output
 
     def _run(self, tokens: Tensor, place: Packed | Step, caches: list, room: int, replay: Tensor | None) -> Output:
+        if (dtype := self.model.norm.weight.dtype).itemsize < 4:
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(f"V4's fp32 parameters were cast to {name}; run DeepSpeed without its bf16 section")
         streams = self.model.embed_tokens(tokens).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
         chosen = []
         for i, (block, cache) in enumerate(zip(self.model.layers, caches, strict=True)):
