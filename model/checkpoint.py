@@ -15,7 +15,9 @@ from transformers import DeepseekV4Config
 
 from ..errors import UserError
 from ..kernels.rope import inverse_frequencies
+from ..settings import FULL, Precision
 from .deepseek_v4 import DeepseekV4
+from .precision import problem, set_precision
 
 PRESETS = Path(__file__).parent / "presets"
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "encoding.json")
@@ -75,13 +77,23 @@ def config_of(path_or_preset: str | Path) -> DeepseekV4Config:
         raise UserError(f"{file}: {' '.join(str(error).split())}") from error
 
 
-def load(path_or_preset: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DeepseekV4:
+def load(
+    path_or_preset: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    precision: Precision = FULL,
+) -> DeepseekV4:
     """The model of a checkpoint's folder or a preset, in `dtype` (V4's fp32 islands stay fp32), on `device`.
 
+    `precision`: what is rounded in the forward as deployment stores it.
     Every tensor of the file is used and every tensor of the model filled, or a UserError names the first that is not.
     """
     folder = resolve(path_or_preset)
-    model = DeepseekV4(config_of(folder))
+    config = config_of(folder)
+    if wrong := problem(config, precision):
+        raise UserError(f"{folder / 'config.json'}: {wrong}")
+    model = DeepseekV4(config)
+    set_precision(model, precision)
     file = folder / "model.safetensors"
     state = model.state_dict()
     try:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..settings import Precision
 from .packing import Batch, tensors
 from .settings import Optimization
 from .state import Shapes, read_state, write_state
@@ -132,7 +133,7 @@ class LearnerWorker:
         init_process_group(backend, store=store, rank=self._rank, world_size=self._ranks, timeout=timeout)
         deepspeed.init_distributed(dist_init_required=False)
 
-    def load(self, path: str, optimization: Optimization, total_steps: int) -> None:
+    def load(self, path: str, optimization: Optimization, total_steps: int, precision: Precision) -> None:
         import deepspeed
 
         from ..model import load
@@ -141,7 +142,7 @@ class LearnerWorker:
         self._optimization, self._total_steps, self._steps = optimization, total_steps, 0
         # One rank has nothing to shard, and is spared DeepSpeed's flat copy of the parameters.
         self._stage = optimization.zero_stage if self._ranks > 1 else 0
-        self._model = load(path, dtype=torch.float32, device=self._device)
+        self._model = load(path, dtype=torch.float32, device=self._device, precision=precision)
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         if self._stage == 3:  # layers are gathered whole: which of their parameters are used depends on data
             lists = [module for module in self._model.modules() if isinstance(module, nn.ModuleList)]
