@@ -3,6 +3,8 @@
 Module and parameter names are transformers'. Shapes: T tokens, H heads, D head dimension, C a compressor's channels.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
@@ -50,7 +52,7 @@ class Compressor(nn.Module):
         self.gate_proj = linear(config.hidden_size, channels)
         self.position_bias = nn.Parameter(torch.zeros(ratio, channels))
         self.kv_norm = RMSNorm(dim, config.rms_norm_eps)
-        self.stored = as_is  # what is kept of an entry
+        self.stored: Callable[[Tensor], Tensor] = as_is  # what is kept of an entry
 
     @property
     def slots(self) -> int:
@@ -166,7 +168,7 @@ class Attention(nn.Module):
         self.o_a_proj = GroupedLinear(width // self.groups, self.groups * config.o_lora_rank, self.groups)
         self.o_b_proj = linear(self.groups * config.o_lora_rank, config.hidden_size)
         self.sinks = nn.Parameter(torch.zeros(self.heads))
-        self.stored = as_is  # what is kept of a row
+        self.stored: Callable[[Tensor], Tensor] = as_is  # what is kept of a row
         self.compressor: Compressor | None = None
         if kind == "compressed_sparse_attention":
             self.compressor = CSACompressor(config, self.ratio)

@@ -4,6 +4,7 @@ Module and parameter names are transformers', so that a state dict means the sam
 Shapes: T packed tokens, B documents, L layers, k experts a token, n residual streams, d hidden size.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +94,7 @@ class Experts(nn.Module):
         e, d, i = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.zeros(e, 2 * i, d))
         self.down_proj = nn.Parameter(torch.zeros(e, d, i))
-        self.stored = as_is  # what is kept of a weight
+        self.stored: Callable[[Tensor], Tensor] = as_is  # what is kept of a weight
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """gate_up [E, 2I, d] and down [E, d, I] as they take part."""
