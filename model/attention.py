@@ -3,6 +3,8 @@
 Module and parameter names are transformers'. Shapes: T tokens, H heads, D head dimension, C a compressor's channels.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,11 @@ from ..kernels.norm import rms_norm
 from ..kernels.rope import apply_rope
 from .cache import LayerCache, per_request, ring
 from .layout import Entries, Finished, Packed, Step
+
+
+def as_is(x: Tensor) -> Tensor:
+    """What is kept of a tensor at full precision: all of it (model/precision.py has the other ways)."""
+    return x
 
 
 class RMSNorm(nn.Module):
@@ -46,6 +53,7 @@ class Compressor(nn.Module):
         self.gate_proj = linear(config.hidden_size, channels)
         self.position_bias = nn.Parameter(torch.zeros(ratio, channels))
         self.kv_norm = RMSNorm(dim, config.rms_norm_eps)
+        self.stored: Callable[[Tensor], Tensor] = as_is  # what is kept of an entry
 
     @property
     def slots(self) -> int:
@@ -70,7 +78,7 @@ class Compressor(nn.Module):
             half = self.dim
             values = torch.cat([previous[0][..., :half], values[..., half:]], dim=1)
             scores = torch.cat([previous[1][..., :half], scores[..., half:]], dim=1)
-        return apply_rope(self.kv_norm(self._pool(values, scores)), rotation)
+        return self.stored(apply_rope(self.kv_norm(self._pool(values, scores)), rotation))
 
     def _pool(self, values: Tensor, scores: Tensor) -> Tensor:
         return pool(values, scores).to(self.kv_proj.weight.dtype)
@@ -120,11 +128,12 @@ class Indexer(Compressor):
         self.heads = config.index_n_heads
         self.q_b_proj = linear(config.q_lora_rank, self.heads * self.dim)
         self.scorer = IndexerScorer(config)
+        self.score_dtype = torch.float32
 
     def queries(self, x: Tensor, latent: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """[T, Hi, Di] and head weights [T, Hi]."""
         q = self.q_b_proj(latent).unflatten(-1, (self.heads, self.dim))
-        return apply_rope(q, rotation), self.scorer(x)
+        return self.stored(apply_rope(q, rotation)), self.scorer(x)
 
 
 class CSACompressor(Compressor):
@@ -165,6 +174,7 @@ class Attention(nn.Module):
         self.o_a_proj = GroupedLinear(width // self.groups, self.groups * config.o_lora_rank, self.groups)
         self.o_b_proj = linear(self.groups * config.o_lora_rank, config.hidden_size)
         self.sinks = nn.Parameter(torch.zeros(self.heads))
+        self.stored: Callable[[Tensor], Tensor] = as_is  # what is kept of a row
         self.compressor: Compressor | None = None
         if kind == "compressed_sparse_attention":
             self.compressor = CSACompressor(config, self.ratio)
@@ -211,7 +221,7 @@ class Attention(nn.Module):
         """The latent [T, q_lora_rank], queries [T, H, D] and the row [T, D] that is key and value."""
         latent = self.q_a_norm(self.q_a_proj(x))
         q = rms_norm(self.q_b_proj(latent).unflatten(-1, (self.heads, self.dim)), None, self.eps)
-        return latent, apply_rope(q, rotation), apply_rope(self.kv_norm(self.kv_proj(x)), rotation)
+        return latent, apply_rope(q, rotation), self.stored(apply_rope(self.kv_norm(self.kv_proj(x)), rotation))
 
     def _attend(self, q: Tensor, rows: Tensor, visible: Tensor) -> Tensor:
         return attend(q, rows, visible, self.sinks)
@@ -239,7 +249,7 @@ class Attention(nn.Module):
             return entries.visible
         q, weights = indexer.queries(x, latent, layout.rotation[self.rope])
         q, weights = layout.in_blocks(q), layout.in_blocks(weights)
-        return select(q, weights, keys[entries.block], entries.visible, indexer.topk)
+        return select(q, weights, keys[entries.block], entries.visible, indexer.topk, indexer.score_dtype)
 
     @torch.no_grad()
     def _chosen_in_cache(
@@ -255,4 +265,5 @@ class Attention(nn.Module):
             return done.visible
         q, weights = indexer.queries(x, latent, rotation)
         keys, visible = cache["index_keys"][:, :count], done.visible.unsqueeze(1)
-        return select(q.unsqueeze(1), weights.unsqueeze(1), keys, visible, indexer.topk).squeeze(1)
+        q, weights = q.unsqueeze(1), weights.unsqueeze(1)
+        return select(q, weights, keys, visible, indexer.topk, indexer.score_dtype).squeeze(1)

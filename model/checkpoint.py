@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 from transformers import DeepseekV4Config
 
 from ..errors import UserError
+from ..settings import FULL, Precision
 from .config import PRESETS, config_of, resolve
 from .deepseek_v4 import DeepseekV4
 from .encoding import Encoding
 from .numerics import Numerics, with_numerics
+from .precision import problem, set_precision
 from .wordings import OFFICIAL
 
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "encoding.json")
@@ -27,17 +29,25 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     numerics: Numerics = "deepseek",
+    precision: Precision = FULL,
 ) -> DeepseekV4:
     """The model of a checkpoint's folder or a preset, in `dtype` (V4's fp32 islands stay fp32), on `device`.
 
     `numerics` is the order of operations, DeepSeek's or transformers', which shows in bf16 only (`numerics.py`).
+    `precision`: what is rounded in the forward as deployment stores it.
     Every tensor of the file is used and every tensor of the model filled, or a UserError names the first that is not.
     """
     folder = resolve(path_or_preset)
+    config = config_of(folder)
+    if wrong := problem(config, precision):
+        raise UserError(f"{folder / 'config.json'}: {wrong}")
+    if numerics != "deepseek" and precision != FULL:
+        raise UserError(f"{folder}: low precision is DeepSeek's; with numerics {numerics!r} it is not built")
     file = folder / "model.safetensors"
     if folder.parent == PRESETS and not file.exists():
         raise UserError(f"{folder.name}: this preset is a configuration without weights; name a checkpoint's folder")
-    model = DeepseekV4(config_of(folder))
+    model = DeepseekV4(config)
+    set_precision(model, precision)
     state = model.state_dict()
     try:
         with safe_open(file, framework="pt") as tensors:

@@ -1,7 +1,7 @@
 """DeepSeek-V4 over packed sequences: residual streams, MoE, the whole model, its decoding step.
 
-Module and parameter names are transformers', so that a state dict means the same in both. Not here yet: the MTP block,
-low precision. Shapes: T packed tokens, B documents, L layers, k experts a token, n residual streams, d hidden size.
+Module and parameter names are transformers', so that a state dict means the same in both. Not here yet: the MTP block.
+Shapes: T packed tokens, B documents, L layers, k experts a token, n residual streams, d hidden size.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,8 @@ from ..kernels.hyper import collapse, expand, head_mixing, mixing
 from ..kernels.losses import token_logprobs
 from ..kernels.moe import experts, route, swiglu
 from ..kernels.rope import inverse_frequencies
-from .attention import Attention, RMSNorm, linear
+from ..settings import FULL
+from .attention import Attention, RMSNorm, as_is, linear
 from .cache import Cache, LayerCache
 from .layout import Packed, Step, packed, step
 
@@ -101,6 +102,11 @@ class Experts(nn.Module):
         e, d, i = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.zeros(e, 2 * i, d))
         self.down_proj = nn.Parameter(torch.zeros(e, d, i))
+        self.stored: Callable[[Tensor], Tensor] = as_is  # what is kept of a weight
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """gate_up [E, 2I, d] and down [E, d, I] as they take part."""
+        return self.stored(self.gate_up_proj), self.stored(self.down_proj)
 
 
 class SharedExpert(nn.Module):
@@ -127,7 +133,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, replay: Tensor | None) -> tuple[Tensor, Tensor]:
         """[T, d] -> [T, d] and the expert ids [T, k]; the routed sum and the shared expert are added in fp32."""
         ids, weights = self.gate(x, tokens, replay)
-        routed = experts(x, ids, weights, self.experts.gate_up_proj, self.experts.down_proj, self.limit)
+        routed = experts(x, ids, weights, *self.experts.weights(), self.limit)
         return (routed + self.shared_experts(x).float()).to(x.dtype), ids
 
 
@@ -174,6 +180,7 @@ class Backbone(nn.Module):
 
 class DeepseekV4(nn.Module):
     """The model. `origin` is the folder that it was loaded from (its tokenizer and encoding travel with it).
+    `precision` says what is rounded as deployment stores it (`precision.set_precision` sets it).
 
     The indexer's parameters do not require gradients: V4's language-model loss does not reach them (the choice is
     discrete), and the published post-training runs of others freeze them too.
@@ -187,6 +194,7 @@ class DeepseekV4(nn.Module):
         super().__init__()
         self.config = config
         self.origin: Path | None = None
+        self.precision = FULL
         self.model = Backbone(config)
         self.lm_head = linear(config.hidden_size, config.vocab_size)
         self.ratios = {a.ratio for a in self._attentions() if a.ratio}

@@ -24,7 +24,8 @@ from pydantic import (
 )
 
 from ..errors import UserError
-from ..rl.settings import Optimization, Sampling, Settings
+from ..rl.settings import Optimization, Sampling
+from ..settings import FULL, Precision, Settings
 from .base_check import base_problem, preset_problem
 from .recipe_errors import explain, message, suggest
 from .shorthand import DOMAIN, apply
@@ -242,6 +243,7 @@ class Recipe(Settings):
     """Domain's name -> its settings."""
     stages: dict[str, AnyStage] = Field(min_length=1, examples=["{start: {kind: sft, from: base}}"])
     """Stage's name, which is its model's name -> its settings."""
+    precision: Precision = FULL
     evaluate: EvaluationSettings = EvaluationSettings()
     stages_at_once: PositiveInt = 1
     """Stages that may run side by side where neither needs the other."""

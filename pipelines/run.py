@@ -21,6 +21,7 @@ from .. import __version__
 from ..errors import UserError
 from ..model.config import config_of, resolve
 from ..model.encoding import Encoding
+from ..model.precision import problem
 from ..model.tokenizer import load as load_tokenizer
 from ..rewards.domains import Domain
 from ..rl.cluster import start_ray
@@ -31,7 +32,7 @@ from .distill import distill
 from .evaluate import evaluate, evaluated
 from .grpo import grpo
 from .pretrain import pretrain
-from .recipe import BASE, Average, Recipe, Sft, resolved_yaml
+from .recipe import BASE, Average, Pretrain, Recipe, Sft, resolved_yaml
 from .report import write_report
 from .sft import sft
 from .stage import Interrupted, Run, StageRun, write_json, write_text
@@ -67,7 +68,7 @@ def run_recipe(recipe: Recipe, runs: Path) -> Path:
         write_json(folder / "versions.json", versions())
         start_ray()
         resources = recipe.resources
-        with Fleet(resources.gpus_per_actor, resources.threads) as fleet:
+        with Fleet(resources.gpus_per_actor, resources.threads, recipe.precision) as fleet:
             run = Run(recipe, folder, fleet, tracker, console, domains)
             _walk(run)
         tracker.close()
@@ -93,9 +94,11 @@ def failures(run: Run) -> dict[str, dict[str, int]]:
 
 def _checked(recipe: Recipe) -> dict[str, Domain]:
     """The recipe's domains. UserError for what else would only show in the middle of a stage."""
-    if recipe.base is not None:
-        folder = resolve(recipe.base)
-        config_of(folder)
+    presets = [stage.init for stage in recipe.stages.values() if isinstance(stage, Pretrain)]
+    for base in presets + ([recipe.base] if recipe.base is not None else []):
+        folder = resolve(base)
+        if wrong := problem(config_of(folder), recipe.precision):
+            raise UserError(f"{folder / 'config.json'}: {wrong}")
         load_tokenizer(folder)
         Encoding.from_checkpoint(folder)
     domains = {

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..settings import FULL, Precision
 from .learner import Learner
 from .rollout import Rollouts
 from .settings import Optimization
@@ -18,11 +19,11 @@ from .settings import Optimization
 class Fleet:
     """A context manager that ends all its processes, also where ending one fails.
 
-    `gpus_per_actor` and `threads` are those of every process.
+    `gpus_per_actor`, `threads` and `precision` are those of every process.
     """
 
-    def __init__(self, gpus_per_actor: float = 0.0, threads: int = 1):
-        self.place: dict[str, Any] = {"gpus_per_actor": gpus_per_actor, "threads": threads}
+    def __init__(self, gpus_per_actor: float = 0.0, threads: int = 1, precision: Precision = FULL):
+        self.place: dict[str, Any] = {"gpus_per_actor": gpus_per_actor, "threads": threads, "precision": precision}
         self._idle: dict[Any, list[Any]] = {}
         self._all: list[Any] = []
         self._lock = threading.Lock()

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..settings import FULL, Precision
 from .cluster import wait
 from .learner_worker import COMMON, LearnerWorker, Loss, add
 from .packing import Row, plan, stack
@@ -29,9 +30,10 @@ class Learner:
         *,
         gpus_per_actor: float = 0.0,
         threads: int = 1,
+        precision: Precision = FULL,
         deadline: float = 1800.0,
     ):
-        self._gpus, self._threads, self._deadline = gpus_per_actor, threads, deadline
+        self._gpus, self._threads, self._precision, self._deadline = gpus_per_actor, threads, precision, deadline
         self.workers: list[Any] = []
         try:
             self.load(path, optimization, total_steps)
@@ -58,7 +60,7 @@ class Learner:
             self.close()
             self._start(optimization.ranks)
         self._optimization = optimization
-        self._all("load", f"the learner to load {path}", folder, optimization, total_steps)
+        self._all("load", f"the learner to load {path}", folder, optimization, total_steps, self._precision)
 
     def step(
         self, rows: list[Row], loss: str | Loss, shared: dict[str, np.ndarray] | None = None, **settings: Any

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..settings import Precision
 from .balance import Loads, figures
 from .packing import Batch, tensors
 from .settings import Optimization
@@ -138,7 +139,7 @@ class LearnerWorker:
         init_process_group(backend, store=store, rank=self._rank, world_size=self._ranks, timeout=timeout)
         deepspeed.init_distributed(dist_init_required=False)
 
-    def load(self, path: str, optimization: Optimization, total_steps: int) -> None:
+    def load(self, path: str, optimization: Optimization, total_steps: int, precision: Precision) -> None:
         import deepspeed
 
         from ..model import load
@@ -147,7 +148,7 @@ class LearnerWorker:
         self._optimization, self._total_steps, self._steps = optimization, total_steps, 0
         # One rank has nothing to shard, and is spared DeepSpeed's flat copy of the parameters.
         self._stage = optimization.zero_stage if self._ranks > 1 else 0
-        self._model = load(path, dtype=torch.float32, device=self._device)
+        self._model = load(path, dtype=torch.float32, device=self._device, precision=precision)
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         self._loads = Loads(self._model)
         self._biases = {}  # that the balance rule changes, and so belong to the state

@@ -5,6 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..settings import FULL, Precision
 from .cluster import wait
 from .trajectory import Request, Trajectory
 
@@ -15,20 +16,22 @@ MAX_DEATHS = 3
 class RolloutWorker:
     """The actor: one model replica and its engine."""
 
-    def __init__(self, device: str, threads: int):
+    def __init__(self, device: str, threads: int, precision: Precision = FULL):
         import torch
 
         torch.set_num_threads(threads)
-        self.device, self.version = device, 0
+        self.device, self.precision, self.version = device, precision, 0
 
     def load(self, path: str) -> None:
         """The policy of a checkpoint's folder, as version 0."""
         from tokenizers import Tokenizer
 
         from ..model import load
+        from ..model.precision import round_experts
         from .engine import Engine
 
-        model = load(path, device=self.device)
+        model = load(path, device=self.device, precision=self.precision)
+        round_experts(model)
         self.tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
         end = model.config.eos_token_id
         if not isinstance(end, int):
@@ -38,9 +41,11 @@ class RolloutWorker:
 
     def update(self, bundle: Any) -> None:
         """New weights for the loaded policy, checked by their checksums."""
+        from ..model.precision import round_experts
         from .sync import load
 
         load(self.engine.model, bundle)
+        round_experts(self.engine.model)
         self.version = bundle.version
 
     def generate(
@@ -61,8 +66,16 @@ class RolloutWorker:
 class Rollouts:
     """The driver's side: `workers` replicas of one policy. Every wait has a deadline and says what it waits for."""
 
-    def __init__(self, workers: int, *, gpus_per_actor: float = 0.0, threads: int = 1, deadline: float = 900.0):
-        self._gpus, self._threads, self._deadline = gpus_per_actor, threads, deadline
+    def __init__(
+        self,
+        workers: int,
+        *,
+        gpus_per_actor: float = 0.0,
+        threads: int = 1,
+        precision: Precision = FULL,
+        deadline: float = 900.0,
+    ):
+        self._gpus, self._threads, self._precision, self._deadline = gpus_per_actor, threads, precision, deadline
         self.workers = [self._start() for _ in range(workers)]
         self.deaths = 0
 
@@ -100,7 +113,7 @@ class Rollouts:
         import ray
 
         actor = ray.remote(RolloutWorker).options(num_cpus=0, num_gpus=self._gpus)
-        return actor.remote("cuda" if self._gpus else "cpu", self._threads)
+        return actor.remote("cuda" if self._gpus else "cpu", self._threads, self._precision)
 
     def _each(self, call: Callable[[Any, int], Any], what: str) -> list[Any]:
         """The results of call(worker, index) on all workers at once; the part of one that dies is called again."""

@@ -2,17 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, Strict
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Strict
+
+from ..settings import Settings
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Settings(BaseModel):
-    """Base of every settings class: frozen, no unknown keys, and no silent conversions ("5" is not 5)."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class Optimization(Settings):

@@ -1,5 +1,6 @@
 """FP8 and FP4 against a slow reference in exact fractions: every code with every scale, ties, edges, damaged input."""
 
+import bisect
 from fractions import Fraction
 
 import pytest
@@ -33,6 +34,13 @@ SIZES = {4: FP4[:8], 8: FP8[:127]}
 FLOOR = {4: 6 * Fraction(2) ** -126, 8: Fraction(float(torch.tensor(1e-4)))}
 
 
+def nearest(sizes: list[Fraction], x: Fraction) -> int:
+    """The code of the nearest size, the even one of two."""
+    above = bisect.bisect_left(sizes, x)
+    near = [code for code in (above - 1, above) if 0 <= code < len(sizes)]
+    return min(near, key=lambda code: (abs(sizes[code] - x), code % 2))
+
+
 def naive(tile: list[float], bits: int) -> tuple[int, list[int]]:
     """The scale's byte and the codes of one tile: nearest, ties to the even code."""
     sizes, exact = SIZES[bits], [Fraction(x) for x in tile]
@@ -42,8 +50,7 @@ def naive(tile: list[float], bits: int) -> tuple[int, list[int]]:
         exponent += 1
     codes = []
     for x, value in zip(exact, tile, strict=True):
-        scaled = abs(x) / Fraction(2) ** exponent
-        code = min(range(len(sizes)), key=lambda c: (abs(sizes[c] - scaled), c % 2))
+        code = nearest(sizes, abs(x) / Fraction(2) ** exponent)
         negative = str(value).startswith("-")
         codes.append(code | negative << (bits - 1))
     return exponent + 127, codes
@@ -304,20 +311,30 @@ def test_index_keys_are_68_bytes_in_order():
 
 
 def test_other_widths_of_the_cache_follow_the_same_rules():
-    for dim, rope, size in [(512, 64, 584), (32, 16, 56), (16, 8, 32), (192, 64, 264), (200, 64, 272)]:
+    for dim, rope, size in [(512, 64, 584), (32, 16, 56), (16, 8, 32), (192, 64, 264), (200, 64, 272), (15, 4, 24)]:
         assert cache_formats.cache_entry_bytes(dim, rope) == size
         rows = torch.randn(3, dim)
         entries = cache_formats.pack_cache_entries(rows, rope)
         back = cache_formats.unpack_cache_entries(entries, dim, rope, torch.float32)
         assert entries.shape == (3, size)
         assert torch.equal(back[:, :-rope], formats.round_fp8(rows[:, :-rope], (1, 64)))
-    assert (cache_formats.index_key_bytes(128), cache_formats.index_key_bytes(64)) == (68, 34)
+        alone = cache_formats.unpack_cache_entries(entries[1:2], dim, rope, torch.float32)
+        assert torch.equal(alone, back[1:2])
+    for dim, size in [(128, 68), (64, 34), (32, 17), (16, 9), (2, 2)]:
+        assert cache_formats.index_key_bytes(dim) == size
+        keys = torch.randn(3, dim)
+        packed = cache_formats.pack_index_keys(keys)
+        assert packed.shape == (3, size)
+        assert torch.equal(cache_formats.unpack_index_keys(packed, dim, torch.float32), formats.round_fp4(keys))
     for call in (
-        lambda: cache_formats.pack_index_keys(torch.zeros(2, 16)),
+        lambda: cache_formats.pack_index_keys(torch.zeros(2, 48)),
+        lambda: cache_formats.pack_index_keys(torch.zeros(2, 15)),
         lambda: cache_formats.unpack_index_keys(torch.zeros(2, 132, dtype=torch.uint8)),
         lambda: cache_formats.unpack_cache_entries(torch.zeros(2, 576, dtype=torch.uint8)),
         lambda: cache_formats.pack_cache_entries(torch.zeros(2, 64)),
         lambda: cache_formats.pack_cache_entries(torch.full((2, 512), torch.nan)),
+        lambda: cache_formats.pack_cache_entries(torch.full((2, 512), 3.4e38)),  # no bf16
+        lambda: cache_formats.unpack_cache_entries(torch.full((2, 584), 255, dtype=torch.uint8)),
     ):
         with pytest.raises(ValueError, match="32 channels|uint8|rope channels|NaN"):
             call()
