@@ -1,7 +1,8 @@
 """DeepSeek-V4 over packed sequences: residual streams, MoE, the whole model, its decoding step.
 
-Module and parameter names are transformers', so that a state dict means the same in both. Not here yet: the MTP block.
-Shapes: T packed tokens, B documents, L layers, k experts a token, n residual streams, d hidden size.
+Module and parameter names are transformers', so that a state dict means the same in both; the MTP block, which
+transformers does not have, is in mtp.py. Shapes: T packed tokens, B documents, L layers, k experts a token, n residual
+streams, d hidden size.
 """
 
 from collections.abc import Callable
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
 from ..kernels.hyper import collapse, expand, head_mixing, mixing
-from ..kernels.losses import token_logprobs
+from ..kernels.losses import packed_logprobs
 from ..kernels.moe import experts, route, swiglu
 from ..kernels.rope import inverse_frequencies
 from ..settings import FULL
 from .attention import Attention, RMSNorm, as_is, linear
 from .cache import Cache, LayerCache
-from .layout import Packed, Step, packed, step
+from .layout import Chunk, Packed, chunk, packed
 
 # What V4 keeps in fp32 whatever the model's dtype, by part of the name (transformers keeps the same parameters).
 FP32_ISLANDS = ("_hc.", "hc_head.", ".sinks", "position_bias", "e_score_correction_bias", "norm.weight", "_frequencies")
@@ -29,6 +30,7 @@ FP32_ISLANDS = ("_hc.", "hc_head.", ".sinks", "position_bias", "e_score_correcti
 class Output(NamedTuple):
     hidden: Tensor  # [T, d] after the final norm
     experts: Tensor  # int64 [T, L, k]: the expert ids of every MoE layer, hash layers in their slots
+    streams: Tensor  # [T, n, d] as they leave the last layer, for the MTP block
 
 
 class HyperConnection(nn.Module):
@@ -122,10 +124,9 @@ class SharedExpert(nn.Module):
 
 
 class MoE(nn.Module):
-    def __init__(self, config: DeepseekV4Config, layer: int):
+    def __init__(self, config: DeepseekV4Config, hashed: bool):
         super().__init__()
-        assert config.mlp_layer_types is not None  # transformers fills it
-        self.gate = Router(config, config.mlp_layer_types[layer] == "hash_moe")
+        self.gate = Router(config, hashed)
         self.experts = Experts(config)
         self.shared_experts = SharedExpert(config)
         self.limit = config.swiglu_limit
@@ -138,10 +139,10 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: DeepseekV4Config, layer: int):
+    def __init__(self, config: DeepseekV4Config, attention: str, mlp: str):
         super().__init__()
-        self.self_attn = Attention(config, layer)
-        self.mlp = MoE(config, layer)
+        self.self_attn = Attention(config, attention)
+        self.mlp = MoE(config, mlp == "hash_moe")
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn_hc = HyperConnection(config)
@@ -151,18 +152,18 @@ class Block(nn.Module):
         self,
         streams: Tensor,
         tokens: Tensor,
-        place: Packed | Step,
+        place: Packed | Chunk,
         cache: LayerCache | None,
-        room: int,
         replay: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        """New streams [T, n, d] and expert ids [T, k]; a chunk's `cache` is updated in place."""
         x, post, comb = self.attn_hc(streams)
         x = self.input_layernorm(x)
         if isinstance(place, Packed):
-            x = self.self_attn(x, place, cache, room)
+            x = self.self_attn(x, place)
         else:
             assert cache is not None
-            x = self.self_attn.decode(x, place, cache)
+            x = self.self_attn.extend(x, place, cache)
         streams = self.attn_hc.expand(streams, x, post, comb)
         x, post, comb = self.ffn_hc(streams)
         x, ids = self.mlp(self.post_attention_layernorm(x), tokens, replay)
@@ -173,9 +174,15 @@ class Backbone(nn.Module):
     def __init__(self, config: DeepseekV4Config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
+        kinds = zip(config.layer_types or (), config.mlp_layer_types or (), strict=True)  # transformers fills both
+        self.layers = nn.ModuleList([Block(config, *kind) for kind in kinds])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hc_head = HyperHead(config)
+        from .mtp import MTP  # which is built from this file's blocks
+
+        if config.num_nextn_predict_layers > 1:
+            raise ValueError(f"num_nextn_predict_layers: {config.num_nextn_predict_layers} is not built; 0 or 1 is")
+        self.mtp = nn.ModuleList([MTP(config) for _ in range(config.num_nextn_predict_layers)])
 
 
 class DeepseekV4(nn.Module):
@@ -183,7 +190,8 @@ class DeepseekV4(nn.Module):
     `precision` says what is rounded as deployment stores it (`precision.set_precision` sets it).
 
     The indexer's parameters do not require gradients: V4's language-model loss does not reach them (the choice is
-    discrete), and the published post-training runs of others freeze them too.
+    discrete), and the published post-training runs of others freeze them too. Nor do the MTP block's, for the same
+    first reason; a stage that has the block's own loss asks for them with `unfreeze`.
     """
 
     numerics = "deepseek"
@@ -197,7 +205,7 @@ class DeepseekV4(nn.Module):
         self.precision = FULL
         self.model = Backbone(config)
         self.lm_head = linear(config.hidden_size, config.vocab_size)
-        self.ratios = {a.ratio for a in self._attentions() if a.ratio}
+        self.compressors = {(a.ratio, a.compressor.tokens) for a in self._attentions() if a.compressor is not None}
         parameters: Any = config.rope_parameters
         for kind in ("main", "compress"):
             table = inverse_frequencies(config.qk_rope_head_dim, parameters[kind])
@@ -205,6 +213,13 @@ class DeepseekV4(nn.Module):
         for attention in self._attentions():
             if indexer := getattr(attention.compressor, "indexer", None):
                 indexer.requires_grad_(False)
+        self.model.mtp.requires_grad_(False)
+
+    def unfreeze(self, part: str) -> None:
+        """Lets gradients reach a part of the model that only a loss of its own trains: "mtp"."""
+        if part != "mtp" or not self.model.mtp:
+            raise ValueError(f"the model has no part {part!r} that is frozen")
+        self.model.mtp.requires_grad_(True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeepseekV4":
         """What `.to`, `.bfloat16()` and the like go through, an engine's wrapper too: islands move, but stay fp32."""
@@ -223,7 +238,7 @@ class DeepseekV4(nn.Module):
     def _attentions(self) -> list[Attention]:
         return [block.self_attn for block in self.model.layers]  # pyright: ignore
 
-    def _frequencies(self) -> dict[str, Tensor]:
+    def frequencies(self) -> dict[str, Tensor]:
         return {"main": self.main_frequencies, "compress": self.compress_frequencies}
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None) -> Output:
@@ -231,39 +246,56 @@ class DeepseekV4(nn.Module):
 
         `replay` int64 [T, L, k] forces recorded expert ids on learned layers (rows with -1 choose by themselves).
         """
-        layout = packed(cu_seqlens, self.config.sliding_window, self.ratios, self._frequencies())
-        if tokens.shape != layout.position.shape:
-            raise ValueError(f"cu_seqlens ends at {layout.position.numel()}, but there are {tokens.numel()} tokens")
-        return self._run(tokens, layout, [None] * self.config.num_hidden_layers, 0, replay)
+        ratios = {ratio for ratio, _ in self.compressors}
+        layout = packed(cu_seqlens, self.config.sliding_window, ratios, self.frequencies())
+        _check(tokens, layout.position)
+        return self._run(tokens, layout, [None] * self.config.num_hidden_layers, replay)
 
-    def prefill(self, tokens: Tensor, cu_seqlens: Tensor, capacity: int) -> tuple[Output, Cache]:
-        """As `forward`, and a cache for the B documents with room for `capacity` tokens each."""
-        layout = packed(cu_seqlens, self.config.sliding_window, self.ratios, self._frequencies())
-        lengths = layout.cu_seqlens.diff()
-        if int(lengths.max()) > capacity:
-            raise ValueError(f"a prompt of {int(lengths.max())} tokens does not fit a cache of {capacity}")
-        cache = Cache(lengths, capacity, [{} for _ in self.model.layers])
-        return self._run(tokens, layout, cache.layers, capacity, None), cache
+    def new_cache(self, requests: int, capacity: int, slack: int = 0) -> Cache:
+        """An empty cache for `requests`, with room for `capacity` tokens each; `slack` is what `rollback` may drop."""
+        length = torch.zeros(requests, dtype=torch.int64, device=self.main_frequencies.device)
+        return Cache(length, capacity, slack, [{} for _ in self.model.layers])
 
-    def decode(self, tokens: Tensor, cache: Cache) -> Output:
-        """The next token of each of B requests, tokens int64 [B]; updates `cache` in place. hidden [B, d]."""
-        if int(cache.length.max()) >= cache.capacity:
-            raise ValueError(f"the cache is full: a request holds {cache.capacity} tokens already")
-        place = step(cache.length, self.config.sliding_window, self.ratios, self._frequencies())
-        output = self._run(tokens, place, cache.layers, cache.capacity, None)
-        cache.length = cache.length + 1
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache) -> Output:
+        """Further tokens int64 [T] of the cache's B requests, cu_seqlens [B + 1]; updates `cache` in place.
+
+        A request may get any number of tokens, 0 too. The borders between such chunks change no token's result. No
+        gradient: what a cache holds has none.
+        """
+        layout = chunk(
+            cu_seqlens,
+            cache.length,
+            window=self.config.sliding_window,
+            slack=cache.slack,
+            room=cache.capacity,
+            compressors=self.compressors,
+            frequencies=self.frequencies(),
+        )
+        _check(tokens, layout.position)
+        output = self._run(tokens, layout, cache.layers, None)
+        cache.advance(layout.cu_seqlens.diff())
         return output
 
-    def _run(self, tokens: Tensor, place: Packed | Step, caches: list, room: int, replay: Tensor | None) -> Output:
+    def prefill(self, tokens: Tensor, cu_seqlens: Tensor, capacity: int, slack: int = 0) -> tuple[Output, Cache]:
+        """`extend` on a new cache."""
+        cache = self.new_cache(cu_seqlens.numel() - 1, capacity, slack)
+        return self.extend(tokens, cu_seqlens, cache), cache
+
+    def decode(self, tokens: Tensor, cache: Cache) -> Output:
+        """`extend` by the next token of each request: tokens int64 [B]."""
+        return self.extend(tokens, torch.arange(tokens.numel() + 1, device=tokens.device), cache)
+
+    def _run(self, tokens: Tensor, place: Packed | Chunk, caches: list, replay: Tensor | None) -> Output:
         if (dtype := self.model.norm.weight.dtype).itemsize < 4:
             name = str(dtype).removeprefix("torch.")
             raise ValueError(f"V4's fp32 parameters were cast to {name}; run DeepSpeed without its bf16 section")
         streams = self.model.embed_tokens(tokens).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
         chosen = []
         for i, (block, cache) in enumerate(zip(self.model.layers, caches, strict=True)):
-            streams, ids = block(streams, tokens, place, cache, room, None if replay is None else replay[:, i])
+            streams, ids = block(streams, tokens, place, cache, None if replay is None else replay[:, i])
             chosen.append(ids)
-        return Output(self.model.norm(self.model.hc_head(streams)), torch.stack(chosen, dim=1))
+        return Output(self.model.norm(self.model.hc_head(streams)), torch.stack(chosen, dim=1), streams)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> fp32 [..., V]."""
@@ -274,7 +306,9 @@ class DeepseekV4(nn.Module):
     ) -> Tensor:
         """fp32 [T]: log p(token | its document's prefix) for tokens int64 [T]; 0 for each document's first token."""
         hidden = self(tokens, cu_seqlens, replay=replay).hidden
-        scores = token_logprobs(hidden[:-1], self.lm_head.weight, tokens[1:], temperature)
-        first = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        first[cu_seqlens[:-1].long()] = True
-        return F.pad(scores, (1, 0)).masked_fill(first, 0.0)
+        return packed_logprobs(hidden, self.lm_head.weight, tokens, cu_seqlens, temperature=temperature)
+
+
+def _check(tokens: Tensor, position: Tensor) -> None:
+    if tokens.shape != position.shape:
+        raise ValueError(f"cu_seqlens ends at {position.numel()}, but there are {tokens.numel()} tokens")
