@@ -6,6 +6,8 @@ from math import prod
 import torch
 from transformers import DeepseekV4Config
 
+from ..kernels.cache_formats import cache_entry_bytes, index_key_bytes
+from .attention import Attention, Compressor, CSACompressor
 from .config import SWA
 from .deepseek_v4 import DeepseekV4
 
@@ -21,8 +23,7 @@ class Parameters:
 
 def parameter_counts(config: DeepseekV4Config) -> Parameters:
     """Counted from the modules themselves, without memory for their tensors. Flash: 284.33 B, active 13.3 B."""
-    with torch.device("meta"):
-        model = DeepseekV4(config)
+    model = _described(config)
     names = {name: p.numel() for name, p in model.named_parameters() if not name.startswith("mtp.")}
     main = sum(names.values())
     routed = sum(count for name, count in names.items() if ".mlp.experts." in name)
@@ -34,9 +35,58 @@ def parameter_counts(config: DeepseekV4Config) -> Parameters:
 def _mtp(config: DeepseekV4Config) -> int:
     """One window-only block with learned routing, e_proj and h_proj, three norms, and a final collapse of its own."""
     one = {"num_hidden_layers": 1, "layer_types": [SWA], "mlp_layer_types": ["moe"], "num_nextn_predict_layers": 0}
-    with torch.device("meta"):
-        alone = DeepseekV4(DeepseekV4Config(**(config.to_dict() | one)))
+    alone = _described(DeepseekV4Config(**(config.to_dict() | one)))
     n, d = config.hc_mult, config.hidden_size
     extra = [(d, d), (d, d), (d,), (d,), (d,), (n, n * d), (n,), (1,)]
     block = sum(p.numel() for name, p in alone.named_parameters() if name.startswith("model.layers.0."))
     return block + sum(map(prod, extra))
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """Bytes that one request keeps, of the main model (an MTP block has one more window). No page is rounded up."""
+
+    window: int  # rows of the sliding windows: FP8 with bf16 rope channels, as all rows that attention reads
+    csa: int  # compressed rows
+    hca: int
+    index_keys: int  # FP4
+    waiting: int  # values and scores, fp32, of tokens that a compressor still needs
+
+    @property
+    def total(self) -> int:
+        return self.window + self.csa + self.hca + self.index_keys + self.waiting
+
+
+def cache_bytes(config: DeepseekV4Config, tokens: int) -> CacheBytes:
+    """What the layers of the model keep of a request of `tokens` tokens, in V4's layouts: 584 bytes a row, 68 a key.
+
+    At 1,048,576 tokens 3.4 GiB for Flash, 4.9 GiB for Pro.
+    """
+    parts = dict.fromkeys(CacheBytes.__dataclass_fields__, 0)
+    row = cache_entry_bytes(config.head_dim, config.qk_rope_head_dim)
+    for attention in _described(config).model.modules():
+        if not isinstance(attention, Attention):
+            continue
+        parts["window"] += attention.window * row
+        if (compressor := attention.compressor) is None:
+            continue
+        entries = tokens // attention.ratio
+        parts["waiting"] += _waiting(compressor)
+        if isinstance(compressor, CSACompressor):
+            parts["csa"] += entries * row
+            parts["index_keys"] += entries * index_key_bytes(compressor.indexer.dim)
+            parts["waiting"] += _waiting(compressor.indexer)
+        else:
+            parts["hca"] += entries * row
+    return CacheBytes(**parts)
+
+
+def _waiting(compressor: Compressor) -> int:
+    """An unfinished window's rows, and with overlap those of the window before it."""
+    rows = compressor.ratio * (2 if compressor.overlap else 1)
+    return rows * compressor.kv_proj.out_features * 2 * torch.float32.itemsize
+
+
+def _described(config: DeepseekV4Config) -> DeepseekV4:
+    with torch.device("meta"):
+        return DeepseekV4(config)
