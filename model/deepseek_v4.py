@@ -4,8 +4,7 @@ Module and parameter names are transformers', so that a state dict means the sam
 low precision. Shapes: T packed tokens, B documents, L layers, k experts a token, n residual streams, d hidden size.
 """
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +12,12 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
 from ..kernels.hyper import collapse, expand, head_mixing, mixing
-from ..kernels.losses import token_logprobs
 from ..kernels.moe import experts, route, swiglu
 from ..kernels.rope import inverse_frequencies
 from .attention import Attention, RMSNorm, linear
 from .cache import Cache, LayerCache
+from .language_model import LanguageModel, Output
 from .layout import Packed, Step, packed, step
-
-
-class Output(NamedTuple):
-    hidden: Tensor  # [T, d] after the final norm
-    experts: Tensor  # int64 [T, L, k]: the expert ids of every MoE layer, hash layers in their slots
 
 
 class HyperConnection(nn.Module):
@@ -163,8 +157,8 @@ class Backbone(nn.Module):
         self.hc_head = HyperHead(config)
 
 
-class DeepseekV4(nn.Module):
-    """The model. `origin` is the folder that it was loaded from (its tokenizer and encoding travel with it).
+class DeepseekV4(LanguageModel):
+    """The model.
 
     The indexer's parameters do not require gradients: V4's language-model loss does not reach them (the choice is
     discrete), and the published post-training runs of others freeze them too.
@@ -176,7 +170,6 @@ class DeepseekV4(nn.Module):
     def __init__(self, config: DeepseekV4Config):
         super().__init__()
         self.config = config
-        self.origin: Path | None = None
         self.model = Backbone(config)
         self.lm_head = linear(config.hidden_size, config.vocab_size)
         self.ratios = {a.ratio for a in self._attentions() if a.ratio}
@@ -229,17 +222,3 @@ class DeepseekV4(nn.Module):
             streams, ids = block(streams, tokens, place, cache, room, None if replay is None else replay[:, i])
             chosen.append(ids)
         return Output(self.model.norm(self.model.hc_head(streams)), torch.stack(chosen, dim=1))
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., d] -> fp32 [..., V]."""
-        return F.linear(hidden.float(), self.lm_head.weight.float())
-
-    def logprobs(
-        self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None, temperature: float = 1.0
-    ) -> Tensor:
-        """fp32 [T]: log p(token | its document's prefix) for tokens int64 [T]; 0 for each document's first token."""
-        hidden = self(tokens, cu_seqlens, replay=replay).hidden
-        scores = token_logprobs(hidden[:-1], self.lm_head.weight, tokens[1:], temperature)
-        first = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        first[cu_seqlens[:-1].long()] = True
-        return F.pad(scores, (1, 0)).masked_fill(first, 0.0)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from ..model import initialize, load, save
-from ..model.checkpoint import cast, config_of, resolve
+from ..model import initialize
+from ..model.checkpoint import cast, config_of, load, resolve, save
 from ..model.tokenizer import load as load_tokenizer
 from ..rl.packing import Row
 from .corpus import build_corpus, load_corpus, save_corpus

@@ -19,9 +19,6 @@ from typing import Any
 
 from .. import __version__
 from ..errors import UserError
-from ..model.checkpoint import config_of, resolve
-from ..model.encoding import Encoding
-from ..model.tokenizer import load as load_tokenizer
 from ..rewards.domains import Domain
 from ..rl.cluster import start_ray
 from ..rl.fleet import Fleet
@@ -30,6 +27,7 @@ from .console import Console
 from .distill import distill
 from .evaluate import evaluate, evaluated
 from .grpo import grpo
+from .model_check import check_models
 from .pretrain import pretrain
 from .recipe import BASE, Average, Recipe, Sft, resolved_yaml
 from .report import write_report
@@ -93,11 +91,6 @@ def failures(run: Run) -> dict[str, dict[str, int]]:
 
 def _checked(recipe: Recipe) -> dict[str, Domain]:
     """The recipe's domains. UserError for what else would only show in the middle of a stage."""
-    if recipe.base is not None:
-        folder = resolve(recipe.base)
-        config_of(folder)
-        load_tokenizer(folder)
-        Encoding.from_checkpoint(folder)
     domains = {
         name: Domain(name, d.mode, d.tasks, d.demonstrations, recipe.evaluate.problems, recipe.seed)
         for name, d in recipe.domains.items()
@@ -108,6 +101,7 @@ def _checked(recipe: Recipe) -> dict[str, Domain]:
         if isinstance(stage, Sft):  # and answers that no demonstration can show
             for name in stage.domains:
                 domains[name].problems("validation", 0, stage.validation)
+    check_models(recipe, domains)
     return domains
 
 
