@@ -33,7 +33,7 @@ def speaker(folder: Path) -> tuple["Encoding | Template", Tokenizer]:
 
 @dataclass(frozen=True)
 class Template:
-    """`ends`: the strings of the end tokens, of which the model writes one. `modes`: chat, and high if it can reason."""
+    """`ends`: the end tokens' strings, of which the model writes one. `modes`: chat, and high if it can reason."""
 
     source: str
     ends: tuple[str, ...]
@@ -55,14 +55,14 @@ class Template:
         except Exception as error:  # both libraries raise many kinds for files that they cannot read
             raise UserError(f"{file}: {' '.join(str(error).split())[:300]}") from error
         if not isinstance(renderer.chat_template, str):
-            raise UserError(
-                f"{folder}: no chat template; an instruct model has chat_template.jinja, or its text in tokenizer_config.json"
-            )
-        ends = {i: tokenizer.id_to_token(i) for i in end_ids(folder)}
-        if unknown := [i for i, token in ends.items() if token is None]:
-            raise UserError(f"{file}: it has no token {unknown[0]}, which the checkpoint names in eos_token_id")
+            raise UserError(f"{folder}: no chat template; want chat_template.jinja, as instruct models have it")
+        ends = []
+        for i in end_ids(folder):
+            if (end := tokenizer.id_to_token(i)) is None:
+                raise UserError(f"{file}: it has no token {i}, which the checkpoint names in eos_token_id")
+            ends.append(end)
         modes = ("chat", "high") if _SWITCH in renderer.chat_template else ("chat",)
-        return cls(renderer.chat_template, tuple(ends.values()), modes, tokenizer, renderer)
+        return cls(renderer.chat_template, tuple(ends), modes, tokenizer, renderer)
 
     def encode(self, messages: Sequence[Mapping[str, Any]], mode: str = "chat") -> str:
         """The text of a conversation. After a last user message it ends with the header of the model's turn."""

@@ -34,7 +34,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32, device: str
     """
     AttentionInterface.register(_ATTENTION, attention)
     config = config_of(folder)
-    with _one_line(str(folder)), quiet():
+    with one_line(str(folder)), quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -42,6 +42,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32, device: str
             attn_implementation="eager",
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
             **_OFFLINE,
         )
     lm, report = loaded
@@ -50,11 +51,11 @@ def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32, device: str
         ("unexpected_keys", "not a tensor of this model"),
         ("mismatched_keys", "not of the shape that config.json asks for"),
     ):
-        if names := sorted(str(name) for name in report[kind]):
+        if names := sorted(key if isinstance(key, str) else key[0] for key in report[kind]):
             raise UserError(f"{folder}: {names[0]}: {what} ({len(names)} such)")
     model = CausalLM(lm.to(device)).eval()
     model.origin = folder
-    with _one_line(f"{folder / 'config.json'}: model_type {config.model_type}: not built"):
+    with one_line(f"{folder / 'config.json'}: model_type {config.model_type}: not built"):
         _probe(model)
     return model
 
@@ -62,7 +63,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype = torch.float32, device: str
 def config_of(folder: Path) -> Any:
     """The config of a model that is not V4's. UserError where it is wrong, or asks for what is not built."""
     file = folder / "config.json"
-    with _one_line(str(file)):
+    with one_line(str(file)):
         config = AutoConfig.from_pretrained(folder, **_OFFLINE)
     if problem := config_problem(config):
         raise UserError(f"{file}: model_type {config.model_type}: not built: {problem}")
@@ -96,7 +97,8 @@ def _rope_types(parameters: Any) -> Iterator[str]:
 
 
 @contextmanager
-def _one_line(where: str) -> Iterator[None]:
+def one_line(where: str) -> Iterator[None]:
+    """What goes wrong inside is a UserError: `where`, and the first 300 characters of what was said."""
     try:
         yield
     except UserError:

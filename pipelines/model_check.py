@@ -1,4 +1,4 @@
-"""Do a recipe's models fit its domains and each other? Found out before anything starts, from configs and tokenizers."""
+"""Do a recipe's models fit its domains and each other? Found out before anything starts, by configs and tokenizers."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from .recipe import BASE, Average, Distill, Pretrain, Recipe
 
 
 def check_models(recipe: Recipe, domains: dict[str, Domain]) -> None:
-    """UserError for a base that cannot be loaded, cannot be asked a domain's problems, or cannot learn from a teacher."""
+    """UserError for a base that is not built or cannot be asked a domain's problems, or a teacher of other tokens."""
     if recipe.base is not None:
         folder = resolve(recipe.base)
         check_config(folder)
@@ -29,8 +29,8 @@ def check_models(recipe: Recipe, domains: dict[str, Domain]) -> None:
                 teacher = origin(recipe, name)
                 if teacher != student and _vocabulary(teacher) != _vocabulary(student):
                     raise UserError(
-                        f"stages.{stage}.teachers.{domain}: {name} has the vocabulary of {teacher}, {settings.from_} that "
-                        f"of {student}; distillation compares distributions over one vocabulary"
+                        f"stages.{stage}.teachers.{domain}: {name} has the vocabulary of {teacher}, "
+                        f"{settings.from_} that of {student}; distillation needs one vocabulary"
                     )
 
 

@@ -5,7 +5,7 @@ on the order of requests (on a CPU up to fp32 rounding, which a near-tie can tur
 What it leaves out, for now: admitting requests while others decode, preemption, paging.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -39,6 +39,15 @@ class Engine:
                 batch.step(temperature, seed, self.end_ids)
             results += batch.trajectories(version, self.end_ids)
         return results
+
+    @torch.inference_mode()
+    def stream(self, request: Request, *, temperature: float, max_new_tokens: int, seed: int) -> Iterator[np.ndarray]:
+        """What `generate` samples for one request, step by step: the new ids, int32, the end token too."""
+        batch, seen = _Batch(self.model, [request], max_new_tokens), 0
+        while batch.running:
+            batch.step(temperature, seed, self.end_ids)
+            yield batch.tokens[0, seen : batch.lengths[0]].copy()
+            seen = int(batch.lengths[0])
 
 
 class _Batch:
