@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from amalgam.errors import UserError
-from amalgam.model import DeepseekV4, load
+from amalgam.model import DeepseekV4
+from amalgam.model.checkpoint import load
 from amalgam.model.config import resolve
 from amalgam.model.encoding import Encoding
 from amalgam.model.tokenizer import load as load_tokenizer

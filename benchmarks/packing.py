@@ -48,7 +48,7 @@ class Difference:
 def random_model(layers: tuple[str, ...], seed: int) -> DeepseekV4:
     """Every tensor is random: norms, biases and sinks too."""
     draw = random.Random(f"{layers}/{seed}")
-    config = DeepseekV4Config(
+    config = DeepseekV4Config(  # pyright: ignore[reportCallIssue]
         vocab_size=VOCABULARY, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=len(layers),
         num_attention_heads=4, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_groups=2, o_lora_rank=8,
         sliding_window=draw.choice([1, 2, 7, 16, 33, 128]), layer_types=list(layers),

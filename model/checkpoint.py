@@ -81,12 +81,7 @@ def save(model: DeepseekV4, path: str | Path) -> None:
     One process at a time saves to a `path`. What a save to it that was cut off has left beside it is removed.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.iterdir():
-        if re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}", stale.name):
-            shutil.rmtree(stale, ignore_errors=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    beside.mkdir()
+    beside = folder_beside(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, beside / "model.safetensors", metadata={"format": "pt"})
     (beside / "model.safetensors").chmod(0o644)  # safetensors makes it 0600, which a shared folder's readers are not
@@ -99,6 +94,17 @@ def save(model: DeepseekV4, path: str | Path) -> None:
     if model.origin is not None and (model.origin / OFFICIAL).is_file():
         Encoding.from_checkpoint(model.origin).save(beside)
     replace_folder(beside, path)
+
+
+def folder_beside(path: Path) -> Path:
+    """A new folder to write in before it is renamed to `path`; one that was left half written is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}", stale.name):
+            shutil.rmtree(stale, ignore_errors=True)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    beside.mkdir()
+    return beside
 
 
 def replace_folder(new: Path, path: Path) -> None:

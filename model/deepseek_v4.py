@@ -6,8 +6,7 @@ streams, d hidden size.
 """
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,22 +14,16 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
 from ..kernels.hyper import collapse, expand, head_mixing, mixing
-from ..kernels.losses import packed_logprobs
 from ..kernels.moe import experts, route, swiglu
 from ..kernels.rope import inverse_frequencies
 from ..settings import FULL
 from .attention import Attention, RMSNorm, as_is, linear
 from .cache import Cache, LayerCache
+from .language_model import LanguageModel, Output
 from .layout import Chunk, Packed, chunk, packed
 
 # What V4 keeps in fp32 whatever the model's dtype, by part of the name (transformers keeps the same parameters).
 FP32_ISLANDS = ("_hc.", "hc_head.", ".sinks", "position_bias", "e_score_correction_bias", "norm.weight", "_frequencies")
-
-
-class Output(NamedTuple):
-    hidden: Tensor  # [T, d] after the final norm
-    experts: Tensor  # int64 [T, L, k]: the expert ids of every MoE layer, hash layers in their slots
-    streams: Tensor  # [T, n, d] as they leave the last layer, for the MTP block
 
 
 class HyperConnection(nn.Module):
@@ -185,9 +178,8 @@ class Backbone(nn.Module):
         self.mtp = nn.ModuleList([MTP(config) for _ in range(config.num_nextn_predict_layers)])
 
 
-class DeepseekV4(nn.Module):
-    """The model. `origin` is the folder that it was loaded from (its tokenizer and encoding travel with it).
-    `precision` says what is rounded as deployment stores it (`precision.set_precision` sets it).
+class DeepseekV4(LanguageModel):
+    """The model. `precision` says what is rounded as deployment stores it (`precision.set_precision` sets it).
 
     The indexer's parameters do not require gradients: V4's language-model loss does not reach them (the choice is
     discrete), and the published post-training runs of others freeze them too. Nor do the MTP block's, for the same
@@ -201,7 +193,6 @@ class DeepseekV4(nn.Module):
     def __init__(self, config: DeepseekV4Config):
         super().__init__()
         self.config = config
-        self.origin: Path | None = None
         self.precision = FULL
         self.model = Backbone(config)
         self.lm_head = linear(config.hidden_size, config.vocab_size)
@@ -296,17 +287,6 @@ class DeepseekV4(nn.Module):
             streams, ids = block(streams, tokens, place, cache, None if replay is None else replay[:, i])
             chosen.append(ids)
         return Output(self.model.norm(self.model.hc_head(streams)), torch.stack(chosen, dim=1), streams)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., d] -> fp32 [..., V]."""
-        return F.linear(hidden.float(), self.lm_head.weight.float())
-
-    def logprobs(
-        self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None, temperature: float = 1.0
-    ) -> Tensor:
-        """fp32 [T]: log p(token | its document's prefix) for tokens int64 [T]; 0 for each document's first token."""
-        hidden = self(tokens, cu_seqlens, replay=replay).hidden
-        return packed_logprobs(hidden, self.lm_head.weight, tokens, cu_seqlens, temperature=temperature)
 
 
 def _check(tokens: Tensor, position: Tensor) -> None:

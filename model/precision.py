@@ -19,6 +19,7 @@ from ..kernels.hadamard import hadamard
 from ..settings import Precision
 from .attention import Attention, Compressor, Indexer, as_is
 from .deepseek_v4 import DeepseekV4, Experts
+from .language_model import LanguageModel
 
 
 def problem(config: DeepseekV4Config, precision: Precision) -> str | None:
@@ -51,7 +52,7 @@ def set_precision(model: DeepseekV4, precision: Precision) -> None:
 
 
 @torch.no_grad()
-def round_experts(model: DeepseekV4) -> None:
+def round_experts(model: LanguageModel) -> None:
     """For a model that only runs forward: its experts' weights become the FP4 values, so that no step rounds them.
 
     Nothing to do at full precision. After new weights were copied into the model it has to be called again.

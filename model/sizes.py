@@ -1,14 +1,12 @@
 """How large a model is: parameters, counted on the meta device, and the bytes of a request's cache."""
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from transformers import DeepseekV4Config
 
 from ..kernels.cache_formats import cache_entry_bytes, index_key_bytes
 from .attention import Attention, Compressor, CSACompressor
-from .config import SWA
 from .deepseek_v4 import DeepseekV4
 
 
@@ -23,23 +21,14 @@ class Parameters:
 
 def parameter_counts(config: DeepseekV4Config) -> Parameters:
     """Counted from the modules themselves, without memory for their tensors. Flash: 284.33 B, active 13.3 B."""
-    model = _described(config)
-    names = {name: p.numel() for name, p in model.named_parameters() if not name.startswith("mtp.")}
-    main = sum(names.values())
-    routed = sum(count for name, count in names.items() if ".mlp.experts." in name)
+    with torch.device("meta"):
+        model = DeepseekV4(config)
+    counts = {name: p.numel() for name, p in model.named_parameters()}
+    mtp = sum(count for name, count in counts.items() if name.startswith("model.mtp."))
+    main = sum(counts.values()) - mtp
+    routed = sum(n for name, n in counts.items() if name.startswith("model.layers.") and ".mlp.experts." in name)
     chosen = routed * config.num_experts_per_tok // config.n_routed_experts
-    active = main - names["model.embed_tokens.weight"] - routed + chosen
-    return Parameters(main, active, _mtp(config) * config.num_nextn_predict_layers)
-
-
-def _mtp(config: DeepseekV4Config) -> int:
-    """One window-only block with learned routing, e_proj and h_proj, three norms, and a final collapse of its own."""
-    one = {"num_hidden_layers": 1, "layer_types": [SWA], "mlp_layer_types": ["moe"], "num_nextn_predict_layers": 0}
-    alone = _described(DeepseekV4Config(**(config.to_dict() | one)))
-    n, d = config.hc_mult, config.hidden_size
-    extra = [(d, d), (d, d), (d,), (d,), (d,), (n, n * d), (n,), (1,)]
-    block = sum(p.numel() for name, p in alone.named_parameters() if name.startswith("model.layers.0."))
-    return block + sum(map(prod, extra))
+    return Parameters(main, main - counts["model.embed_tokens.weight"] - routed + chosen, mtp)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import torch
 
 from ..errors import UserError
 from ..model import load, save
+from ..model.tensors import distinct
 from .recipe import Average
 from .stage import StageRun
 
@@ -11,9 +12,9 @@ from .stage import StageRun
 @torch.no_grad()
 def average(stage: StageRun, settings: Average) -> None:
     merged = load(stage.run.model(settings.of[0]))
-    sums = merged.state_dict()
+    sums = distinct(merged)
     for name in settings.of[1:]:
-        state = load(stage.run.model(name)).state_dict()
+        state = distinct(load(stage.run.model(name)))
         if state.keys() != sums.keys():
             raise UserError(f"stages.{stage.name}.of: {name} and {settings.of[0]} do not have the same tensors")
         for key, total in sums.items():

@@ -18,10 +18,13 @@ def base_problem(base: str) -> str | None:
     if not folder.is_dir():
         return f"'{base}' is neither a preset nor a folder; {suggest(base, _presets())}"
     config, weights = folder / "config.json", folder / "model.safetensors"
-    for file in (config, weights):
+    index = folder / f"{weights.name}.index.json"
+    for file in (config, index if index.is_file() else weights):
         if not file.is_file():
             return f"{file} is missing; a checkpoint's folder holds {config.name} and {weights.name}"
-    return _config_problem(config) or _safetensors_problem(weights)
+    if problem := _config_problem(config):
+        return problem
+    return _index_problem(index) if index.is_file() else _safetensors_problem(weights)
 
 
 def preset_problem(name: str) -> str | None:
@@ -39,6 +42,20 @@ def _config_problem(file: Path) -> str | None:
     except (ValueError, RecursionError):
         return f"{file} is not JSON; it should be the model's configuration as transformers writes it"
     return None if isinstance(config, dict) else f"{file} is not a JSON object"
+
+
+def _index_problem(index: Path) -> str | None:
+    """The format: {"weight_map": {tensor's name: its file's name}}."""
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        shards = [index.parent / Path(name).name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{index} is no index of shards; copy or save the checkpoint again"
+    for shard in shards:
+        problem = _safetensors_problem(shard) if shard.is_file() else f"{shard} is missing; {index.name} names it"
+        if problem:
+            return problem
+    return None
 
 
 def _safetensors_problem(file: Path) -> str | None:

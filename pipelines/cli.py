@@ -42,6 +42,14 @@ RunsOption = Annotated[
     typer.Option("--runs", metavar="DIR", help="Where runs are kept; this one in DIR/NAME.", file_okay=False),
 ]
 
+CheckpointArgument = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, or a preset's name.", show_default=False)
+]
+ModeOption = Annotated[str, typer.Option("--mode", help="chat: answers at once; high, max: reasons first.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]
+LengthOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the sampling: the same seed, the same answers.")]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -111,6 +119,52 @@ def submit(
         from .submit import submit as submit_recipe
 
         raise typer.Exit(submit_recipe(recipe, overrides, address, runs))
+
+
+@app.command()
+def chat(
+    checkpoint: CheckpointArgument,
+    mode: ModeOption = "chat",
+    temperature: TemperatureOption = 1.0,
+    max_new_tokens: LengthOption = 1024,
+    seed: SeedOption = 0,
+) -> None:
+    """Talk to a checkpoint.
+
+    Answers appear as they are sampled, and after each its tokens per second. Ctrl-C ends an answer, Ctrl-D the session;
+    **/mode high** changes the mode, **/new** begins anew.
+    """
+    with _exit_codes():
+        from .speak import chat as start
+
+        start(checkpoint, mode, temperature, max_new_tokens, seed)
+
+
+@app.command()
+def generate(
+    checkpoint: CheckpointArgument,
+    prompts: Annotated[
+        Path,
+        typer.Option("--prompts", metavar="FILE", help='JSONL: rows {"prompt": TEXT} or {"messages": [...]}.'),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FILE", help="JSONL: the same rows, with response, finish and tokens."),
+    ],
+    mode: ModeOption = "chat",
+    temperature: TemperatureOption = 1.0,
+    max_new_tokens: LengthOption = 1024,
+    seed: SeedOption = 0,
+) -> None:
+    """Answer a file of prompts.
+
+    Every row is checked before the first is answered. After an interruption the same command goes on with the first row
+    that FILE lacks.
+    """
+    with _exit_codes():
+        from .speak import generate as start
+
+        start(checkpoint, prompts, out, mode, temperature, max_new_tokens, seed)
 
 
 @contextmanager

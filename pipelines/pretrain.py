@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from ..model import initialize, load, save
-from ..model.checkpoint import cast
+from ..model import initialize
+from ..model.checkpoint import cast, load, save
 from ..model.config import config_of, resolve
 from ..model.tokenizer import load as load_tokenizer
 from ..rl.packing import Row

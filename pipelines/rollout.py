@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..model.encoding import Encoding
+from ..model.template import Template
 from ..rewards.domains import Domain, Split
 from ..rewards.grader import Grader
 from ..rewards.problem import Problem
@@ -27,7 +28,7 @@ def draw(domains: list[Domain], split: Split, step: int, count: int) -> list[tup
 
 def sample(
     rollouts: Rollouts,
-    encoding: Encoding,
+    encoding: Encoding | Template,
     tokenizer: Any,
     problems: list[tuple[Domain, Problem]],
     *,

@@ -19,10 +19,6 @@ from typing import Any
 
 from .. import __version__
 from ..errors import UserError
-from ..model.config import config_of, resolve
-from ..model.encoding import Encoding
-from ..model.precision import problem
-from ..model.tokenizer import load as load_tokenizer
 from ..rewards.domains import Domain
 from ..rl.cluster import start_ray
 from ..rl.fleet import Fleet
@@ -31,8 +27,9 @@ from .console import Console
 from .distill import distill
 from .evaluate import evaluate, evaluated
 from .grpo import grpo
+from .model_check import check_models
 from .pretrain import pretrain
-from .recipe import BASE, Average, Pretrain, Recipe, Sft, resolved_yaml
+from .recipe import BASE, Average, Recipe, Sft, resolved_yaml
 from .report import write_report
 from .sft import sft
 from .stage import Interrupted, Run, StageRun, write_json, write_text
@@ -94,13 +91,6 @@ def failures(run: Run) -> dict[str, dict[str, int]]:
 
 def _checked(recipe: Recipe) -> dict[str, Domain]:
     """The recipe's domains. UserError for what else would only show in the middle of a stage."""
-    presets = [stage.init for stage in recipe.stages.values() if isinstance(stage, Pretrain)]
-    for base in presets + ([recipe.base] if recipe.base is not None else []):
-        folder = resolve(base)
-        if wrong := problem(config_of(folder), recipe.precision):
-            raise UserError(f"{folder / 'config.json'}: {wrong}")
-        load_tokenizer(folder)
-        Encoding.from_checkpoint(folder)
     domains = {
         name: Domain(name, d.mode, d.tasks, d.demonstrations, recipe.evaluate.problems, recipe.seed)
         for name, d in recipe.domains.items()
@@ -111,6 +101,7 @@ def _checked(recipe: Recipe) -> dict[str, Domain]:
         if isinstance(stage, Sft):  # and answers that no demonstration can show
             for name in stage.domains:
                 domains[name].problems("validation", 0, stage.validation)
+    check_models(recipe, domains)
     return domains
 
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..model import template
 from ..model.checkpoint import flush
 from ..model.config import resolve
 from ..model.encoding import Encoding
-from ..model.tokenizer import load as load_tokenizer
+from ..model.template import Template
 from ..rewards.domains import Domain
 from ..rewards.grader import Grader
 from ..rl.cluster import usage
@@ -194,10 +195,9 @@ class StageRun:
         self.line.done(summary)
 
 
-def speaker(run: Run, model: str) -> tuple[Encoding, Any]:
+def speaker(run: Run, model: str) -> tuple[Encoding | Template, Any]:
     """The chat encoding and the tokenizer of a model of the run."""
-    folder = run.model(model)
-    return Encoding.from_checkpoint(folder), load_tokenizer(folder)
+    return template.speaker(run.model(model))
 
 
 def write_json(path: Path, value: Any) -> None:

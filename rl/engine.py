@@ -5,6 +5,7 @@ on the order of requests (on a CPU up to fp32 rounding, which a near-tie can tur
 What it leaves out, for now: admitting requests while others decode, preemption, paging.
 """
 
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.sampling import sample
-from ..model import DeepseekV4
+from ..model import LanguageModel
 from ..model.cache import Cache
 from .trajectory import Request, Trajectory
 
@@ -21,10 +22,10 @@ MAX_BATCH = 512
 
 
 class Engine:
-    """Samples from one model replica. `end_id` ends a response; `max_batch` requests decode at once."""
+    """Samples from one model replica. Each of `end_ids` ends a response; `max_batch` requests decode at once."""
 
-    def __init__(self, model: DeepseekV4, end_id: int, max_batch: int = MAX_BATCH):
-        self.model, self.end_id, self.max_batch = model, end_id, max_batch
+    def __init__(self, model: LanguageModel, end_ids: Sequence[int], max_batch: int = MAX_BATCH):
+        self.model, self.end_ids, self.max_batch = model, tuple(end_ids), max_batch
 
     @torch.inference_mode()
     def generate(
@@ -35,15 +36,24 @@ class Engine:
         for start in range(0, len(requests), self.max_batch):
             batch = _Batch(self.model, requests[start : start + self.max_batch], max_new_tokens)
             while batch.running:
-                batch.step(temperature, seed, self.end_id)
-            results += batch.trajectories(version, self.end_id)
+                batch.step(temperature, seed, self.end_ids)
+            results += batch.trajectories(version, self.end_ids)
         return results
+
+    @torch.inference_mode()
+    def stream(self, request: Request, *, temperature: float, max_new_tokens: int, seed: int) -> Iterator[np.ndarray]:
+        """What `generate` samples for one request, step by step: the new ids, int32, the end token too."""
+        batch, seen = _Batch(self.model, [request], max_new_tokens), 0
+        while batch.running:
+            batch.step(temperature, seed, self.end_ids)
+            yield batch.tokens[0, seen : batch.lengths[0]].copy()
+            seen = int(batch.lengths[0])
 
 
 class _Batch:
     """Requests that decode together, from their prompts to their last tokens. N requests, B of them still running."""
 
-    def __init__(self, model: DeepseekV4, requests: list[Request], max_new_tokens: int):
+    def __init__(self, model: LanguageModel, requests: list[Request], max_new_tokens: int):
         self.model, self.requests, self.limit = model, requests, max_new_tokens
         self.device = model.lm_head.weight.device
         count = len(requests)
@@ -72,7 +82,7 @@ class _Batch:
         ids = np.split(output.experts.to(torch.int16).cpu().numpy(), ends[:-1].cpu().numpy())
         return output.hidden[ends - 1][fork], cache.select(fork), [ids[g] for g in fork.tolist()]
 
-    def step(self, temperature: float, seed: int, end_id: int) -> None:
+    def step(self, temperature: float, seed: int, end_ids: tuple[int, ...]) -> None:
         """Samples a token of every running request, drops those that end with it, and feeds the others'."""
         position = self.cache.length
         tokens, logprobs = sample(self.logits, temperature, seed, self.ids[self.rows], position)
@@ -81,7 +91,8 @@ class _Batch:
         self.tokens[rows, at] = tokens.cpu().numpy()
         self.logprobs[rows, at] = logprobs.cpu().numpy()
         self.lengths[rows] += 1
-        alive = (tokens != end_id) & torch.from_numpy(self.lengths[rows] < self.limit).to(self.device)
+        ended = torch.isin(tokens, torch.tensor(end_ids, device=self.device))
+        alive = ~ended & torch.from_numpy(self.lengths[rows] < self.limit).to(self.device)
         keep = alive.nonzero().squeeze(1)
         self.rows = self.rows[keep]
         if keep.numel() == 0:
@@ -93,7 +104,7 @@ class _Batch:
         self.experts[rows[kept], at[kept]] = output.experts.cpu().numpy()
         self.logits = self.model.logits(output.hidden)
 
-    def trajectories(self, version: int, end_id: int) -> list[Trajectory]:
+    def trajectories(self, version: int, end_ids: tuple[int, ...]) -> list[Trajectory]:
         results = []
         for i, request in enumerate(self.requests):
             n = int(self.lengths[i])
@@ -107,7 +118,7 @@ class _Batch:
                     logprobs=self.logprobs[i, :n].copy(),
                     experts=np.concatenate([self.prompt_experts[i], self.experts[i, :n]]),
                     versions=np.full(n, version, dtype=np.int32),
-                    finish="stop" if ids[-1] == end_id else "length",
+                    finish="stop" if ids[-1] in end_ids else "length",
                     text="",
                 )
             )

@@ -26,17 +26,14 @@ class RolloutWorker:
         """The policy of a checkpoint's folder, as version 0."""
         from tokenizers import Tokenizer
 
-        from ..model import load
+        from ..model import end_ids, load
         from ..model.precision import round_experts
         from .engine import Engine
 
         model = load(path, device=self.device, precision=self.precision)
         round_experts(model)
         self.tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
-        end = model.config.eos_token_id
-        if not isinstance(end, int):
-            raise ValueError(f"{path}/config.json: eos_token_id: {end!r}; it must be one token's id")
-        self.engine = Engine(model, end)
+        self.engine = Engine(model, end_ids(Path(path)))
         self.version = 0
 
     def update(self, bundle: Any) -> None:

@@ -1,7 +1,7 @@
 """Weight sync, from the learner to whoever runs the policy: one flat buffer, with a checksum for each tensor.
 
-What travels is the state dict: every parameter and every persistent buffer (a hash layer's expert table and a
-router's correction bias are buffers). A buffer outside it is a function of the config, and the receiver has
+What travels is the state dict, tied tensors once: every parameter and every persistent buffer (a hash layer's expert
+table and a router's correction bias are buffers). A buffer outside it is a function of the config, and the receiver has
 computed its own.
 """
 
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ..model.tensors import distinct
 
 _ALIGNMENT = 64  # a tensor's view of the buffer needs its own alignment; a cache line serves every dtype
 
@@ -39,7 +41,7 @@ class SyncError(RuntimeError):
 
 def pack(model: nn.Module, version: int) -> Bundle:
     """The model's state dict as a Bundle."""
-    state = model.state_dict()
+    state = distinct(model)
     data = np.zeros(sum(_padded(tensor.nbytes) for tensor in state.values()), dtype=np.uint8)
     manifest, start = [], 0
     for name, tensor in state.items():
@@ -56,7 +58,7 @@ def load(model: nn.Module, bundle: Bundle) -> None:
     Raises SyncError, which names the tensor: before anything is copied if a name, shape or dtype differs,
     after it if a checksum does. (crc32 takes 8 ms for 16 MB; blake2b would take four times that.)
     """
-    state = model.state_dict()
+    state = distinct(model)
     sent = {entry.name: entry for entry in bundle.manifest}
     if stray := sorted(sent.keys() ^ state.keys()):
         side = "receiver" if stray[0] in sent else "sender"

@@ -82,7 +82,7 @@ def teachers() -> list[DeepseekV4]:
 @pytest.fixture(scope="module")
 def trajectories(student: DeepseekV4) -> list[Trajectory]:
     settings = {"temperature": 1.0, "max_new_tokens": 15, "seed": 1, "version": 0}
-    return Engine(student, tiny.END).generate(tiny.requests(7, 1, VOCABULARY), **settings)
+    return Engine(student, [tiny.END]).generate(tiny.requests(7, 1, VOCABULARY), **settings)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ import torch
 import amalgam.model
 from amalgam.distill.teacher import Teachers, TeacherWorker
 from amalgam.errors import UserError
-from amalgam.model import DeepseekV4, load
+from amalgam.model import DeepseekV4
+from amalgam.model.checkpoint import load
 
 from .. import tiny
 

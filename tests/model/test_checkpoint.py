@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amalgam.errors import UserError
-from amalgam.model import DeepseekV4, load, save
+from amalgam.model import DeepseekV4
 from amalgam.model import checkpoint as checkpoint_module
-from amalgam.model.checkpoint import cast
+from amalgam.model.checkpoint import cast, load, save
 from amalgam.model.config import PRESETS, config_of, resolve
 from amalgam.model.encoding import Encoding
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, DeepseekV4ForCausalLM
 
 from amalgam.errors import UserError
 from amalgam.kernels.moe import swiglu
-from amalgam.model import DeepseekV4, load, save
+from amalgam.model import DeepseekV4
+from amalgam.model.checkpoint import load, save
 from amalgam.model.config import CSA, HCA, SWA
 from amalgam.model.numerics import with_numerics
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from amalgam.errors import UserError
 from amalgam.kernels import cache_formats, formats
 from amalgam.kernels.hadamard import hadamard
-from amalgam.model import DeepseekV4, load, save
+from amalgam.model import DeepseekV4
 from amalgam.model.attention import Attention, Indexer
+from amalgam.model.checkpoint import load, save
 from amalgam.model.deepseek_v4 import Experts
 from amalgam.model.precision import round_experts, set_precision
 from amalgam.settings import FULL, Precision

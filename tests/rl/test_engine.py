@@ -30,7 +30,7 @@ def generate(
     limit: int = LIMIT,
     seed: int = 2**62 + 5,
 ) -> list[Trajectory]:
-    engine = Engine(model, tiny.END, max_batch)
+    engine = Engine(model, [tiny.END], max_batch)
     return engine.generate(requests, temperature=temperature, max_new_tokens=limit, seed=seed, version=3)
 
 

@@ -6,7 +6,8 @@ import ray
 import torch
 
 from amalgam.distill.teacher import Teachers
-from amalgam.model import DeepseekV4, load
+from amalgam.model import DeepseekV4
+from amalgam.model.checkpoint import load
 from amalgam.rl import sync
 from amalgam.rl.fleet import Fleet
 from amalgam.rl.packing import collate

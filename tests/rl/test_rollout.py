@@ -15,7 +15,8 @@ import ray
 from ray import cloudpickle
 from tokenizers import Tokenizer
 
-from amalgam.model import DeepseekV4, load
+from amalgam.model import DeepseekV4
+from amalgam.model.checkpoint import load
 from amalgam.rl import sync
 from amalgam.rl.cluster import usage, wait
 from amalgam.rl.engine import Engine
@@ -54,7 +55,7 @@ def requests() -> list[Request]:
 
 
 def locally(model: DeepseekV4, version: int) -> list[Trajectory]:
-    return Engine(model, tiny.END).generate(requests(), **LIMITS, version=version)
+    return Engine(model, [tiny.END]).generate(requests(), **LIMITS, version=version)
 
 
 def assert_same(ours: list[Trajectory], theirs: list[Trajectory]) -> None:

@@ -1,0 +1,55 @@
+"""What engine, learner and teachers ask of a model, whatever its architecture. T packed tokens, B documents."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.losses import packed_logprobs
+from ..settings import FULL, Precision
+
+
+class Output(NamedTuple):
+    hidden: Tensor  # [T, d] after the final norm
+    experts: Tensor  # int64 [T, L, k]: the expert ids of every MoE layer, hash layers in their slots; [T, 0, 0] if none
+    streams: Tensor | None = None  # [T, n, d] as they leave V4's last layer, for its MTP block
+
+
+class LanguageModel(nn.Module):
+    """`origin` is the folder that a model was loaded from (its tokenizer and encoding travel with it).
+
+    A log-prob follows from `hidden` and the head's weight alone. A cache belongs to the model that made it.
+    """
+
+    config: Any
+    lm_head: nn.Linear
+    origin: Path | None = None
+    precision: Precision = FULL
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None) -> Output:
+        """A pack of whole documents: tokens int64 [T], cu_seqlens [B + 1]; no document sees another.
+
+        `replay` int64 [T, L, k]: recorded expert ids to use again.
+        """
+
+    @abstractmethod
+    def prefill(self, tokens: Tensor, cu_seqlens: Tensor, capacity: int) -> tuple[Output, Any]:
+        """As `forward`, and a cache for the B documents with room for `capacity` tokens each."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor, cache: Any) -> Output:
+        """The next token of each of B requests, tokens int64 [B]; updates `cache` in place. hidden [B, d]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] -> fp32 [..., V]."""
+        return F.linear(hidden.float(), self.lm_head.weight.float())
+
+    def logprobs(
+        self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """fp32 [T]: log p(token | its document's prefix) for tokens int64 [T]; 0 for each document's first token."""
+        hidden = self(tokens, cu_seqlens, replay=replay).hidden
+        return packed_logprobs(hidden, self.lm_head.weight, tokens, cu_seqlens, temperature=temperature)
