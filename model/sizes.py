@@ -47,13 +47,13 @@ class CacheBytes:
 
 
 def cache_bytes(config: DeepseekV4Config, tokens: int) -> CacheBytes:
-    """What the layers of the model keep of a request of `tokens` tokens, in V4's layouts: 584 bytes a row, 68 a key.
+    """What the main model's layers keep of a request of `tokens` tokens, in V4's layouts: 584 bytes a row, 68 a key.
 
     At 1,048,576 tokens 3.4 GiB for Flash, 4.9 GiB for Pro.
     """
     parts = dict.fromkeys(CacheBytes.__dataclass_fields__, 0)
     row = cache_entry_bytes(config.head_dim, config.qk_rope_head_dim)
-    for attention in _described(config).model.modules():
+    for attention in _described(config).model.layers.modules():
         if not isinstance(attention, Attention):
             continue
         parts["window"] += attention.window * row
