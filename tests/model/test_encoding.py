@@ -85,6 +85,7 @@ def test_ids_need_the_special_tokens():
         ENCODING.ids(other, [user("a")])
 
 
+@settings(deadline=None)
 @given(content=PLAIN, reasoning=PLAIN, mode=st.sampled_from(encoding.MODES))
 def test_parse_gives_back_what_was_encoded(content: str, reasoning: str, mode: str):
     reasoning = "" if mode == "chat" else reasoning
@@ -149,7 +150,7 @@ def test_keys_without_a_value_are_as_if_absent():
     assert ENCODING.encode([{**user("a"), "tool_calls": None}]) == ENCODING.encode([user("a")])
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.data(), st.sampled_from(encoding.MODES))
 def test_ids_of_conversations_are_those_of_their_text(data: st.DataObject, mode: str):
     messages = data.draw(conversations(mode))
@@ -180,7 +181,7 @@ _ANY = st.recursive(
 )
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data(), st.sampled_from(encoding.MODES))
 def test_damaged_messages_raise_only_an_error_with_their_place(data: st.DataObject, mode: str):
     messages: list[Any] = [dict(message) for message in data.draw(conversations(mode))]

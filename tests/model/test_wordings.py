@@ -135,7 +135,7 @@ def test_a_bad_file_of_deepseeks_is_refused(tmp_path: Path, old: str, new: str, 
     assert error in str(raised.value)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_damaged_files_raise_only_a_user_error(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
     folder = tmp_path_factory.mktemp("damaged", numbered=True)
