@@ -92,7 +92,7 @@ class Fp8Fit(NamedTuple):
 
     blocks: int
     fitting: int  # blocks that FP8 holds without loss
-    worst_spread: int  # largest spread of a block; up to 14 always fits, up to 11 without FP8's subnormals
+    worst_spread: int  # largest spread of a block; up to 14 always fits, up to 11 (TileKernels' limit) normal FP8 does
     worst_block: tuple[int, ...]  # its index
 
 
@@ -156,7 +156,7 @@ def _from_tiles(x: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _exponent(amax: Tensor, floor: float, largest: float) -> Tensor:
-    """int32: the smallest e with max(amax, floor) / largest <= 2^e, exactly; 128 (a NaN scale) if amax is no number."""
+    """int32, exact: the smallest e with max(amax, floor) / largest <= 2^e; 128 (a NaN scale) if amax is not finite."""
     mantissa, exponent = torch.frexp(amax.clamp_min(floor))
     m, e = math.frexp(largest)
     fits = exponent - e + (mantissa > m)
