@@ -6,6 +6,7 @@ byte b means 2^(b - 127), and 255 means NaN. Quantization takes the smallest pow
 magnitude into range, and rounds to nearest, ties to even (DeepSeek-V4's inference code; TileKernels).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ class Fp8Fit(NamedTuple):
 
     blocks: int
     fitting: int  # blocks that FP8 holds without loss
-    worst_spread: int  # largest spread of a block; up to 14 always fits, up to 11 without FP8's subnormals
+    worst_spread: int  # largest spread of a block; up to 14 always fits, up to 11 (TileKernels' limit) normal FP8 does
     worst_block: tuple[int, ...]  # its index
 
 
@@ -130,7 +131,7 @@ def _to_fp8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     largest = groups.amax((-3, -1))
     scale = (largest - 6).clamp_min(0)
     tiles = _in_tiles(values, FP8_TILE)
-    shift = (groups - scale[..., :, None, :, None]).clamp_min(-126)  # below, every value rounds to zero anyway
+    shift = (groups - scale[..., :, None, :, None]).clamp_min(-64)  # below, every value rounds to zero anyway
     exact = tiles * _power(shift).repeat_interleave(FP4_TILE[1], -1)
     codes = exact.to(torch.float8_e4m3fn)
     lossless = (codes.float() == exact).all(-1).all(-2)
@@ -143,6 +144,7 @@ def _to_fp8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def _in_tiles(x: Tensor, tile: tuple[int, int]) -> Tensor:
+    _refuse_vector(x.shape)
     rows, columns = tile
     bottom, right = -x.shape[-2] % rows, -x.shape[-1] % columns
     x = F.pad(x, (0, right, 0, bottom)) if bottom or right else x
@@ -154,10 +156,10 @@ def _from_tiles(x: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _exponent(amax: Tensor, floor: float, largest: float) -> Tensor:
-    """int32: the smallest e with max(amax, floor) / largest <= 2^e, exactly; 128 (a NaN scale) if amax is no number."""
+    """int32, exact: the smallest e with max(amax, floor) / largest <= 2^e; 128 (a NaN scale) if amax is not finite."""
     mantissa, exponent = torch.frexp(amax.clamp_min(floor))
-    m, e = torch.frexp(torch.tensor(largest))
-    fits = exponent - int(e) + (mantissa > float(m))
+    m, e = math.frexp(largest)
+    fits = exponent - e + (mantissa > m)
     return torch.where(amax.isfinite(), fits, 128).int()
 
 
@@ -179,8 +181,8 @@ def _scaled_fp4(x: Tensor) -> tuple[Tensor, Tensor]:
     tiles = _in_tiles(x.float(), FP4_TILE)
     exponent = _exponent(tiles.abs().amax((-3, -1)), _FP4_FLOOR, 6.0)
     scaled = tiles * _inverse(exponent)
-    size = scaled.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))  # between neighbours of E2M1
+    # Neighbours of E2M1 are 0.5 apart below 2, then 1, then 2 from 4 on: half the power of two in max(|x|, 1).
+    step = (scaled.abs().clamp_min(1).view(torch.int32) & 0x7F800000).view(torch.float32) / 2
     return torch.round(scaled / step) * step, exponent
 
 
@@ -195,9 +197,11 @@ def _as_scales(exponent: Tensor) -> Tensor:
 
 def _packed(values: Tensor) -> Tensor:
     """E2M1 values fp32 [..., K] -> int8 [..., K/2]."""
-    size = values.abs()
-    code = torch.where(size <= 2, size * 2, torch.where(size < 4, size + 2, size / 2 + 4)).to(torch.uint8)
-    code = code | (values.signbit().to(torch.uint8) << 3)
+    # As E4M3 they are a sign, 4 bits of exponent, 3 of mantissa. From 1 on (56) the upper 5 of these 7 bits count like
+    # E2M1's codes from 2 on; below there are only 0 and 0.5 (48), the codes 0 and 1.
+    fp8 = values.to(torch.float8_e4m3fn).view(torch.uint8)
+    size = fp8 & 127
+    code = torch.where(size < 56, (size == 48).to(torch.uint8), (size >> 2) - 12) | (fp8 >> 7 << 3)
     return (code[..., 0::2] | (code[..., 1::2] << 4)).view(torch.int8)
 
 
@@ -214,9 +218,15 @@ def _unpacked(packed: Tensor) -> Tensor:
 def _check_scales(scales: Tensor, shape: torch.Size, tile: tuple[int, int]) -> None:
     if scales.dtype != torch.float8_e8m0fnu:
         raise ValueError(f"scales must be float8_e8m0fnu, got {scales.dtype}")
+    _refuse_vector(shape)
     wanted = [*shape[:-2], -(-shape[-2] // tile[0]), -(-shape[-1] // tile[1])]
     if list(scales.shape) != wanted:
         raise ValueError(f"values of shape {list(shape)} have scales of shape {wanted}, got {list(scales.shape)}")
+
+
+def _refuse_vector(shape: torch.Size) -> None:
+    if len(shape) < 2:
+        raise ValueError(f"only matrices have tiles, got shape {list(shape)}")
 
 
 def _refuse_nan_scale(scales: Tensor, tile: tuple[int, int]) -> None:

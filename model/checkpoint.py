@@ -34,7 +34,7 @@ def load(
     """The model of a checkpoint's folder or a preset, in `dtype` (V4's fp32 islands stay fp32), on `device`.
 
     `numerics` is the order of operations, DeepSeek's or transformers', which shows in bf16 only (`numerics.py`).
-    `precision`: what is rounded in the forward as deployment stores it.
+    `precision` says what its forward rounds as deployment stores it (the weights themselves stay as they are).
     Every tensor of the file is used and every tensor of the model filled, or a UserError names the first that is not.
     """
     folder = resolve(path_or_preset)

@@ -216,6 +216,15 @@ def test_bad_tensors_are_named():
         formats.quantize_fp8(x)
     with pytest.raises(ValueError, match=r"multiple of 32 columns, got shape \[3, 40\]"):
         formats.quantize_fp4(torch.zeros(3, 40))
+    vector = torch.zeros(32)
+    for call in (
+        lambda: formats.quantize_fp8(vector),
+        lambda: formats.quantize_fp4(vector),
+        lambda: formats.dequantize_fp8(vector.to(E4M3), vector[:1].to(E8M0)),
+        lambda: formats.dequantize_fp4(vector.to(torch.int8), vector[:1].to(E8M0)),
+    ):
+        with pytest.raises(ValueError, match=r"only matrices have tiles, got shape \[(32|64)\]"):
+            call()
     codes, scales = formats.quantize_fp8(torch.zeros(3, 256))
     with pytest.raises(ValueError, match=r"scales of shape \[1, 2\], got \[2, 1\]"):
         formats.dequantize_fp8(codes, scales.t())
