@@ -132,7 +132,7 @@ class LearnerWorker:
         init_process_group(backend, store=store, rank=self._rank, world_size=self._ranks, timeout=timeout)
         deepspeed.init_distributed(dist_init_required=False)
 
-    def load(self, path: str, optimization: Optimization, total_steps: int) -> None:
+    def load(self, path: str, optimization: Optimization, total_steps: int, unfreeze: tuple[str, ...]) -> None:
         import deepspeed
 
         from ..model import load
@@ -142,6 +142,8 @@ class LearnerWorker:
         # One rank has nothing to shard, and is spared DeepSpeed's flat copy of the parameters.
         self._stage = optimization.zero_stage if self._ranks > 1 else 0
         self._model = load(path, dtype=torch.float32, device=self._device)
+        for part in unfreeze:
+            self._model.unfreeze(part)
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         if self._stage == 3:  # layers are gathered whole: which of their parameters are used depends on data
             lists = [module for module in self._model.modules() if isinstance(module, nn.ModuleList)]
