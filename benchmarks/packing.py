@@ -48,16 +48,17 @@ class Difference:
 def random_model(layers: tuple[str, ...], seed: int) -> DeepseekV4:
     """Every tensor is random: norms, biases and sinks too."""
     draw = random.Random(f"{layers}/{seed}")
-    config = DeepseekV4Config(  # pyright: ignore[reportCallIssue]
-        vocab_size=VOCABULARY, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=len(layers),
-        num_attention_heads=4, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_groups=2, o_lora_rank=8,
-        sliding_window=draw.choice([1, 2, 7, 16, 33, 128]), layer_types=list(layers),
-        compress_rates={CSA: draw.choice([2, 3, 4, 5]), HCA: draw.choice([6, 7, 16, 31, 128])},
-        index_n_heads=32, index_head_dim=16, index_topk=draw.choice([1, 3, 10, 40]), n_routed_experts=8,
-        num_experts_per_tok=2, mlp_layer_types=["hash_moe", *["moe"] * (len(layers) - 1)], hc_sinkhorn_iters=4,
-        num_nextn_predict_layers=0, max_position_embeddings=4096, initializer_range=0.15,
-    )  # fmt: skip
-    model = initialize(config, seed)
+    fields = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": len(layers),
+        "num_attention_heads": 4, "head_dim": 16, "qk_rope_head_dim": 8, "q_lora_rank": 16, "o_groups": 2,
+        "o_lora_rank": 8, "sliding_window": draw.choice([1, 2, 7, 16, 33, 128]), "layer_types": list(layers),
+        "compress_rates": {CSA: draw.choice([2, 3, 4, 5]), HCA: draw.choice([6, 7, 16, 31, 128])},
+        "index_n_heads": 32, "index_head_dim": 16, "index_topk": draw.choice([1, 3, 10, 40]), "n_routed_experts": 8,
+        "num_experts_per_tok": 2, "mlp_layer_types": ["hash_moe", *["moe"] * (len(layers) - 1)],
+        "hc_sinkhorn_iters": 4, "num_nextn_predict_layers": 0, "max_position_embeddings": 4096,
+        "initializer_range": 0.15,
+    }  # fmt: skip
+    model = initialize(DeepseekV4Config(**fields), seed)
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if (tensor.dim() == 1 or "position_bias" in name) and "frequencies" not in name:

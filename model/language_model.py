@@ -14,7 +14,7 @@ from ..settings import FULL, Precision
 class Output(NamedTuple):
     hidden: Tensor  # [T, d] after the final norm
     experts: Tensor  # int64 [T, L, k]: the expert ids of every MoE layer, hash layers in their slots; [T, 0, 0] if none
-    streams: Tensor | None = None  # [T, n, d] as they leave V4's last layer, for its MTP block
+    streams: Any = None  # Tensor [T, n, d], as they leave V4's last layer, for its MTP block
 
 
 class LanguageModel(nn.Module):
@@ -36,8 +36,10 @@ class LanguageModel(nn.Module):
         """
 
     @abstractmethod
-    def prefill(self, tokens: Tensor, cu_seqlens: Tensor, capacity: int) -> tuple[Output, Any]:
-        """As `forward`, and a cache for the B documents with room for `capacity` tokens each."""
+    def prefill(self, tokens: Tensor, cu_seqlens: Tensor, capacity: int, slack: int = 0) -> tuple[Output, Any]:
+        """As `forward`, and a cache for the B documents with room for `capacity` tokens each.
+
+        Its `rollback` may drop the last `slack` tokens."""
 
     @abstractmethod
     def decode(self, tokens: Tensor, cache: Any) -> Output:

@@ -14,7 +14,7 @@ _MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 def base_problem(base: str) -> str | None:
     """What is wrong with a base, a preset's name or a checkpoint's folder; None where nothing is."""
-    folder = PRESETS / base if base in _presets() else Path(base)
+    folder = _folder(base)
     if not folder.is_dir():
         return f"'{base}' is neither a preset nor a folder; {suggest(base, _presets())}"
     config, weights = folder / "config.json", folder / "model.safetensors"
@@ -30,6 +30,19 @@ def base_problem(base: str) -> str | None:
 def preset_problem(name: str) -> str | None:
     """What is wrong with a preset's name; None where nothing is."""
     return None if name in _presets() else f"no preset '{name}'; {suggest(name, _presets())}"
+
+
+def has_mtp(name: str) -> bool:
+    """Whether a preset's or folder's config.json has an MTP block; True where that cannot be told."""
+    try:
+        config = json.loads((_folder(name) / "config.json").read_bytes())
+        return config["num_nextn_predict_layers"] != 0
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return True
+
+
+def _folder(name: str) -> Path:
+    return PRESETS / name if name in _presets() else Path(name)
 
 
 def _presets() -> list[str]:

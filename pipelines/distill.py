@@ -33,6 +33,7 @@ def distill(stage: StageRun, settings: Distill) -> None:
             trajectories = sample(
                 rollouts, encoding, tokenizer, problems,
                 first=step * settings.prompts, group_size=1, **limits, seed=run.seed(stage.name),
+                draft=settings.sampling.draft,
             )  # fmt: skip
             teacher = [settings.domains.index(t.domain) for t in trajectories]
             documents = [t.row()["tokens"] for t in trajectories]

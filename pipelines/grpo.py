@@ -34,6 +34,7 @@ def grpo(stage: StageRun, settings: Grpo) -> None:
             trajectories = sample(
                 rollouts, encoding, tokenizer, problems,
                 first=step * settings.prompts, group_size=settings.group_size, **limits, seed=run.seed(stage.name),
+                draft=settings.sampling.draft,
             )  # fmt: skip
             score(grader, trajectories)
             kept, dropped = group_advantages(trajectories)

@@ -52,8 +52,9 @@ def figures(taken: dict[str, Tensor]) -> dict[str, float]:
 
     Both are means over the layers; 1 and 0 are a perfect balance.
     """
-    if not taken:
+    met = [counts.float() for counts in taken.values() if counts.any()]  # an MTP block may have met nothing
+    if not met:
         return {}
-    loads = torch.stack([counts.float() for counts in taken.values()])
+    loads = torch.stack(met)
     busiest = loads.amax(1) / loads.mean(1)
     return {"load_max": float(busiest.mean()), "load_idle": float((loads == 0).float().mean())}

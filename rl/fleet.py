@@ -29,13 +29,14 @@ class Fleet:
         self._lock = threading.Lock()
 
     @contextmanager
-    def learner(self, path: Path, optimization: Optimization, total_steps: int) -> Iterator[Learner]:
-        """A learner with the model at `path` and a new optimizer."""
-        model = (path, optimization, total_steps)
+    def learner(
+        self, path: Path, optimization: Optimization, total_steps: int, unfreeze: tuple[str, ...] = ()
+    ) -> Iterator[Learner]:
+        """A learner with the model at `path` and a new optimizer; `unfreeze` as for `Learner.load`."""
         with self.lend(
             ("learner", optimization.ranks),
-            make=lambda: Learner(optimization, total_steps, path, **self.place),
-            again=lambda learner: learner.load(*model),
+            make=lambda: Learner(optimization, total_steps, path, unfreeze, **self.place),
+            again=lambda learner: learner.load(path, optimization, total_steps, unfreeze),
         ) as learner:
             yield learner
 

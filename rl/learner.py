@@ -27,6 +27,7 @@ class Learner:
         optimization: Optimization,
         total_steps: int,
         path: str | Path,
+        unfreeze: tuple[str, ...] = (),
         *,
         gpus_per_actor: float = 0.0,
         threads: int = 1,
@@ -36,7 +37,7 @@ class Learner:
         self._gpus, self._threads, self._precision, self._deadline = gpus_per_actor, threads, precision, deadline
         self.workers: list[Any] = []
         try:
-            self.load(path, optimization, total_steps)
+            self.load(path, optimization, total_steps, unfreeze)
         except BaseException:
             self.close()  # nobody else has the ranks that did start
             raise
@@ -47,9 +48,12 @@ class Learner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def load(self, path: str | Path, optimization: Optimization, total_steps: int) -> None:
+    def load(
+        self, path: str | Path, optimization: Optimization, total_steps: int, unfreeze: tuple[str, ...] = ()
+    ) -> None:
         """Turns to another model (a checkpoint's folder, or a preset's name), at step 0 of a new schedule.
 
+        `unfreeze`: parts of the model that train only where the loss has a term for them (`DeepseekV4.unfreeze`).
         The processes stay, unless the number of ranks changes: importing torch and DeepSpeed costs each 5 s
         of CPU.
         """
@@ -60,7 +64,8 @@ class Learner:
             self.close()
             self._start(optimization.ranks)
         self._optimization = optimization
-        self._all("load", f"the learner to load {path}", folder, optimization, total_steps, self._precision)
+        what = f"the learner to load {path}"
+        self._all("load", what, folder, optimization, total_steps, self._precision, unfreeze)
 
     def step(
         self, rows: list[Row], loss: str | Loss, shared: dict[str, np.ndarray] | None = None, **settings: Any

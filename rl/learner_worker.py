@@ -139,7 +139,14 @@ class LearnerWorker:
         init_process_group(backend, store=store, rank=self._rank, world_size=self._ranks, timeout=timeout)
         deepspeed.init_distributed(dist_init_required=False)
 
-    def load(self, path: str, optimization: Optimization, total_steps: int, precision: Precision) -> None:
+    def load(
+        self,
+        path: str,
+        optimization: Optimization,
+        total_steps: int,
+        precision: Precision,
+        unfreeze: tuple[str, ...],
+    ) -> None:
         import deepspeed
 
         from ..model import load
@@ -149,6 +156,8 @@ class LearnerWorker:
         # One rank has nothing to shard, and is spared DeepSpeed's flat copy of the parameters.
         self._stage = optimization.zero_stage if self._ranks > 1 else 0
         self._model = load(path, dtype=torch.float32, device=self._device, precision=precision)
+        for part in unfreeze:
+            self._model.unfreeze(part)
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         self._loads = Loads(self._model)
         self._biases = {}  # that the balance rule changes, and so belong to the state

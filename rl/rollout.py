@@ -7,6 +7,7 @@ from typing import Any
 
 from ..settings import FULL, Precision
 from .cluster import wait
+from .settings import Draft
 from .trajectory import Request, Trajectory
 
 MAX_DEATHS = 3
@@ -46,14 +47,14 @@ class RolloutWorker:
         self.version = bundle.version
 
     def generate(
-        self, requests: list[Request], temperature: float, max_new_tokens: int, seed: int, version: int
+        self, requests: list[Request], temperature: float, max_new_tokens: int, seed: int, version: int, draft: Draft
     ) -> list[Trajectory]:
         if version != self.version:
             raise RuntimeError(
                 f"asked to sample with version {version} of the policy, but this worker has {self.version}"
             )
         limits = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-        trajectories = self.engine.generate(requests, **limits, seed=seed, version=version)
+        trajectories = self.engine.generate(requests, **limits, seed=seed, version=version, draft=draft)
         for t in trajectories:
             ids = t.response_ids[:-1] if t.finish == "stop" else t.response_ids
             t.text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
@@ -89,12 +90,12 @@ class Rollouts:
         self._each(lambda worker, _: worker.update.remote(bundle), f"rollout workers to take version {version}")
 
     def generate(
-        self, requests: list[Request], *, temperature: float, max_new_tokens: int, seed: int
+        self, requests: list[Request], *, temperature: float, max_new_tokens: int, seed: int, draft: Draft = "off"
     ) -> list[Trajectory]:
         """A trajectory for each request, in order. Whole groups go to a worker; tokens do not depend on which."""
         parts = _shares(requests, len(self.workers))
         results = self._each(
-            lambda worker, i: worker.generate.remote(parts[i], temperature, max_new_tokens, seed, self._version),
+            lambda worker, i: worker.generate.remote(parts[i], temperature, max_new_tokens, seed, self._version, draft),
             f"rollout workers to sample {len(requests)} responses",
         )
         return [trajectory for part in results for trajectory in part]

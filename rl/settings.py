@@ -42,6 +42,10 @@ class Optimization(Settings):
     """Most tokens in one packed forward and backward of a rank; a step takes as many of them as it needs."""
 
 
+Draft = Literal["off", "mtp"]
+"""Who proposes tokens to the sampler, which then may draw two at a step."""
+
+
 class Sampling(Settings):
     """How a rollout worker samples."""
 
@@ -49,3 +53,5 @@ class Sampling(Settings):
     """Divides the logits before the softmax. 1.0 as in DeepSeek-R1's first stage."""
     max_new_tokens: PositiveInt = 1024
     """Longest response in tokens, its end token included; a longer one is cut and counts as unfinished."""
+    draft: Draft = "off"
+    """`mtp` lets the model's MTP block propose a token at each step. It changes the speed, never the responses."""
