@@ -78,9 +78,9 @@ def config_of(path_or_preset: str | Path) -> DeepseekV4Config:
 
 
 def weights_of(path_or_preset: str | Path) -> Weights:
-    """How config.json says that the matrices are stored. "fp8" may still mean FP4 experts, which the tensors show:
+    """How config.json says that the matrices are stored.
 
-    the first official files said nothing of the experts (`expert_dtype` was added after the release).
+    "fp8" may still mean FP4 experts, which the tensors show: `expert_dtype` was added after the first official files.
     """
     file, values = _read(path_or_preset)
     try:
@@ -91,7 +91,7 @@ def weights_of(path_or_preset: str | Path) -> Weights:
 
 def official_config(config: DeepseekV4Config, weights: Weights = "bf16") -> dict[str, Any]:
     """config.json of the official kind, with weights stored so. UserError for a model that it cannot describe."""
-    n, rates, layers = config.num_hidden_layers, config.compress_rates or {}, config.layer_types or []
+    rates, layers = config.compress_rates or {}, config.layer_types or []
     hashed = [kind == "hash_moe" for kind in config.mlp_layer_types or []]
     if CSA in layers and rates[CSA] != 4:
         raise UserError(f"compress_rates: the official config.json knows CSA with 4 only, not {rates[CSA]}")
@@ -109,7 +109,7 @@ def official_config(config: DeepseekV4Config, weights: Weights = "bf16") -> dict
         "architectures": ["DeepseekV4ForCausalLM"],
         "model_type": "deepseek_v4",
         "compress_ratios": [ratio[kind] for kind in layers] + [0] * config.num_nextn_predict_layers,
-        "num_hash_layers": sum(hashed[:n]),
+        "num_hash_layers": sum(hashed),
         "num_nextn_predict_layers": config.num_nextn_predict_layers,
         "qk_rope_head_dim": config.qk_rope_head_dim,
         "rope_scaling": yarn,

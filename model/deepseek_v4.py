@@ -213,7 +213,10 @@ class DeepseekV4(LanguageModel):
         self.model.mtp.requires_grad_(True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeepseekV4":
-        """What `.to`, `.bfloat16()` and the like go through, an engine's wrapper too: islands move, but stay fp32."""
+        """What `.to`, `.bfloat16()` and the like go through, on a module around this one too: islands stay fp32.
+
+        DeepSpeed's bf16 section sets every parameter's data itself; `_run` refuses such a model.
+        """
         tensors = [*self.named_parameters(), *self.named_buffers()]
         islands = [tensor for name, tensor in tensors if any(part in name for part in FP32_ISLANDS)]
         islands += [tensor.grad for tensor in islands if tensor.grad is not None]

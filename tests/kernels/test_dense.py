@@ -54,7 +54,7 @@ def test_against_a_naive_sum(groups, repeats, keys, queries, window, softcap, wi
 
 
 @pytest.mark.parametrize("numbers", [{}, {"window": 3}, {"softcap": 0.5}, {"sinks": torch.randn(4)}])
-def test_gradients(numbers: dict):
+def test_gradients(numbers: Any):
     made: Any = [torch.randn(1, h, 6, 4, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
     plain: Any = {"window": None, "softcap": None, "sinks": None} | numbers
     loss = attend_causal(*made, scaling=0.5, **numbers).pow(3).sum()

@@ -178,7 +178,7 @@ def test_the_islands_are_transformers_own():
 
 @pytest.mark.parametrize("how", ["bfloat16", "half", "to", "in a wrapper", "with gradients"])
 def test_islands_survive_whoever_casts(how: str):
-    """An engine's bf16 wrapper calls `.bfloat16()` or `.to` on the module, or on one that holds it."""
+    """With `.bfloat16()`, `.half()` or `.to`, on the model or on a module that holds it."""
     model = tiny.model(0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if how == "with gradients":

@@ -50,8 +50,8 @@ def test_the_accounting_is_that_of_a_real_cache():
     model = tiny.model(0, index_head_dim=32)
     _, cache = model.prefill(torch.arange(30), torch.tensor([0, 30]), 100)
     row, key = 8 + 2 * 8 + 1 + 7, 32 // 2 + 1  # FP8, bf16, a scale, padding; FP4 and a scale
-    names = ("rows", "index_keys", "values", "scores", "index_values", "index_scores")
-    priced: dict[str, int] = dict.fromkeys(names, 0)
+    kinds = ("rows", "index_keys", "values", "scores", "index_values", "index_scores")
+    priced: dict[str, int] = dict.fromkeys(kinds, 0)
     for layer in cache.layers:
         for name, tensor in layer.items():
             each = {"rows": row, "index_keys": key}.get(name, tensor.shape[2] * 4)
