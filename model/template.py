@@ -80,9 +80,9 @@ class Template:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:i], mode, header=True)
-            stop = self._stop(whole, len(before)) if whole.startswith(before) else None
-            if stop is not None:
+            before, written = self._render(messages[:i], mode, header=True), self._render(messages[: i + 1], mode)
+            stop = self._stop(written, len(before)) if written.startswith(before) else None
+            if stop is not None and whole.startswith(written[:stop]):
                 spans += [(whole[start : len(before)], False), (whole[len(before) : stop], True)]
                 start = stop
             elif i + 1 == len(messages):

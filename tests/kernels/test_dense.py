@@ -55,9 +55,10 @@ def test_against_a_naive_sum(groups, repeats, keys, queries, window, softcap, wi
 
 @pytest.mark.parametrize("numbers", [{}, {"window": 3}, {"softcap": 0.5}, {"sinks": torch.randn(4)}])
 def test_gradients(numbers: Any):
-    made: Any = [torch.randn(1, h, 6, 4, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
+    made = [torch.randn(1, h, 6, 4, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
     plain: Any = {"window": None, "softcap": None, "sinks": None} | numbers
-    loss = attend_causal(*made, scaling=0.5, **numbers).pow(3).sum()
-    other = reference_attend_causal(*made, None, scaling=0.5, **plain).pow(3).sum()
+    q, k, v = made
+    loss = attend_causal(q, k, v, scaling=0.5, **numbers).pow(3).sum()
+    other = reference_attend_causal(q, k, v, None, scaling=0.5, **plain).pow(3).sum()
     for one, two in zip(torch.autograd.grad(loss, made), torch.autograd.grad(other, made), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
