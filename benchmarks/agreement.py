@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from amalgam.errors import UserError
 from amalgam.model import DeepseekV4, load
-from amalgam.model.checkpoint import resolve
+from amalgam.model.config import resolve
 from amalgam.model.encoding import Encoding
 from amalgam.model.tokenizer import load as load_tokenizer
 from amalgam.pipelines.corpus import document as corpus_document

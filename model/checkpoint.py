@@ -6,7 +6,6 @@ import re
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,65 +13,12 @@ from safetensors.torch import save_file
 from transformers import DeepseekV4Config
 
 from ..errors import UserError
-from ..kernels.rope import inverse_frequencies
+from .config import PRESETS, config_of, resolve
 from .deepseek_v4 import DeepseekV4
 
-PRESETS = Path(__file__).parent / "presets"
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "encoding.json")
 # What V4 computes in fp32 whatever the model's dtype (transformers keeps the same list).
 _FP32 = ("_hc.", "hc_head.", ".sinks", "position_bias", "e_score_correction_bias", "norm.weight", "_frequencies")
-
-
-# What a config may say of choices that V4 fixes, or that are not built here: the default first.
-_BUILT: dict[str, tuple[Any, ...]] = {
-    "scoring_func": ("sqrtsoftplus",),
-    "norm_topk_prob": (True,),
-    "n_shared_experts": (1,),
-    "tie_word_embeddings": (False,),
-    "num_key_value_heads": (1,),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-}
-
-
-def resolve(path_or_preset: str | Path) -> Path:
-    """The folder of a checkpoint, or of a preset that ships with the package; UserError names what there is."""
-    preset = PRESETS / str(path_or_preset)
-    if (preset / "config.json").is_file():
-        return preset
-    folder = Path(path_or_preset)
-    if not (folder / "config.json").is_file():
-        names = ", ".join(sorted(p.name for p in PRESETS.iterdir() if p.is_dir()))
-        raise UserError(
-            f"{path_or_preset}: neither a checkpoint's folder (no config.json) nor a preset; presets: {names}"
-        )
-    return folder
-
-
-def config_of(path_or_preset: str | Path) -> DeepseekV4Config:
-    file = resolve(path_or_preset) / "config.json"
-    try:
-        values = json.loads(file.read_bytes())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not JSON: {error}") from error
-    kind = values.get("model_type") if isinstance(values, dict) else "not an object"
-    if kind != "deepseek_v4":
-        raise UserError(f"{file}: model_type: {kind!r} is not built; it must be 'deepseek_v4'")
-    values = {key: value for key, value in values.items() if key not in ("architectures", "transformers_version")}
-    for key, built in _BUILT.items():
-        if values.get(key, built[0]) not in built:
-            wanted = " or ".join(json.dumps(value) for value in built)
-            raise UserError(f"{file}: {key}: {json.dumps(values[key])} is not built; it must be {wanted}")
-    try:
-        config = DeepseekV4Config(**values)
-        for parameters in (config.rope_parameters or {}).values():
-            inverse_frequencies(config.qk_rope_head_dim, parameters)  # pyright: ignore[reportArgumentType]
-        return config
-    except Exception as error:  # transformers raises many kinds for values that do not fit
-        raise UserError(f"{file}: {' '.join(str(error).split())}") from error
 
 
 def load(path_or_preset: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DeepseekV4:
@@ -81,8 +27,10 @@ def load(path_or_preset: str | Path, dtype: torch.dtype = torch.float32, device:
     Every tensor of the file is used and every tensor of the model filled, or a UserError names the first that is not.
     """
     folder = resolve(path_or_preset)
-    model = DeepseekV4(config_of(folder))
     file = folder / "model.safetensors"
+    if folder.parent == PRESETS and not file.exists():
+        raise UserError(f"{folder.name}: this preset is a configuration without weights; name a checkpoint's folder")
+    model = DeepseekV4(config_of(folder))
     state = model.state_dict()
     try:
         with safe_open(file, framework="pt") as tensors:

@@ -10,7 +10,8 @@ import torch
 
 from ..errors import UserError
 from ..model import initialize, load, save
-from ..model.checkpoint import cast, config_of, resolve
+from ..model.checkpoint import cast
+from ..model.config import config_of, resolve
 from ..model.tokenizer import load as load_tokenizer
 from ..rl.packing import Row
 from .corpus import build_corpus, load_corpus, save_corpus

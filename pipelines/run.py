@@ -19,7 +19,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import UserError
-from ..model.checkpoint import config_of, resolve
+from ..model.config import config_of, resolve
 from ..model.encoding import Encoding
 from ..model.tokenizer import load as load_tokenizer
 from ..rewards.domains import Domain

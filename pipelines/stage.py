@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..model.checkpoint import flush, resolve
+from ..model.checkpoint import flush
+from ..model.config import resolve
 from ..model.encoding import Encoding
 from ..model.tokenizer import load as load_tokenizer
 from ..rewards.domains import Domain

@@ -51,7 +51,7 @@ class Learner:
         The processes stay, unless the number of ranks changes: importing torch and DeepSpeed costs each 5 s
         of CPU.
         """
-        from ..model.checkpoint import resolve
+        from ..model.config import resolve
 
         folder = str(resolve(path).absolute())
         if len(self.workers) != optimization.ranks:

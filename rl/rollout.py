@@ -68,7 +68,7 @@ class Rollouts:
 
     def load(self, path: str | Path) -> None:
         """Every worker takes the policy of this checkpoint's folder, or preset, as version 0."""
-        from ..model.checkpoint import resolve
+        from ..model.config import resolve
 
         self._path, self._bundle, self._version, self.deaths = str(resolve(path).absolute()), None, 0, 0
         self._each(lambda worker, _: worker.load.remote(self._path), f"rollout workers to load {path}")

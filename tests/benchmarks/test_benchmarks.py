@@ -9,7 +9,7 @@ import torch
 
 from amalgam.errors import UserError
 from amalgam.model import DeepseekV4, initialize, load, save
-from amalgam.model.checkpoint import config_of
+from amalgam.model.config import config_of
 
 from ..pipelines.made_run import DOMAINS, made_run
 

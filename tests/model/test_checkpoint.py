@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from amalgam.errors import UserError
 from amalgam.model import DeepseekV4, load, save
 from amalgam.model import checkpoint as checkpoint_module
-from amalgam.model.checkpoint import PRESETS, cast, config_of, resolve
+from amalgam.model.checkpoint import cast
+from amalgam.model.config import PRESETS, config_of, resolve
 from amalgam.model.encoding import Encoding
 
 from .. import tiny
