@@ -1,8 +1,8 @@
 """Every tensor of a DeepSeek-V4 checkpoint: its official name and transformers' name for it, its shape, its kind.
 
 Both namings hold the same numbers. transformers stacks a layer's experts: `gate_up_proj` [E, 2I, d] is w1 then w3 of
-each expert, `down_proj` [E, d, I] is w2. A quantized matrix has a tensor of scales beside it: `X.scale` for the official
-`X.weight`; with transformers' names `_scale_inv` is appended, which is how transformers names them itself.
+each expert, `down_proj` [E, d, I] is w2. A quantized matrix has a tensor of scales beside it: `X.scale` for the
+official `X.weight`; to transformers' names `_scale_inv` is appended, as transformers does.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ from typing import Literal
 
 from transformers import DeepseekV4Config
 
-CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
+from .config import CSA, HCA, SWA
+
 # How V4 stores a tensor (config.json and the published files): BF16; norms, BF16 or FP32; FP32; int64; FP8; FP4 or FP8.
 Kind = Literal["wide", "norm", "fp32", "ids", "dense", "expert"]
 Row = tuple[str, str, Kind, tuple[int, ...]]  # official name, transformers' name, kind, shape
@@ -53,8 +54,8 @@ class Spec:
 
 
 def specs(config: DeepseekV4Config) -> Iterator[Spec]:
-    """All tensors that a checkpoint of this model may hold, those of the MTP block (`mtp.`) included, in their order."""
-    c, n = config, config.hc_mult
+    """All tensors that a checkpoint of this model may hold, the MTP block's (`mtp.`) too; scales are not listed."""
+    c = config
     d, vocabulary = c.hidden_size, c.vocab_size
     layer_types, mlp_types = c.layer_types or [], c.mlp_layer_types or []
     yield Spec("embed.weight", "model.embed_tokens.weight", "wide", (vocabulary, d))
@@ -62,7 +63,7 @@ def specs(config: DeepseekV4Config) -> Iterator[Spec]:
         rows = [*_attention(c, layer_types[i]), *_block(c), _router(c, mlp_types[i] == "hash_moe")]
         yield from _layer(c, f"layers.{i}.", f"model.layers.{i}.", rows)
     for i in range(c.num_nextn_predict_layers):
-        rows = [*_attention(c, "sliding_attention"), *_block(c), _router(c, False), *_head(c), *_mtp(c)]
+        rows = [*_attention(c, SWA), *_block(c), _router(c, False), *_head(c), *_mtp(c)]
         yield from _layer(c, f"mtp.{i}.", f"model.mtp.{i}.", rows)
     for name, theirs, kind, shape in _head(c):
         yield Spec(name, "model." + theirs, kind, shape)
@@ -90,7 +91,7 @@ def _layer(c: DeepseekV4Config, official: str, theirs: str, rows: list[Row]) -> 
 
 def _attention(c: DeepseekV4Config, layer_type: str) -> Iterator[Row]:
     d, heads, dim, latent = c.hidden_size, c.num_attention_heads, c.head_dim, c.q_lora_rank
-    groups, inner = c.o_groups, c.o_lora_rank
+    groups, inner, rates = c.o_groups, c.o_lora_rank, c.compress_rates or {}
     yield "attn.wq_a.weight", "self_attn.q_a_proj.weight", "dense", (latent, d)
     yield "attn.q_norm.weight", "self_attn.q_a_norm.weight", "norm", (latent,)
     yield "attn.wq_b.weight", "self_attn.q_b_proj.weight", "dense", (heads * dim, latent)
@@ -100,14 +101,13 @@ def _attention(c: DeepseekV4Config, layer_type: str) -> Iterator[Row]:
     yield "attn.wo_b.weight", "self_attn.o_b_proj.weight", "dense", (d, groups * inner)
     yield "attn.attn_sink", "self_attn.sinks", "fp32", (heads,)
     if layer_type in (CSA, HCA):
-        ratio = (c.compress_rates or {})[layer_type]
-        theirs = "self_attn.compressor."
-        yield from _compressor("attn.compressor.", theirs, d, dim, ratio, overlap=layer_type == CSA)
+        ratio, overlap = rates[layer_type], layer_type == CSA
+        yield from _compressor("attn.compressor.", "self_attn.compressor.", d, dim, ratio, overlap)
     if layer_type == CSA:
         heads, dim, theirs = c.index_n_heads, c.index_head_dim, "self_attn.compressor.indexer."
         yield "attn.indexer.wq_b.weight", theirs + "q_b_proj.weight", "dense", (heads * dim, latent)
         yield "attn.indexer.weights_proj.weight", theirs + "scorer.weights_proj.weight", "wide", (heads, d)
-        yield from _compressor("attn.indexer.compressor.", theirs, d, dim, ratio, overlap=True)
+        yield from _compressor("attn.indexer.compressor.", theirs, d, dim, rates[CSA], overlap=True)
 
 
 def _compressor(official: str, theirs: str, d: int, dim: int, ratio: int, overlap: bool) -> Iterator[Row]:

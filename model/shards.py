@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,7 +152,9 @@ def _sharded(index: Path) -> dict[str, Stored]:
         files.setdefault(file, set()).add(tensor)
     for file, tensors in files.items():
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise UserError(f"{index}: {shown(min(tensors))}: {file!r} is no name of a .safetensors file in this folder")
+            raise UserError(
+                f"{index}: {shown(min(tensors))}: {file!r} is no name of a .safetensors file in this folder"
+            )
         if not os.path.isfile(index.parent / file):
             raise UserError(f"{index.parent / file}: missing; {index.name} places {shown(min(tensors))} there")
     result: dict[str, Stored] = {}
@@ -184,7 +186,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return names
 
 
-def write_index(folder: Path, files: dict[str, Sequence[Planned]]) -> None:
+def write_index(folder: Path, files: Mapping[str, Sequence[Planned]]) -> None:
     """The index of the shards `files`, as transformers writes it."""
     names = {tensor.name: file for file, tensors in files.items() for tensor in tensors}
     size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
@@ -198,7 +200,8 @@ def write_file(file: Path, tensors: Sequence[Planned], data: Callable[[Planned],
     `data` gives a tensor's numbers as contiguous tensors of the planned dtype or uint8. Larger dtypes have to come
     first, so that every tensor is aligned (readers map the file).
     """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for tensor in tensors:
         offsets = [offset, offset := offset + tensor.nbytes]
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
@@ -213,7 +216,7 @@ def write_file(file: Path, tensors: Sequence[Planned], data: Callable[[Planned],
 
         write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            written = sum(write(memoryview(part.view(-1).view(torch.uint8).numpy())) for part in data(tensor))
+            written = sum(write(part.view(-1).view(torch.uint8).numpy().data) for part in data(tensor))
             if written != tensor.nbytes:
                 raise RuntimeError(f"{file}: {tensor.name}: {written} bytes, planned were {tensor.nbytes}")
         stream.flush()

@@ -12,8 +12,8 @@ from ..errors import UserError
 from ..kernels.formats import fp4_to_fp8, quantize_fp4, quantize_fp8
 from .config import QUANTIZATION, Weights, official_config
 from .names import Spec, specs
-from .shards import DTYPES, PIECE, SINGLE, Planned, Stored
-from .source import QUANTIZED, Source, read_values, steps, tiles
+from .shards import DTYPES, SINGLE, Planned
+from .source import QUANTIZED, Source, read_values, steps
 
 Format = Literal["transformers", "official"]
 SHARD_BYTES = 2 * 2**30  # our choice: what an interruption can cost
@@ -51,7 +51,9 @@ class InMemory:
         return (self.read(name, rows) for rows in steps(self.specs[name]))
 
 
-def plan(source: Source, format: Format, dtype: Weights | None, shard_bytes: int = SHARD_BYTES) -> dict[str, list[Target]]:
+def plan(
+    source: Source, format: Format, dtype: Weights | None, shard_bytes: int = SHARD_BYTES
+) -> dict[str, list[Target]]:
     """For each file the tensors that it will hold, in their order. `dtype` None keeps each tensor's own.
 
     Otherwise `dtype` is what the published checkpoints mean by it: fp8 and fp4 quantize the matrices of attention, of
@@ -142,7 +144,7 @@ def _quantized(source: Source, spec: Spec, rows: slice, dtype: str) -> tuple[Ten
 
 
 def config_json(config: DeepseekV4Config, format: Format, weights: Weights, dtype: str = "bfloat16") -> dict[str, Any]:
-    """config.json for a checkpoint; `dtype` is that of what is not quantized. UserError if no official one describes it."""
+    """config.json for a checkpoint; `dtype`: of what is not quantized. UserError where no official one fits."""
     if format == "official":
         return official_config(config, weights)
     values = {**config.to_dict(), "architectures": ["DeepseekV4ForCausalLM"], "dtype": dtype}

@@ -4,11 +4,13 @@
 """
 
 import json
+import os
 from pathlib import Path
 
 from .recipe_errors import suggest
 
 PRESETS = Path(__file__).parent.parent / "model" / "presets"
+_INDEX = "model.safetensors.index.json"
 _MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -17,11 +19,12 @@ def base_problem(base: str) -> str | None:
     folder = PRESETS / base if base in _presets() else Path(base)
     if not folder.is_dir():
         return f"'{base}' is neither a preset nor a folder; {suggest(base, _presets())}"
-    config, weights = folder / "config.json", folder / "model.safetensors"
-    for file in (config, weights):
+    config, weights, index = (folder / name for name in ("config.json", "model.safetensors", _INDEX))
+    files = [config] if index.is_file() else [config, weights]
+    for file in files:
         if not file.is_file():
             return f"{file} is missing; a checkpoint's folder holds {config.name} and {weights.name}"
-    return _config_problem(config) or _safetensors_problem(weights)
+    return _config_problem(config) or (_index_problem(index) if index.is_file() else _safetensors_problem(weights))
 
 
 def preset_problem(name: str) -> str | None:
@@ -39,6 +42,20 @@ def _config_problem(file: Path) -> str | None:
     except (ValueError, RecursionError):
         return f"{file} is not JSON; it should be the model's configuration as transformers writes it"
     return None if isinstance(config, dict) else f"{file} is not a JSON object"
+
+
+def _index_problem(index: Path) -> str | None:
+    """Are all shards there and whole? Which tensor is where, `amalgam.model.load` finds out."""
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{index} is no index of shards; it should be JSON with a weight_map, as transformers writes it"
+    for name in sorted(map(str, names)):
+        if Path(name).name != name or not os.path.isfile(index.parent / name):
+            return f"{index} names {name!r}, which is no file in that folder"
+        if problem := _safetensors_problem(index.parent / name):
+            return problem
+    return None
 
 
 def _safetensors_problem(file: Path) -> str | None:
