@@ -158,17 +158,16 @@ def _parsed(values: dict[str, Any]) -> DeepseekV4Config:
     if int(values["head_dim"] * factor) != rope_dim:  # transformers multiplies again, and rounds down
         factor = math.nextafter(factor, 1.0)
     _consistent(values, rope_dim)
-    return DeepseekV4Config(
-        **{"router_aux_loss_coef": 0.0}  # transformers' own default is Mixtral's loss, which is not DeepSeek's
-        | {key: value for key, value in values.items() if key not in _DROPPED}
-        | {
-            "layer_types": layers,
-            "compress_rates": rates,
-            "mlp_layer_types": _mlp_layer_types(values),
-            "partial_rotary_factor": factor,
-            "rope_parameters": _rope(values, factor),
-        }
-    )
+    read: dict[str, Any] = {
+        "layer_types": layers,
+        "compress_rates": rates,
+        "mlp_layer_types": _mlp_layer_types(values),
+        "partial_rotary_factor": factor,
+        "rope_parameters": _rope(values, factor),
+    }
+    # transformers' default for this one is Mixtral's balance loss, which is not DeepSeek's.
+    others: dict[str, Any] = {"router_aux_loss_coef": 0.0} | values
+    return DeepseekV4Config(**{key: value for key, value in others.items() if key not in _DROPPED} | read)
 
 
 def _told(values: Mapping[str, Any], key: str) -> str:
