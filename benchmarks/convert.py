@@ -5,7 +5,6 @@ and to FP8, each in a process of its own. One conversion is killed and given aga
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -78,7 +77,7 @@ def make(folder: Path, gigabytes: float) -> int:
     for file, tensors in shards.items():
         write_file(folder / file, tensors, bytes_of(source))
     write_index(folder, shards)
-    (folder / "config.json").write_text(json.dumps(config_json(source.config, "official", "fp4")))
+    (folder / "config.json").write_text(config_json(source.config, "official", "fp4"))
     return sum(tensor.nbytes for shard in shards.values() for tensor in shard)
 
 

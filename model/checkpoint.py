@@ -1,6 +1,5 @@
 """A model from a checkpoint's folder and into one: weights, config.json, and the tokenizer beside them."""
 
-import json
 import os
 import re
 import shutil
@@ -17,9 +16,8 @@ from .deepseek_v4 import DeepseekV4
 from .names import Spec
 from .shards import flush, write_file, write_index
 from .source import Checkpoint, read_values, steps
-from .write import SHARD_BYTES, Format, InMemory, bytes_of, config_json, plan
+from .write import BESIDE, SHARD_BYTES, Format, InMemory, bytes_of, config_json, plan
 
-_BESIDE = ("tokenizer.json", "tokenizer_config.json", "encoding.json")
 # What V4 computes in fp32 whatever the model's dtype (transformers keeps the same list).
 _FP32 = ("_hc.", "hc_head.", ".sinks", "position_bias", "e_score_correction_bias", "norm.weight", "_frequencies")
 
@@ -37,7 +35,8 @@ def load(path_or_preset: str | Path, dtype: torch.dtype = torch.float32, device:
         model = DeepseekV4(checkpoint.config)
     wanted = model.state_dict().keys()
     if missing := sorted(wanted - {spec.stacked for spec in checkpoint.specs.values()}):
-        raise UserError(f"{checkpoint.listed}: {missing[0]}: missing, and config.json asks for an MTP block")
+        why = "missing; config.json of a model without an MTP block says num_nextn_predict_layers 0"
+        raise UserError(f"{checkpoint.listed}: {missing[0]}: {why}")
     model.load_state_dict(dict(stream(checkpoint, wanted.__contains__, dtype=dtype, device=device)), assign=True)
     model.origin = checkpoint.folder
     return model.to(device)
@@ -116,8 +115,8 @@ def save(
         write_index(beside, shards)
     kept = str(model.lm_head.weight.dtype).removeprefix("torch.") if dtype is None else "bfloat16"
     config = config_json(model.config, format, dtype or "bf16", kept)
-    (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in _BESIDE:
+    (beside / "config.json").write_text(config)
+    for name in BESIDE:
         if model.origin is not None and (model.origin / name).is_file():
             shutil.copyfile(model.origin / name, beside / name)
     replace_folder(beside, path)

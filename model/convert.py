@@ -19,11 +19,9 @@ from ..errors import UserError
 from .config import Weights
 from .shards import INDEX, Planned, checksum, flush, tensors_in, write_file, write_index
 from .source import Checkpoint
-from .write import SHARD_BYTES, Format, Target, bytes_of, config_json, plan
+from .write import BESIDE, SHARD_BYTES, Format, Target, bytes_of, config_json, plan
 
 JOURNAL = "conversion.json"
-# What travels with the weights: the tokenizer and the chat encoding, ours and DeepSeek's.
-BESIDE = ("tokenizer.json", "tokenizer_config.json", "encoding.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,8 @@ def convert(
     asked = {"source": str(checkpoint.folder.resolve()), "format": format, "dtype": dtype}
     with _alone(target):
         journal = _Journal(target, {**asked, "state": _state(checkpoint.folder, shards)})
-        kept = {file: shard for file, shard in shards.items() if journal.finished(file, shard)}
-        _check_room(target, shards, kept)
-        done = 0
+        _check_room(target, {file: shard for file, shard in shards.items() if file not in journal.shards})
+        done = kept = 0
 
         def advance(count: int) -> None:
             nonlocal done
@@ -67,7 +64,8 @@ def convert(
 
         data = bytes_of(checkpoint)
         for file, shard in shards.items():
-            if file in kept:
+            if journal.finished(file):
+                kept += 1
                 advance(sum(tensor.nbytes for tensor in shard))
             else:
                 journal.add(file, _write(target / file, shard, data, advance))
@@ -76,11 +74,11 @@ def convert(
         for name in BESIDE:
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, target / name)
-        if (checkpoint.folder / "encoding").is_dir():
+        if (checkpoint.folder / "encoding").is_dir():  # DeepSeek's own, with the published wordings; never executed
             shutil.copytree(checkpoint.folder / "encoding", target / "encoding", dirs_exist_ok=True)
-        _replace(target / "config.json", json.dumps(config, indent=2) + "\n")
+        _replace(target / "config.json", config)
         Checkpoint(target)
-    return Converted(target, len(shards), len(kept), total)
+    return Converted(target, len(shards), kept, total)
 
 
 def _write(file: Path, shard: list[Target], data: Callable, advance: Callable[[int], None]) -> str:
@@ -125,9 +123,10 @@ class _Journal:
                 what = "the source's files have changed" if key == "state" else f"{key} was {before[key]}, not {value}"
                 raise UserError(f"{folder}: an earlier conversion began here, and {what}; name another folder")
 
-    def finished(self, file: str, shard: list[Target]) -> bool:
+    def finished(self, file: str) -> bool:
+        """Finished before, and still as it was then."""
         path = self.file.parent / file
-        return file in self.shards and path.is_file() and _is_planned(path, shard)
+        return file in self.shards and path.is_file() and checksum(path) == self.shards[file]
 
     def add(self, file: str, digest: str) -> None:
         self.shards[file] = digest
@@ -148,8 +147,8 @@ def _state(folder: Path, shards: dict[str, list[Target]]) -> str:
     return digest.hexdigest()
 
 
-def _check_room(target: Path, shards: dict[str, list[Target]], kept: dict[str, list[Target]]) -> None:
-    need = sum(tensor.nbytes for file, shard in shards.items() if file not in kept for tensor in shard)
+def _check_room(target: Path, shards: dict[str, list[Target]]) -> None:
+    need = sum(tensor.nbytes for shard in shards.values() for tensor in shard)
     if need > (free := shutil.disk_usage(target).free):
         raise UserError(f"{target}: needs {need / 1e9:.1f} GB on the disk, {free / 1e9:.1f} GB are free")
 

@@ -73,9 +73,12 @@ def specs(config: DeepseekV4Config) -> Iterator[Spec]:
 def other_names(spec: Spec) -> list[str]:
     """Further names that a tensor is read under: those that transformers' own `save_pretrained` gives it.
 
-    It leaves most of a tensor's official name, with `model.` before it, and drops the "kv_" of attention's kv_norm.
+    A model made in memory keeps most official names, with `model.` before them; one that was loaded from transformers'
+    names keeps those. Either way a "kv_norm" loses its "kv_".
     """
-    return ["model." + spec.name, "model." + spec.name.replace(".attn.kv_norm.", ".attn.norm.")]
+    official = "model." + spec.name
+    names = (official, official.replace(".attn.kv_norm.", ".attn.norm."), spec.stacked.replace(".kv_norm.", ".norm."))
+    return [name for name in names if name != spec.stacked]
 
 
 def _layer(c: DeepseekV4Config, official: str, theirs: str, rows: list[Row]) -> Iterator[Spec]:

@@ -1,5 +1,6 @@
 """Writing a checkpoint: which tensor goes to which file, in either naming, and its bytes, some at a time."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from .shards import DTYPES, SINGLE, Planned
 from .source import QUANTIZED, Source, read_values, steps
 
 Format = Literal["transformers", "official"]
+# What travels with the weights: the tokenizer and the chat encoding.
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "encoding.json", "generation_config.json")
 SHARD_BYTES = 2 * 2**30  # our choice: what an interruption can cost
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -143,11 +146,12 @@ def _quantized(source: Source, spec: Spec, rows: slice, dtype: str) -> tuple[Ten
         raise UserError(f"{source.where(spec.name)}: rows {rows.start} to {rows.stop}: {error}") from error
 
 
-def config_json(config: DeepseekV4Config, format: Format, weights: Weights, dtype: str = "bfloat16") -> dict[str, Any]:
-    """config.json for a checkpoint; `dtype`: of what is not quantized. UserError where no official one fits."""
+def config_json(config: DeepseekV4Config, format: Format, weights: Weights, dtype: str = "bfloat16") -> str:
+    """A checkpoint's config.json; `dtype` is that of what is not quantized. UserError where no official one fits."""
     if format == "official":
-        return official_config(config, weights)
-    values = {**config.to_dict(), "architectures": ["DeepseekV4ForCausalLM"], "dtype": dtype}
-    if weights != "bf16":
-        values["quantization_config"] = {**QUANTIZATION, "expert_dtype": weights}
-    return values
+        values = official_config(config, weights)
+    else:
+        values = {**config.to_dict(), "architectures": ["DeepseekV4ForCausalLM"], "dtype": dtype}
+        if weights != "bf16":
+            values["quantization_config"] = {**QUANTIZATION, "expert_dtype": weights}
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
