@@ -66,10 +66,8 @@ class Stored:
         size = math.prod(shape) * DTYPES[self.dtype].itemsize
         return Stored(self.file, self.name, self.dtype, shape, self.offset + part * size)
 
-    def read(self, rows: slice = slice(None)) -> Tensor:
+    def read(self, rows: slice) -> Tensor:
         """Rows of it (the first dimension), on the CPU."""
-        if not self.shape:
-            return self._bytes(0, self.nbytes).view(DTYPES[self.dtype]).reshape(())
         start, stop, _ = rows.indices(self.shape[0])
         row = self.nbytes // self.shape[0]
         part = self._bytes(start * row, (stop - start) * row).view(DTYPES[self.dtype])
@@ -83,28 +81,16 @@ class Stored:
     def _bytes(self, start: int, size: int) -> Tensor:
         buffer = bytearray(size)
         view, done = memoryview(buffer), 0
-        with _opened(self.file) as descriptor:
-            while done < size:
-                count = os.preadv(descriptor, [view[done:]], self.offset + start + done)
-                if count == 0:
-                    raise UserError(f"{self}: cut short while it was read")
-                done += count
-        return torch.frombuffer(buffer, dtype=torch.uint8)
-
-
-class _opened:
-    def __init__(self, file: Path):
-        self.file = file
-
-    def __enter__(self) -> int:
         try:
-            self.descriptor = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
+            with self.file.open("rb", buffering=0) as stream:
+                while done < size:
+                    count = os.preadv(stream.fileno(), [view[done:]], self.offset + start + done)
+                    if count == 0:
+                        raise UserError(f"{self}: cut short while it was read")
+                    done += count
         except OSError as error:
-            raise UserError(f"{self.file}: {error.strerror}") from error
-        return self.descriptor
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.descriptor)
+            raise UserError(f"{self}: {error.strerror}") from error
+        return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
 def shown(name: str) -> str:
