@@ -37,7 +37,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
 }
-_QUANTIZATION = {
+QUANTIZATION = {
     "quant_method": "fp8",
     "fmt": "e4m3",
     "activation_scheme": "dynamic",
@@ -120,7 +120,7 @@ def official_config(config: DeepseekV4Config, weights: Weights = "bf16") -> dict
         "torch_dtype": "bfloat16",
     }
     if weights != "bf16":
-        values["quantization_config"] = _QUANTIZATION
+        values["quantization_config"] = QUANTIZATION
     if weights == "fp4":
         values["expert_dtype"] = "fp4"
     return dict(sorted(values.items()))
@@ -299,7 +299,7 @@ def _weights(values: Mapping[str, Any]) -> Weights:
         return "bf16"
     if not isinstance(given, dict):
         raise UserError(f"quantization_config: {_told(values, 'quantization_config')}; want an object")
-    for key, wanted in _QUANTIZATION.items():
+    for key, wanted in QUANTIZATION.items():
         if given.get(key, wanted if key in ("fmt", "scale_fmt") else None) != wanted:
             raise UserError(f"quantization_config.{key}: {_told(given, key)} is not built; want {json.dumps(wanted)}")
     experts = values.get("expert_dtype", given.get("expert_dtype"))

@@ -196,7 +196,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("owner", "function", "call"),
     [
-        (checkpoint_module, "save_file", 1),
+        (checkpoint_module, "write_file", 1),
         (checkpoint_module.shutil, "copyfile", 2),
         (checkpoint_module.os, "rename", 2),
     ],

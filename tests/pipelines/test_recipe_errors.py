@@ -1,5 +1,6 @@
 """Mistakes in a recipe, and in the base that it names: the one line that each gets."""
 
+import json
 import re
 from pathlib import Path
 
@@ -379,6 +380,28 @@ def test_a_broken_checkpoint_is_refused(how: str, message: str):
     line = broken(how)
     sizes = (Path("c/model.safetensors").stat().st_size, len(whole_checkpoint())) if "{}" in message else ()
     assert line == message.format(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [
+        ("model-1.safetensors", None),
+        ("model-2.safetensors", "index.json names 'model-2.safetensors', which is no file in that folder"),
+        ("../c/model-1.safetensors", "names '../c/model-1.safetensors', which is no file in that folder"),
+        ("config.json", NOT_SAFETENSORS.replace("model.safetensors", "config.json")),
+        (None, "c/model.safetensors.index.json is no index of shards"),
+    ],
+)
+def test_shards_are_a_base(shard: str | None, message: str | None):
+    folder = write_checkpoint(Path("c"))
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"weight_map": {"w": shard}} if shard else []
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if message is None:
+        assert load(SMALL, "base=c").base == "c"
+    else:
+        (line,) = errors(SMALL.replace("base: tiny", "base: c"))
+        assert message in line
 
 
 def whole_checkpoint() -> bytes:
