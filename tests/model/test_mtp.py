@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from amalgam.kernels.losses import packed_logprobs
 from amalgam.model import DeepseekV4, load, save
-from amalgam.model.mtp import extend_mtp, mtp_cache, mtp_hidden, mtp_logprobs
+from amalgam.model.mtp import extend_mtp, mtp_block, mtp_cache, mtp_hidden, mtp_logprobs
 
 from .. import tiny
 from ..tiny import SWA
@@ -54,7 +54,7 @@ def normed(x: Tensor, weight: Tensor) -> Tensor:
 
 def pairs(model: DeepseekV4, streams: Tensor, tokens: Tensor) -> Tensor:
     """The block's input [n - 1, streams, d] for one document, written pair by pair."""
-    block = model.model.mtp[0]
+    block = mtp_block(model)
     made = []
     for i in range(len(tokens) - 1):
         token = block.e_proj.weight @ normed(model.model.embed_tokens.weight[tokens[i + 1]], block.enorm.weight)
@@ -116,6 +116,7 @@ def test_values_and_gradients_are_those_of_transformers_layer(tmp_path: Path):
         else:
             assert name == "lm_head.weight", name
             expected = grads[name]
+        assert expected is not None
         scale = expected.abs().max().clamp(min=1e-3)
         assert (gradient - expected).abs().max() / scale < 1e-4, name
 
@@ -154,7 +155,7 @@ def test_the_loss_in_float64(ahead: int):
     hidden, head, weight = torch.randn(11, 4), torch.randn(7, 4), torch.rand(11)
     ours = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
     naive = [hidden.double().requires_grad_(), head.double().requires_grad_()]
-    found = packed_logprobs(*ours, tokens, cu, ahead=ahead)
+    found = packed_logprobs(ours[0], ours[1], tokens, cu, ahead=ahead)
     expected = torch.zeros(11, dtype=torch.float64)
     for start, n in zip(cu.tolist(), lengths, strict=False):
         for i in range(start + ahead, start + n):
