@@ -24,7 +24,6 @@ class Entries:
     tokens: Tensor  # int64 [N, ratio]: pack indices of the entry's own tokens
     first: Tensor  # bool [N]: the document's first entry, which has no predecessor
     rotation: Tensor  # complex64 [N, R] at the entry's first token
-    start: Tensor  # int64 [B + 1]: number of entries before each document
     block: Tensor  # int64 [Q, E]: the entries each block of queries may see
     visible: Tensor  # bool [Q, W, E]: entry's document is the query's, and its window is complete at the query
     most: int  # the largest number of entries that one query sees
@@ -34,7 +33,6 @@ class Entries:
 class Packed:
     """T tokens of B documents in a row; every document is on its own, at any place in the pack."""
 
-    cu_seqlens: Tensor  # int64 [B + 1]
     position: Tensor  # int64 [T]: place in its document
     window: int
     visible: Tensor  # bool [Q, W, 2W]: the block's queries against the tokens of the block before it and its own
@@ -71,7 +69,7 @@ def packed(cu_seqlens: Tensor, window: int, ratios: set[int], frequencies: Frequ
     visible = (key >= start) & (key > query - window) & (key <= query)
     rotation = {kind: rotations(position, f) for kind, f in frequencies.items()}
     entries = {r: _entries(r, cu, document, position, blocks, window, frequencies["compress"]) for r in ratios}
-    return Packed(cu, position, window, visible, rotation, entries)
+    return Packed(position, window, visible, rotation, entries)
 
 
 def _entries(
@@ -95,7 +93,6 @@ def _entries(
         tokens=tokens,
         first=number == 0,
         rotation=rotations(number * ratio, frequencies),
-        start=start,
         block=block.clamp_(max=max(owner.numel() - 1, 0)),
         visible=visible,
         most=int(((position + 1) // ratio).max()),
@@ -103,6 +100,7 @@ def _entries(
 
 
 Index = tuple[Tensor, ...]
+"""What stands between the brackets of a tensor."""
 
 
 @dataclass
@@ -139,7 +137,7 @@ class Chunk:
     slot: Tensor | None  # int64 [T]: each token's place among Q * M queries; None where it is its own number
     rows: Index  # a long chunk's window rows [Q, M + W - 1], among those that `remember` returns
     visible: Tensor  # bool [Q, M, S]: S window rows as above, or as they lie in a short chunk's ring
-    finished: dict[tuple[int, int], Finished] = field(default_factory=dict)  # by ratio and a ring's slots
+    finished: dict[tuple[int, int], Finished] = field(default_factory=dict)  # by ratio, and a ring's size without `slack`
 
     def find(self, request: Tensor, position: Tensor, slots: int) -> Index:
         """Where `remember` has those tokens of a request, for rings of `slots`: the chunk's own, or its last ones."""
@@ -157,7 +155,7 @@ class Chunk:
             return ring
         source = torch.cat([ring.flatten(0, 1), new])
         left = self.cu_seqlens[1:][self.request] - torch.arange(new.shape[0], device=new.device)
-        last = (left <= slots).nonzero().squeeze(1)  # what these would overwrite is in the way
+        last = (left <= slots).nonzero().squeeze(1)  # earlier ones would share slots with these
         ring[self.request[last], self.position[last] % slots] = new[last]
         return source
 
@@ -189,7 +187,7 @@ def chunk(
 ) -> Chunk:
     """The layout of a chunk; cu_seqlens [B + 1] starts with 0, never falls and ends with T > 0 (ValueError otherwise).
 
-    `compressors`: ratio, and the tokens that its ring holds beside `slack`, for each kind.
+    `compressors`: the ratio of each kind, and its rings' size without `slack`.
     """
     cu = _borders(cu_seqlens, least=0)
     if cu.numel() != past.numel() + 1:

@@ -34,29 +34,38 @@ class MTP(Block):
         self.hc_head = HyperHead(config)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, streams: Tensor, following: Tensor, tokens: Tensor, place: Packed | Chunk, cache: LayerCache | None
+        self, streams: Tensor, following: Tensor, place: Packed | Chunk, cache: LayerCache | None
     ) -> Tensor:
-        """Pairs of streams [T, n, d] and the tokens after them (int64 [T], embedded: `following` [T, d]) -> [T, d]."""
+        """Pairs of streams [T, n, d] and the embeddings [T, d] of the tokens after them -> hidden states [T, d]."""
         pairs = self.e_proj(self.enorm(following)).unsqueeze(1) + self.h_proj(self.hnorm(streams))
-        pairs, _ = super().forward(pairs, tokens, place, cache, None)
+        no_tokens = pairs.new_zeros(0, dtype=torch.int64)  # which only a hash layer asks for
+        pairs, _ = super().forward(pairs, no_tokens, place, cache, None)
         return self.norm(self.hc_head(pairs))
 
 
 def mtp_logprobs(
     model: DeepseekV4, streams: Tensor, tokens: Tensor, cu_seqlens: Tensor, *, into_backbone: bool = True
 ) -> Tensor:
-    """fp32 [T]: log p(token | its document without the token before it), 0 for a document's first two; for training.
+    """fp32 [T]: the block's log p(token | all of its document before it), 0 for a document's first two; for training.
 
     `streams` [T, n, d] are the model's for the same pack (`Output.streams`). As in V3, the gradient goes on into the
     backbone, the embedding and the head, unless `into_backbone` is False: then the block alone learns.
     """
-    following = model.model.embed_tokens(F.pad(tokens[1:], (0, 1)))  # a document's last pair is none, and not used
     head = model.lm_head.weight
+    following = model.model.embed_tokens(F.pad(tokens[1:], (0, 1)))
     if not into_backbone:
         streams, following, head = streams.detach(), following.detach(), head.detach()
-    layout = packed(cu_seqlens, model.config.sliding_window, set(), model.frequencies())
-    hidden = block_of(model)(streams, following, tokens, layout, None)
+    hidden = mtp_hidden(model, streams, following, cu_seqlens)
     return packed_logprobs(hidden, head, tokens, cu_seqlens, ahead=2)
+
+
+def mtp_hidden(model: DeepseekV4, streams: Tensor, following: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Hidden states [T, d] of a pack's pairs: streams [T, n, d], the embeddings [T, d] of the tokens after them.
+
+    A document's last pair has no such token: what is there instead changes nothing but that pair's own state.
+    """
+    layout = packed(cu_seqlens, model.config.sliding_window, set(), model.frequencies())
+    return mtp_block(model)(streams, following, layout, None)
 
 
 def mtp_cache(model: DeepseekV4, requests: int, capacity: int) -> Cache:
@@ -81,12 +90,12 @@ def extend_mtp(model: DeepseekV4, streams: Tensor, following: Tensor, cu_seqlens
         compressors=set(),
         frequencies=model.frequencies(),
     )
-    hidden = block_of(model)(streams, model.model.embed_tokens(following), following, layout, cache.layers[0])
+    hidden = mtp_block(model)(streams, model.model.embed_tokens(following), layout, cache.layers[0])
     cache.advance(layout.cu_seqlens.diff())
     return hidden
 
 
-def block_of(model: DeepseekV4) -> MTP:
+def mtp_block(model: DeepseekV4) -> MTP:
     """The model's MTP block; ValueError where it has none."""
     if not model.model.mtp:
         raise ValueError("the model has no MTP block: num_nextn_predict_layers is 0 in its config.json")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model import Output
-from ..model.mtp import block_of, extend_mtp, mtp_cache
+from ..model.mtp import extend_mtp, mtp_block, mtp_cache
 from .engine import Batch
 
 
@@ -24,8 +24,11 @@ class DraftedBatch(Batch):
 
     slack = 1
 
+    def _prefill(self) -> None:
+        mtp_block(self.model)  # refuses a model without one before anything is computed
+        super()._prefill()
+
     def _prefilled(self, output: Output, tokens: Tensor, cu_seqlens: Tensor, fork: Tensor) -> None:
-        block_of(self.model)
         requests = cu_seqlens.numel() - 1
         cache = mtp_cache(self.model, requests, self.cache.capacity)
         paired = torch.ones_like(tokens, dtype=torch.bool)

@@ -47,7 +47,13 @@ class RolloutWorker:
         self.version = bundle.version
 
     def generate(
-        self, requests: list[Request], temperature: float, max_new_tokens: int, seed: int, version: int, draft: Draft
+        self,
+        requests: list[Request],
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+        version: int,
+        draft: Draft = "off",
     ) -> list[Trajectory]:
         if version != self.version:
             raise RuntimeError(

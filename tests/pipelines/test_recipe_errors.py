@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from amalgam.errors import UserError
-from amalgam.pipelines.recipe import load_recipe
+from amalgam.pipelines.recipe import Grpo, Sft, load_recipe
 from amalgam.pipelines.yaml_lines import read, write
 
-from .small_recipe import SMALL, enter, errors, load, values, write_checkpoint
+from .small_recipe import SMALL, enter, errors, load, stage, values, write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -308,6 +308,21 @@ def test_whatever_stands_in_one_place_is_taken_or_refused_with_its_line(path: tu
         load(write(data))
     except UserError as error:
         assert all(re.match(r"r\.yaml:\d+: \S|\.\.\. and \d+ more$", line) for line in str(error).splitlines())
+
+
+def test_what_needs_the_mtp_block_is_refused_for_a_model_without_one():
+    config = Path("../presets/tiny/config.json")
+    wanted = ["stages.sft-{domain}.mtp.weight=0.1", "stages.grpo-{domain}.sampling.draft=mtp"]
+    problem = "the stage's model has no MTP block; num_nextn_predict_layers is 0 in the config.json that it starts from"
+    config.write_text('{"num_nextn_predict_layers": 0}')
+    assert errors(SMALL, *wanted) == [
+        f"--set stages.{stage}-{{domain}}.{key}: {problem}; leave the key out"
+        for stage, key in (("sft", "mtp.weight"), ("grpo", "sampling.draft"))
+    ]
+    config.write_text('{"num_nextn_predict_layers": 1}')
+    recipe = load(SMALL, *wanted)
+    assert stage(recipe, "sft-strings", Sft).mtp.weight == 0.1
+    assert stage(recipe, "grpo-strings", Grpo).sampling.draft == "mtp"
 
 
 # The base's folder

@@ -15,6 +15,7 @@ from transformers import DeepseekV4Config
 
 from amalgam.errors import UserError
 from amalgam.model import DeepseekV4, initialize, load, save
+from amalgam.pipelines.sft import loss as sft_loss
 from amalgam.rl import learner as learner_module
 from amalgam.rl import sync
 from amalgam.rl.cluster import wait
@@ -189,6 +190,29 @@ def test_gradient_is_plain_torchs(learner, checkpoint, tmp_path, ranks, stage):
     assert metrics["grad_norm"] == pytest.approx(float(whole.norm()), rel=1e-6)
     assert metrics["tokens"] == sum(len(row["tokens"]) for row in rows)
     assert metrics["lr"] == pytest.approx(0.5e-3)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 1), (2, 3)])
+def test_the_mtp_block_learns_where_it_is_unfrozen(learner, checkpoint, tmp_path, ranks, stage):
+    """Gradients of both losses as above; without, the block is no part of the learner's state."""
+    (rows,) = batches(1)
+    settings = optimization(ranks, stage, gradient_clipping=1e6)
+    ours = learner(ranks, stage)
+    ours.save_state(tmp_path / "frozen")
+    assert not any(".mtp." in name for name in load_file(tmp_path / "frozen" / "a.safetensors"))
+    ours.load(checkpoint, settings, STEPS, ("mtp",))
+    metrics = ours.step(rows, "pipelines.sft:loss", mtp_weight=0.3)
+    ours.save_state(tmp_path / "trained")
+    moments = load_file(tmp_path / "trained" / "a.safetensors")
+    model = load(checkpoint)
+    model.unfreeze("mtp")
+    total, expected = sft_loss(model, collate(rows, "cpu"), {}, mtp_weight=0.3)
+    total.backward()
+    theirs = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert sum(".mtp." in name for name in theirs) > 20
+    assert_near({n: moments[f"{n}/exp_avg"] / (1 - settings.betas[0]) for n in theirs}, theirs, 3e-6)
+    assert total.item() == pytest.approx((expected["loss"] + 0.3 * expected["mtp_loss"]).item())
+    assert metrics["mtp_loss"] == pytest.approx(expected["mtp_loss"].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("ranks", "stage"), ENGINES)
