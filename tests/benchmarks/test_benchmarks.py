@@ -10,7 +10,6 @@ import torch
 from amalgam.errors import UserError
 from amalgam.model import DeepseekV4, initialize, load, save
 from amalgam.model.cache import Cache
-from amalgam.model.checkpoint import config_of
 from amalgam.model.config import config_of
 
 from ..pipelines.made_run import DOMAINS, made_run

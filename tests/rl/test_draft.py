@@ -25,7 +25,7 @@ def model() -> DeepseekV4:
 def generate(
     model: DeepseekV4, draft: Draft, temperature: float, max_batch: int = 512, limit: int = LIMIT
 ) -> list[Trajectory]:
-    engine = Engine(model, tiny.END, max_batch)
+    engine = Engine(model, (tiny.END,), max_batch)
     return engine.generate(ragged(), temperature=temperature, max_new_tokens=limit, seed=SEED, version=3, draft=draft)
 
 
@@ -100,7 +100,7 @@ def test_a_draft_shares_the_noise_of_its_token(model: DeepseekV4):
             ahead = self.cache.select(torch.arange(tokens.numel()))
             return self.sample(self.model.logits(self.model.decode(tokens, ahead).hidden), position)[0]
 
-    batch = Clairvoyant(model, ragged(), LIMIT, 1.0, SEED, tiny.END)
+    batch = Clairvoyant(model, ragged(), LIMIT, 1.0, SEED, (tiny.END,))
     while batch.running:
         batch.step()
     assert batch.accepted.sum() == batch.drafted.sum() > 50

@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -204,7 +205,7 @@ def test_the_mtp_block_learns_where_it_is_unfrozen(learner, checkpoint, tmp_path
     metrics = ours.step(rows, "pipelines.sft:loss", mtp_weight=0.3)
     ours.save_state(tmp_path / "trained")
     moments = load_file(tmp_path / "trained" / "a.safetensors")
-    model = load(checkpoint)
+    model: Any = load(checkpoint)
     model.unfreeze("mtp")
     total, expected = sft_loss(model, collate(rows, "cpu"), {}, mtp_weight=0.3)
     total.backward()
