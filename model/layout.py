@@ -137,7 +137,7 @@ class Chunk:
     slot: Tensor | None  # int64 [T]: each token's place among Q * M queries; None where it is its own number
     rows: Index  # a long chunk's window rows [Q, M + W - 1], among those that `remember` returns
     visible: Tensor  # bool [Q, M, S]: S window rows as above, or as they lie in a short chunk's ring
-    finished: dict[tuple[int, int], Finished] = field(default_factory=dict)  # by ratio, and a ring's size without `slack`
+    finished: dict[tuple[int, int], Finished] = field(default_factory=dict)  # by ratio, and rings without `slack`
 
     def find(self, request: Tensor, position: Tensor, slots: int) -> Index:
         """Where `remember` has those tokens of a request, for rings of `slots`: the chunk's own, or its last ones."""
