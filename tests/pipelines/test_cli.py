@@ -104,16 +104,24 @@ def test_submit_passes_its_arguments_on_and_ends_with_the_runs_exit_code(monkeyp
     assert calls == [("quickstart", ["seed=1", "name=a"], "http://h:1", Path("runs"))]
 
 
-@pytest.mark.parametrize("arguments", [["run"], ["submit", "quickstart"], ["rnu"], ["run", "quickstart", "--prin"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["run"], ["submit", "quickstart"], ["chat"], ["generate", "tiny"], ["rnu"], ["run", "quickstart", "--prin"]],
+)
 def test_wrong_usage_is_exit_code_2(arguments: list[str]):
     assert amalgam(*arguments).exit_code == 2
 
 
 def test_help_names_every_command_and_option():
     overview, run = amalgam("--help").stdout, amalgam("run", "--help").stdout
-    assert all(word in overview for word in ("run", "submit", "--version"))
+    assert all(word in overview for word in ("run", "submit", "chat", "generate", "--version"))
     assert all(word in run for word in ("RECIPE", "--set", "--runs", "--print"))
     assert "--address" in amalgam("submit", "--help").stdout
+    chat, generate = amalgam("chat", "--help").stdout, amalgam("generate", "--help").stdout
+    assert all(
+        word in text for text in (chat, generate) for word in ("CHECKPOINT", "--mode", "--temperature", "--seed")
+    )
+    assert all(word in generate for word in ("--prompts", "--out"))
     assert amalgam("--version").stdout == f"amalgam {__version__}\n"
 
 
