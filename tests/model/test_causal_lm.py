@@ -56,7 +56,9 @@ def packed(docs: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def own_logprobs(folder: Path, docs: list[Tensor]) -> Tensor:
     """transformers alone, one unpadded document at a time."""
-    model: Any = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = hf.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     found = []
     with torch.no_grad():
         for doc in docs:

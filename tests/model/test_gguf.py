@@ -35,7 +35,7 @@ def write(folder: Path, file: Path) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(sorted(tokens, key=tokens.__getitem__))
     writer.add_token_types([1] * 257 + [3] * len(other_models.SPECIALS))
-    writer.add_token_merges(["Ċ Ċ"])
+    writer.add_token_merges(["Ċ Ċ"] * 2)  # transformers 5.17 reads a list of one as a string
     writer.add_eos_token_id(other_models.END_IDS[0])
     writer.add_bos_token_id(0)
     writer.add_chat_template(other_models.PLAIN)
