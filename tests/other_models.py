@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 ENDS = ["<|end|>", "<|eot|>"]
 SPECIALS = ["<|start|>", *ENDS, "<think>", "</think>"]
-VOCABULARY = 256 + len(SPECIALS)
+VOCABULARY = 257 + len(SPECIALS)
+END_IDS = (258, 259)
 # Reasoning of turns before the last user message is not shown; without reasoning, an empty one is.
 REASONING = (
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
@@ -27,7 +28,7 @@ PLAIN = (
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.15, "max_position_embeddings": 512,
-    "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 257,
+    "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": END_IDS[0],
 }  # fmt: skip
 _HEADS = _COMMON | {"head_dim": 8}
 _WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
@@ -56,7 +57,7 @@ def config(kind: str, **changes: Any) -> Any:
         "gpt-2, learned positions and dropout": (
             hf.GPT2Config,
             {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
-            | {"initializer_range": 0.15, "bos_token_id": 0, "eos_token_id": 257},
+            | {"initializer_range": 0.15, "bos_token_id": 0, "eos_token_id": END_IDS[0]},
         ),
         "cohere, a scale on logits": (hf.CohereConfig, _COMMON | {"logit_scale": 0.25}),
         "granite, a scale on logits": (hf.GraniteConfig, _COMMON | {"logits_scaling": 2.0}),
@@ -73,18 +74,19 @@ def checkpoint(folder: Path, kind: str = "qwen3", seed: int = 0, template: str =
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.add_(0.2 * torch.randn_like(parameter))
-    model.get_output_embeddings().weight[257:259] *= 2
-    model.generation_config.eos_token_id = [257, 258]
+    model.get_output_embeddings().weight[list(END_IDS)] *= 2
+    model.generation_config.eos_token_id = list(END_IDS)
     model.save_pretrained(folder)
     tokenizer(template).save_pretrained(folder)
     return folder
 
 
 def tokenizer(template: str = PLAIN) -> Any:
-    """Every byte is a token, and so is each of SPECIALS."""
+    """Every byte is a token, and so are two line ends in a row and each of SPECIALS."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(letters)}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary["ĊĊ"] = len(letters)
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore
     made.decoder = decoders.ByteLevel()  # pyright: ignore
     made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS[:3]])

@@ -18,6 +18,7 @@ from amalgam.rl.engine import Engine
 from amalgam.rl.packing import collate
 
 from .. import other_models, tiny
+from ..other_models import END_IDS
 
 LENGTHS = [11, 1, 17, 2, 4]
 KINDS = [
@@ -55,7 +56,9 @@ def packed(docs: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def own_logprobs(folder: Path, docs: list[Tensor]) -> Tensor:
     """transformers alone, one unpadded document at a time."""
-    model: Any = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = hf.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     found = []
     with torch.no_grad():
         for doc in docs:
@@ -122,7 +125,7 @@ def test_saved_as_it_was_and_transformers_loads_it(served: tuple[Path, LanguageM
     torch.testing.assert_close(own_logprobs(tmp_path / "copy", docs), own_logprobs(folder, docs), rtol=0, atol=0)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes()
-    assert end_ids(tmp_path / "copy") == (257, 258)
+    assert end_ids(tmp_path / "copy") == END_IDS
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
 
 
@@ -131,9 +134,9 @@ def test_sampled_logprobs_are_the_learners_and_either_end_token_ends(kind: str, 
     model = load(other_models.checkpoint(tmp_path / "m", kind))
     settings = {"temperature": 0.8, "max_new_tokens": 120, "seed": 5, "version": 0}
     requests = tiny.requests(6, 4, other_models.VOCABULARY)
-    found = Engine(model, (257, 258)).generate(requests, **settings)
-    assert {int(t.response_ids[-1]) for t in found if t.finish == "stop"} == {257, 258}
-    assert not any({257, 258} & set(t.response_ids[:-1].tolist()) for t in found)
+    found = Engine(model, END_IDS).generate(requests, **settings)
+    assert {int(t.response_ids[-1]) for t in found if t.finish == "stop"} == set(END_IDS)
+    assert not any(set(END_IDS) & set(t.response_ids[:-1].tolist()) for t in found)
     batch = collate([t.row() | {"experts": t.experts} for t in found], "cpu")
     assert batch["experts"].shape[1:] == (0, 0)
     with torch.no_grad():
@@ -141,9 +144,9 @@ def test_sampled_logprobs_are_the_learners_and_either_end_token_ends(kind: str, 
         logprobs = model.logprobs(batch["tokens"], batch["cu_seqlens"], replay=replay, temperature=0.8)
     sampled = torch.cat([torch.from_numpy(t.logprobs) for t in found])
     torch.testing.assert_close(logprobs[batch["response"] > 0], sampled, rtol=0, atol=2e-5)
-    alone = Engine(model, (257, 258)).generate(requests[5:6], **settings)[0]
+    alone = Engine(model, END_IDS).generate(requests[5:6], **settings)[0]
     assert alone.response_ids.tolist() == found[5].response_ids.tolist()
-    streamed = list(Engine(model, (257, 258)).stream(requests[5], temperature=0.8, max_new_tokens=120, seed=5))
+    streamed = list(Engine(model, END_IDS).stream(requests[5], temperature=0.8, max_new_tokens=120, seed=5))
     assert [int(i) for new in streamed for i in new] == alone.response_ids.tolist()
 
 
@@ -243,9 +246,9 @@ def test_pickled_weights_and_code_of_a_checkpoint_are_never_loaded(tmp_path: Pat
 def test_config_and_end_ids(tmp_path: Path):
     folder = other_models.checkpoint(tmp_path / "m")
     assert check_config(folder) == other_models.VOCABULARY
-    assert end_ids(folder) == (257, 258)
+    assert end_ids(folder) == END_IDS
     (folder / "generation_config.json").unlink()
-    assert end_ids(folder) == (257,)
+    assert end_ids(folder) == END_IDS[:1]
     change_config(folder, eos_token_id=None)
     with pytest.raises(UserError, match=r"config.json: eos_token_id: None; it must be a token's id, or a list of them"):
         end_ids(folder)

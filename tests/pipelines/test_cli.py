@@ -123,6 +123,8 @@ def test_convert_converts_and_says_what_is_there(tmp_path: Path, monkeypatch: py
     [
         ["run"],
         ["submit", "quickstart"],
+        ["chat"],
+        ["generate", "tiny"],
         ["rnu"],
         ["run", "quickstart", "--prin"],
         ["convert", "a", "b", "--format", "official"],
@@ -135,9 +137,15 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]):
 
 def test_help_names_every_command_and_option():
     overview, run = amalgam("--help").stdout, amalgam("run", "--help").stdout
-    assert all(word in overview for word in ("run", "submit", "convert", "--version"))
+    words = ("run", "submit", "convert", "chat", "generate", "--version")
+    assert all(word in overview for word in words)
     assert all(word in run for word in ("RECIPE", "--set", "--runs", "--print"))
     assert "--address" in amalgam("submit", "--help").stdout
+    chat, generate = amalgam("chat", "--help").stdout, amalgam("generate", "--help").stdout
+    assert all(
+        word in text for text in (chat, generate) for word in ("CHECKPOINT", "--mode", "--temperature", "--seed")
+    )
+    assert all(word in generate for word in ("--prompts", "--out"))
     assert amalgam("--version").stdout == f"amalgam {__version__}\n"
 
 
