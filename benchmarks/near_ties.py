@@ -28,11 +28,11 @@ def near_ties(model: DeepseekV4, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 @contextmanager
 def _recorded(model: DeepseekV4, near: Tensor) -> Iterator[None]:
-    def index(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, topk: int) -> Tensor:
+    def index(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, topk: int, dtype: torch.dtype) -> Tensor:
         dots = torch.einsum("nmhd,nsd->nmhs", q.float(), keys.float()).relu()
         scores = (dots * weights.float().unsqueeze(-1)).sum(2).masked_fill(~visible, float("-inf"))
         near.logical_or_(_near_border(scores.flatten(0, 1)[: near.numel()], topk))
-        return select(q, weights, keys, visible, topk)
+        return select(q, weights, keys, visible, topk, dtype)
 
     def routed(router: torch.nn.Module, inputs: tuple[Tensor, ...], _: object) -> None:
         scores = F.softplus(F.linear(inputs[0].float(), router.weight.float())).sqrt()  # pyright: ignore
