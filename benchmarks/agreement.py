@@ -22,7 +22,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from amalgam.errors import UserError
 from amalgam.model import DeepseekV4
-from amalgam.model.checkpoint import load, resolve
+from amalgam.model.checkpoint import load
+from amalgam.model.config import resolve
 from amalgam.model.encoding import Encoding
 from amalgam.model.tokenizer import load as load_tokenizer
 from amalgam.pipelines.corpus import document as corpus_document

@@ -22,7 +22,7 @@ from processes import AMALGAM, ENVIRONMENT, Job
 from results import machine, print_table, write_result
 
 from amalgam.errors import UserError
-from amalgam.model.checkpoint import resolve
+from amalgam.model.config import resolve
 from amalgam.model.encoding import Encoding
 from amalgam.model.tokenizer import EOS
 from amalgam.model.tokenizer import load as load_tokenizer

@@ -7,23 +7,26 @@ import numpy as np
 
 from ..rl.cluster import wait
 from ..rl.packing import Row, collate, plan
+from ..settings import FULL, Precision
 
 
 class TeacherWorker:
     """The actor: holds the teacher that was asked for last."""
 
-    def __init__(self, device: str, threads: int):
+    def __init__(self, device: str, threads: int, precision: Precision = FULL):
         import torch
 
         torch.set_num_threads(threads)
-        self.device, self.path, self.model = device, "", None
+        self.device, self.precision, self.path, self.model = device, precision, "", None
 
     def _load(self, path: str) -> Any:
         from ..model import load
+        from ..model.precision import round_experts
 
         if path != self.path:
             self.model, self.path = None, ""  # the one before goes before the next one comes
-            self.model, self.path = load(path, device=self.device), path
+            self.model, self.path = load(path, device=self.device, precision=self.precision), path
+            round_experts(self.model)
         return self.model
 
     def head(self, path: str) -> np.ndarray:
@@ -48,12 +51,20 @@ class TeacherWorker:
 class Teachers:
     """The driver's side: teachers by index, in one process. A context manager; every wait has a deadline."""
 
-    def __init__(self, paths: list[Path], *, gpus_per_actor: float = 0.0, threads: int = 1, deadline: float = 600.0):
+    def __init__(
+        self,
+        paths: list[Path],
+        *,
+        gpus_per_actor: float = 0.0,
+        threads: int = 1,
+        precision: Precision = FULL,
+        deadline: float = 600.0,
+    ):
         import ray
 
         self.paths, self.deadline = [str(p.absolute()) for p in paths], deadline
         actor = ray.remote(TeacherWorker).options(num_cpus=0, num_gpus=gpus_per_actor)
-        self.worker: Any = actor.remote("cuda" if gpus_per_actor else "cpu", threads)
+        self.worker: Any = actor.remote("cuda" if gpus_per_actor else "cpu", threads, precision)
 
     def heads(self) -> dict[str, np.ndarray]:
         """ "head.I": fp32 [V, d'] of each teacher I."""

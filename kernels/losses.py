@@ -20,6 +20,20 @@ def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: f
     return _in_pieces(piece, head.shape[0], hidden, targets)
 
 
+def packed_logprobs(
+    hidden: Tensor, head: Tensor, tokens: Tensor, cu_seqlens: Tensor, *, ahead: int = 1, temperature: float = 1.0
+) -> Tensor:
+    """fp32 [T]: each token's log-prob under the state `ahead` tokens before it; 0 for a document's first `ahead`.
+
+    hidden [T, d] of a pack of documents, head [V, d], tokens int64 [T], cu_seqlens [B + 1].
+    """
+    ahead = min(ahead, tokens.shape[0])
+    scores = token_logprobs(hidden[: tokens.shape[0] - ahead], head, tokens[ahead:], temperature)
+    cu = cu_seqlens.long()
+    place = torch.arange(tokens.shape[0], device=tokens.device) - torch.repeat_interleave(cu[:-1], cu.diff())
+    return F.pad(scores, (ahead, 0)).masked_fill(place < ahead, 0.0)
+
+
 def reverse_kl(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> Tensor:
     """KL(student || teacher) [T] fp32 over the whole vocabulary: sum_v p_v (log p_v - log q_v).
 

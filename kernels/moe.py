@@ -42,21 +42,24 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
     """Sum over the k chosen experts of down_e(weight * swiglu(gate_up_e x)); x [T, d], ids, weights [T, k] -> [T, d].
 
     gate_up [E, 2I, d], down [E, d, I]. The weight multiplies before the down projection and slots are added in order,
-    in fp32, as in DeepSeek's code. Tokens are sorted by expert (stably), each expert with tokens does two products.
+    and all between the two products is fp32, as in DeepSeek's code. Tokens are sorted by expert (stably), each expert
+    with tokens does two products in x's dtype. Returns fp32.
     """
     return reference_experts(x, ids, weights, gate_up, down, limit)
 
 
-def reference_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
+def reference_experts(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up_weights: Tensor, down: Tensor, limit: float
+) -> Tensor:
     tokens, k = ids.shape
     order = ids.flatten().argsort(stable=True)
-    counts = torch.bincount(ids.flatten(), minlength=gate_up.shape[0]).tolist()
+    counts = torch.bincount(ids.flatten(), minlength=gate_up_weights.shape[0]).tolist()
     used = [e for e, count in enumerate(counts) if count]
     sizes = [counts[e] for e in used]
-    up_weights, down_weights = gate_up.unbind(0), down.unbind(0)
+    up_weights, down_weights = gate_up_weights.unbind(0), down.unbind(0)
     inputs = x.index_select(0, order // k).split(sizes)
-    hidden = swiglu(torch.cat([F.linear(rows, up_weights[e]) for e, rows in zip(used, inputs, strict=True)]), limit)
-    hidden = (hidden.float() * weights.flatten()[order].unsqueeze(-1)).to(x.dtype).split(sizes)
+    gate_up = torch.cat([F.linear(rows, up_weights[e]) for e, rows in zip(used, inputs, strict=True)])
+    hidden = (swiglu(gate_up.float(), limit) * weights.flatten()[order].unsqueeze(-1)).to(x.dtype).split(sizes)
     outputs = torch.cat([F.linear(rows, down_weights[e]) for e, rows in zip(used, hidden, strict=True)])
     slots = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return outputs.index_select(0, slots).view(tokens, k, -1).float().sum(1)

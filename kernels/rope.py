@@ -15,7 +15,8 @@ def inverse_frequencies(rope_dim: int, parameters: Mapping[str, Any]) -> Tensor:
     is applied (V4 never scales cos and sin). Raises ValueError for a rope type that V4 does not have.
     """
     theta = float(parameters["rope_theta"])
-    frequencies = 1.0 / theta ** (torch.arange(0, rope_dim, 2, dtype=torch.float32) / rope_dim)
+    pair = torch.arange(rope_dim // 2, dtype=torch.float32, device="cpu")  # a table has numbers on the meta device too
+    frequencies = 1.0 / theta ** (2 * pair / rope_dim)
     kind = parameters.get("rope_type", "default")
     if kind == "default":
         return frequencies
@@ -30,8 +31,7 @@ def inverse_frequencies(rope_dim: int, parameters: Mapping[str, Any]) -> Tensor:
 
     low = max(math.floor(correction(parameters.get("beta_fast", 32))), 0)
     high = min(math.ceil(correction(parameters.get("beta_slow", 1))), rope_dim - 1)
-    ramp = (torch.arange(rope_dim // 2, dtype=torch.float32) - low) / (high - low if high > low else 0.001)
-    ramp = ramp.clamp(0, 1)
+    ramp = ((pair - low) / (high - low if high > low else 0.001)).clamp(0, 1)
     return frequencies / parameters["factor"] * ramp + frequencies * (1 - ramp)
 
 

@@ -7,21 +7,36 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..settings import FULL, Precision
 from . import checkpoint
+from .config import config_of, resolve
 from .deepseek_v4 import DeepseekV4
 from .language_model import LanguageModel
+from .numerics import Numerics
+from .precision import problem
 
 
-def load(path_or_preset: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LanguageModel:
+def load(
+    path_or_preset: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    numerics: Numerics = "deepseek",
+    precision: Precision = FULL,
+) -> LanguageModel:
     """The model of a checkpoint's folder or a preset, in `dtype` (what has to stay fp32 does), on `device`.
 
+    `numerics` and `precision` are V4's: see model/numerics.py and `settings.Precision`; for another model any but the
+    defaults is a UserError.
     Every tensor of the file is used and every tensor of the model filled, or a UserError names the first that is not.
     """
-    folder = checkpoint.resolve(path_or_preset)
+    folder = resolve(path_or_preset)
     if is_v4(folder):
-        return checkpoint.load(folder, dtype, device)
+        return checkpoint.load(folder, dtype, device, numerics, precision)
     from .transformers_checkpoint import load_causal_lm  # takes seconds to import
 
+    if numerics != "deepseek":
+        raise UserError(f"{folder}: numerics: {numerics!r} is DeepSeek-V4's alone")
+    check_config(folder, precision)
     return load_causal_lm(folder, dtype, device)
 
 
@@ -45,13 +60,18 @@ def is_v4(folder: Path) -> bool:
     return _config(folder, "config.json").get("model_type") == "deepseek_v4"
 
 
-def check_config(folder: Path) -> int:
+def check_config(folder: Path, precision: Precision = FULL) -> int:
     """The model's vocabulary size. UserError for a config.json that is wrong, or asks for what is not built."""
     if is_v4(folder):
-        return checkpoint.config_of(folder).vocab_size
-    from .transformers_checkpoint import config_of
+        config = config_of(folder)
+        if wrong := problem(config, precision):
+            raise UserError(f"{folder / 'config.json'}: {wrong}")
+        return config.vocab_size
+    from .transformers_checkpoint import config_of as other_config_of
 
-    return config_of(folder).vocab_size
+    if precision != FULL:
+        raise UserError(f"{folder}: precision: low precision is DeepSeek-V4's alone; leave it out for this model")
+    return other_config_of(folder).vocab_size
 
 
 def end_ids(folder: Path) -> tuple[int, ...]:

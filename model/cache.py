@@ -1,46 +1,60 @@
 """The decoding cache: per request a ring of window rows, compressed entries, and the compressors' unfinished windows.
 
 Everything a layer keeps is a tensor whose first dimension is the request, so forking a prompt for its group, dropping
-finished requests and moving a cache are one `index_select`.
+finished requests and moving a cache are one `index_select`. A ring holds the row of position p in slot p mod its size.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .layout import Packed
+LayerCache = dict[str, Tensor]
+""" "rows" [B, W + slack + entries, D]: a ring, then compressed entries. Of a compressor "values" and "scores": rings.
+Of an indexer "index_values" and "index_scores", and "index_keys", its entries."""
 
-LayerCache = dict[str, Tensor]  # "rows" [B, W + entries, D]; for a compressor "values", "scores" [B, slots, C]; ...
 
-
-@dataclass
 class Cache:
-    """`length` int64 [B]: tokens each request holds; `capacity`: the most tokens a request may come to hold."""
+    """The past of B requests; empty at first, and filled by `DeepseekV4.extend`.
 
-    length: Tensor
-    capacity: int
-    layers: list[LayerCache]
+    `length` int64 [B]: tokens each request holds; `capacity`: the most tokens a request may come to hold. `slack`: how
+    many tokens a request may fall behind the most that it ever held (see `rollback`); each ring has that many slots
+    more than its layer looks back, so that what the dropped tokens overwrote is nowhere needed.
+    """
+
+    def __init__(self, length: Tensor, capacity: int, slack: int, layers: list[LayerCache]):
+        self.length, self.capacity, self.slack, self.layers = length, capacity, slack, layers
+        self._most = length  # that each request ever held
 
     def select(self, rows: Tensor) -> "Cache":
         """The cache of requests `rows` (int64; repeated for forks), as a copy."""
         layers = [{name: t.index_select(0, rows) for name, t in layer.items()} for layer in self.layers]
-        return Cache(self.length.index_select(0, rows), self.capacity, layers)
+        copy = Cache(self.length.index_select(0, rows), self.capacity, self.slack, layers)
+        copy._most = self._most.index_select(0, rows)
+        return copy
+
+    def advance(self, tokens: Tensor) -> None:
+        """`tokens` int64 [B] more are in every layer."""
+        self.length = self.length + tokens
+        self._most = torch.maximum(self._most, self.length)
+
+    def rollback(self, length: Tensor) -> None:
+        """Drops the last tokens of requests, in place and without a copy, as if they had never been: `length` [B].
+
+        Later tokens overwrite what is left of them. Raises ValueError for a request that would grow, or fall more than
+        `slack` tokens behind the most that it ever held.
+        """
+        bad = ((length > self.length) | (length < (self._most - self.slack).clamp(min=0))).nonzero()
+        if bad.numel():
+            i = int(bad[0])
+            now, most = int(self.length[i]), int(self._most[i])
+            raise ValueError(
+                f"request {i} holds {now} tokens, has held {most}, and cannot go back to {int(length[i])}: "
+                f"it can to {max(most - self.slack, 0)} ... {now}"
+            )
+        self.length = length.clone()
 
 
-def ring(x: Tensor, layout: Packed, slots: int, empty: float) -> Tensor:
-    """[T, C] -> [B, slots, C]: each document's last `slots` rows at (position mod slots), else `empty`."""
-    last = layout.cu_seqlens.diff().unsqueeze(1) - 1
-    position = last - (last - torch.arange(slots, device=x.device)) % slots
-    rows = x[layout.cu_seqlens[:-1].unsqueeze(1) + position.clamp(min=0)]
-    return rows.masked_fill((position < 0).unsqueeze(-1), empty)
-
-
-def per_request(entries: Tensor, start: Tensor, room: int) -> Tensor:
-    """Packed entries [N, D] -> [B, room, D], each request's own from slot 0 on, zeros behind them."""
-    counts = start.diff().unsqueeze(1)
-    slot = torch.arange(room, device=entries.device)
-    if entries.shape[0] == 0:
-        return entries.new_zeros(counts.shape[0], room, entries.shape[1])
-    rows = entries[(start[:-1].unsqueeze(1) + slot).clamp(max=entries.shape[0] - 1)]
-    return rows.masked_fill((slot >= counts).unsqueeze(-1), 0.0)
+def kept(cache: LayerCache, name: str, new: Tensor, requests: int, slots: int) -> Tensor:
+    """The layer's tensor [B, slots, C] of that name, made of zeros for rows like `new` [T, C] where there is none."""
+    if name not in cache:
+        cache[name] = new.new_zeros(requests, slots, *new.shape[1:])
+    return cache[name]

@@ -1,135 +1,135 @@
-"""Checkpoints on disk: safetensors in transformers' names, config.json, and the tokenizer beside them."""
+"""A model from a checkpoint's folder and into one: weights, config.json, and the tokenizer beside them."""
 
-import json
 import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import DeepseekV4Config
 
 from ..errors import UserError
-from ..kernels.rope import inverse_frequencies
-from .deepseek_v4 import DeepseekV4
-
-PRESETS = Path(__file__).parent / "presets"
-_BESIDE = ("tokenizer.json", "tokenizer_config.json", "encoding.json")
-# What V4 computes in fp32 whatever the model's dtype (transformers keeps the same list).
-_FP32 = ("_hc.", "hc_head.", ".sinks", "position_bias", "e_score_correction_bias", "norm.weight", "_frequencies")
-
-
-# What a config may say of choices that V4 fixes, or that are not built here: the default first.
-_BUILT: dict[str, tuple[Any, ...]] = {
-    "scoring_func": ("sqrtsoftplus",),
-    "norm_topk_prob": (True,),
-    "n_shared_experts": (1,),
-    "tie_word_embeddings": (False,),
-    "num_key_value_heads": (1,),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-}
+from ..settings import FULL, Precision
+from .config import PRESETS, Weights, resolve
+from .deepseek_v4 import FP32_ISLANDS, DeepseekV4
+from .encoding import Encoding
+from .names import Spec
+from .numerics import Numerics, with_numerics
+from .precision import problem, set_precision
+from .shards import flush, write_file, write_index
+from .source import Checkpoint, read_values, steps
+from .wordings import OFFICIAL
+from .write import BESIDE, SHARD_BYTES, Format, InMemory, bytes_of, config_json, plan
 
 
-def resolve(path_or_preset: str | Path) -> Path:
-    """The folder of a checkpoint, or of a preset that ships with the package; UserError names what there is."""
-    preset = PRESETS / str(path_or_preset)
-    if (preset / "config.json").is_file():
-        return preset
-    folder = Path(path_or_preset)
-    if not (folder / "config.json").is_file():
-        names = ", ".join(sorted(p.name for p in PRESETS.iterdir() if p.is_dir()))
-        raise UserError(
-            f"{path_or_preset}: neither a checkpoint's folder (no config.json) nor a preset; presets: {names}"
-        )
-    return folder
-
-
-def config_of(path_or_preset: str | Path) -> DeepseekV4Config:
-    file = resolve(path_or_preset) / "config.json"
-    try:
-        values = json.loads(file.read_bytes())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not JSON: {error}") from error
-    kind = values.get("model_type") if isinstance(values, dict) else "not an object"
-    if kind != "deepseek_v4":
-        raise UserError(f"{file}: model_type: {kind!r} is not built; it must be 'deepseek_v4'")
-    values = {key: value for key, value in values.items() if key not in ("architectures", "transformers_version")}
-    for key, built in _BUILT.items():
-        if values.get(key, built[0]) not in built:
-            wanted = " or ".join(json.dumps(value) for value in built)
-            raise UserError(f"{file}: {key}: {json.dumps(values[key])} is not built; it must be {wanted}")
-    try:
-        config = DeepseekV4Config(**values)
-        for parameters in (config.rope_parameters or {}).values():
-            inverse_frequencies(config.qk_rope_head_dim, parameters)  # pyright: ignore[reportArgumentType]
-        return config
-    except Exception as error:  # transformers raises many kinds for values that do not fit
-        raise UserError(f"{file}: {' '.join(str(error).split())}") from error
-
-
-def load(path_or_preset: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DeepseekV4:
+def load(
+    path_or_preset: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    numerics: Numerics = "deepseek",
+    precision: Precision = FULL,
+) -> DeepseekV4:
     """The model of a checkpoint's folder or a preset, in `dtype` (V4's fp32 islands stay fp32), on `device`.
 
-    Every tensor of the file is used and every tensor of the model filled, or a UserError names the first that is not.
+    Transformers' names or the official ones, one file or shards; FP8 and FP4 are dequantized. Every tensor of the files
+    is used and every tensor of the model filled, or a UserError names the first that is not. One exception, as in
+    transformers: the MTP block's tensors are left out where the model has no such block. Memory: the model's own, and
+    some tens of MB.
+    `numerics` is the order of operations, DeepSeek's or transformers', which shows in bf16 only (`numerics.py`).
+    `precision` says what its forward rounds as deployment stores it (the weights themselves stay as they are).
     """
     folder = resolve(path_or_preset)
-    model = DeepseekV4(config_of(folder))
-    file = folder / "model.safetensors"
-    state = model.state_dict()
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            names = set(tensors.keys())
-            if missing := sorted(state.keys() - names):
-                raise UserError(f"{file}: {missing[0]}: missing ({len(missing)} tensors of the model are not there)")
-            if unknown := sorted(names - state.keys()):
-                raise UserError(f"{file}: {unknown[0]}: not a tensor of this model ({len(unknown)} such)")
-            for name, target in state.items():
-                tensor = tensors.get_tensor(name)
-                if tensor.shape != target.shape:
-                    shapes = f"{list(tensor.shape)}, config.json asks for {list(target.shape)}"
-                    raise UserError(f"{file}: {name}: shape {shapes}")
-                target.copy_(tensor)
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: missing; a checkpoint's folder holds model.safetensors") from error
-    except SafetensorError as error:
-        raise UserError(f"{file}: cut short or not safetensors: {error}") from error
-    model.origin = folder
-    return cast(model, dtype).to(device)
+    if folder.parent == PRESETS and not (folder / "model.safetensors").exists():
+        raise UserError(f"{folder.name}: this preset is a configuration without weights; name a checkpoint's folder")
+    checkpoint = Checkpoint(folder)
+    if wrong := problem(checkpoint.config, precision):
+        raise UserError(f"{folder / 'config.json'}: {wrong}")
+    if numerics != "deepseek" and precision != FULL:
+        raise UserError(f"{folder}: low precision is DeepSeek's; with numerics {numerics!r} it is not built")
+    with torch.device("meta"):
+        model = DeepseekV4(checkpoint.config)
+    wanted = model.state_dict().keys()
+    if missing := sorted(wanted - {spec.stacked for spec in checkpoint.specs.values()}):
+        why = "missing; config.json of a model without an MTP block says num_nextn_predict_layers 0"
+        raise UserError(f"{checkpoint.listed}: {missing[0]}: {why}")
+    model.load_state_dict(dict(stream(checkpoint, wanted.__contains__, dtype=dtype, device=device)), assign=True)
+    model.origin = checkpoint.folder
+    set_precision(model, precision)
+    return with_numerics(model.to(device), numerics)
+
+
+def stream(
+    checkpoint: Checkpoint,
+    wanted: Callable[[str], bool] = lambda name: True,
+    *,
+    experts: range | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that a rank owns, one after another, under transformers' names, as `load` casts them.
+
+    `experts` leaves only those rows of each [E, ...] tensor of experts. Nothing else is read from the files.
+    """
+    stacks: dict[str, list[Spec]] = {}
+    for spec in checkpoint.specs.values():
+        if wanted(spec.stacked):
+            stacks.setdefault(spec.stacked, []).append(spec)
+    for name, parts in stacks.items():
+        first = parts[0]
+        if first.experts and experts is not None:
+            parts = [spec for spec in parts if spec.part * spec.experts // spec.parts in experts]
+        kind = torch.int64 if first.kind == "ids" else _cast_to(name, dtype)
+        tensor = torch.empty(len(parts), *first.shape, dtype=kind, device=device)
+        for place, spec in zip(tensor, parts, strict=True):
+            for rows in steps(spec):
+                place[rows] = read_values(checkpoint, spec, rows, kind)
+        shape = first.stacked_shape(first.shape)
+        yield name, tensor.view(-1, *shape[1:]) if first.experts else tensor[0]
+
+
+def _cast_to(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if any(part in name for part in FP32_ISLANDS) else dtype
 
 
 def cast(model: DeepseekV4, dtype: torch.dtype) -> DeepseekV4:
     """Floating-point tensors to `dtype`, in place, but for the fp32 islands."""
-    for module_name, module in model.named_modules():
-        for name, tensor in [*module.named_parameters(module_name, False), *module.named_buffers(module_name, False)]:
-            if tensor.is_floating_point() and not any(part in name for part in _FP32):
-                tensor.data = tensor.data.to(dtype)
-    return model
+    return model.to(dtype)
 
 
-def save(model: DeepseekV4, path: str | Path) -> None:
-    """Writes model.safetensors, config.json and, from the model's origin, the tokenizer; then renames the folder.
+def save(
+    model: DeepseekV4,
+    path: str | Path,
+    format: Format = "transformers",
+    dtype: Weights | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes the tensors, config.json and, from the model's origin, tokenizer and encoding; then renames.
 
-    One process at a time saves to a `path`. What a save to it that was cut off has left beside it is removed.
+    In transformers' names every tensor keeps its dtype unless `dtype` says how to store it (`write.plan`); the official
+    format needs one. One file, or shards and their index where `shard_bytes` ask for it. One process at a time saves to
+    a `path`. What a save to it that was cut off has left beside it is removed.
     """
+    if dtype is None and format == "official":
+        raise ValueError("the official format stores bf16, fp8 or fp4: name one")
     path = Path(path)
     beside = folder_beside(path)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, beside / "model.safetensors", metadata={"format": "pt"})
-    (beside / "model.safetensors").chmod(0o644)  # safetensors makes it 0600, which a shared folder's readers are not
-    config = {**model.config.to_dict(), "architectures": ["DeepseekV4ForCausalLM"]}
-    config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in _BESIDE:
+    source = InMemory(model, model.config)
+    shards = plan(source, format, dtype, shard_bytes)
+    for file, tensors in shards.items():
+        write_file(beside / file, tensors, bytes_of(source))
+    if len(shards) > 1:
+        write_index(beside, shards)
+    kept = str(model.lm_head.weight.dtype).removeprefix("torch.") if dtype is None else "bfloat16"
+    config = config_json(model.config, format, dtype or "bf16", kept)
+    (beside / "config.json").write_text(config)
+    for name in BESIDE:
         if model.origin is not None and (model.origin / name).is_file():
             shutil.copyfile(model.origin / name, beside / name)
+    if model.origin is not None and (model.origin / OFFICIAL).is_file():
+        Encoding.from_checkpoint(model.origin).save(beside)
     replace_folder(beside, path)
 
 
@@ -156,15 +156,6 @@ def replace_folder(new: Path, path: Path) -> None:
     os.rename(new, path)
     flush(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk: a power cut undoes what is not."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @torch.no_grad()

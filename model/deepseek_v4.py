@@ -1,9 +1,11 @@
 """DeepSeek-V4 over packed sequences: residual streams, MoE, the whole model, its decoding step.
 
-Module and parameter names are transformers', so that a state dict means the same in both. Not here yet: the MTP block,
-low precision. Shapes: T packed tokens, B documents, L layers, k experts a token, n residual streams, d hidden size.
+Module and parameter names are transformers', so that a state dict means the same in both; the MTP block, which
+transformers does not have, is in mtp.py. Shapes: T packed tokens, B documents, L layers, k experts a token, n residual
+streams, d hidden size.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +16,14 @@ from transformers import DeepseekV4Config
 from ..kernels.hyper import collapse, expand, head_mixing, mixing
 from ..kernels.moe import experts, route, swiglu
 from ..kernels.rope import inverse_frequencies
-from .attention import Attention, RMSNorm, linear
+from ..settings import FULL
+from .attention import Attention, RMSNorm, as_is, linear
 from .cache import Cache, LayerCache
 from .language_model import LanguageModel, Output
-from .layout import Packed, Step, packed, step
+from .layout import Chunk, Packed, chunk, packed
+
+# What V4 keeps in fp32 whatever the model's dtype, by part of the name (transformers keeps the same parameters).
+FP32_ISLANDS = ("_hc.", "hc_head.", ".sinks", "position_bias", "e_score_correction_bias", "norm.weight", "_frequencies")
 
 
 class HyperConnection(nn.Module):
@@ -41,6 +47,10 @@ class HyperConnection(nn.Module):
             eps=c.hc_eps,
         )
         return collapse(streams, pre), post, comb
+
+    def expand(self, streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+        """The streams [T, n, d] after a sublayer that gave `output` [T, d]."""
+        return expand(streams, output, post, comb)
 
 
 class HyperHead(nn.Module):
@@ -66,6 +76,7 @@ class Router(nn.Module):
     def __init__(self, config: DeepseekV4Config, hashed: bool):
         super().__init__()
         self.hashed, self.topk, self.scaling = hashed, config.num_experts_per_tok, config.routed_scaling_factor
+        self.experts = config.n_routed_experts
         self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size))
         if hashed:
             self.register_buffer("tid2eid", torch.zeros(config.vocab_size, self.topk, dtype=torch.int64))
@@ -86,6 +97,11 @@ class Experts(nn.Module):
         e, d, i = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.zeros(e, 2 * i, d))
         self.down_proj = nn.Parameter(torch.zeros(e, d, i))
+        self.stored: Callable[[Tensor], Tensor] = as_is  # what is kept of a weight
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """gate_up [E, 2I, d] and down [E, d, I] as they take part."""
+        return self.stored(self.gate_up_proj), self.stored(self.down_proj)
 
 
 class SharedExpert(nn.Module):
@@ -97,14 +113,13 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = F.linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight]))
-        return self.down_proj(swiglu(gate_up, self.limit))
+        return self.down_proj(swiglu(gate_up.float(), self.limit).to(x.dtype))
 
 
 class MoE(nn.Module):
-    def __init__(self, config: DeepseekV4Config, layer: int):
+    def __init__(self, config: DeepseekV4Config, hashed: bool):
         super().__init__()
-        assert config.mlp_layer_types is not None  # transformers fills it
-        self.gate = Router(config, config.mlp_layer_types[layer] == "hash_moe")
+        self.gate = Router(config, hashed)
         self.experts = Experts(config)
         self.shared_experts = SharedExpert(config)
         self.limit = config.swiglu_limit
@@ -112,15 +127,15 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, replay: Tensor | None) -> tuple[Tensor, Tensor]:
         """[T, d] -> [T, d] and the expert ids [T, k]; the routed sum and the shared expert are added in fp32."""
         ids, weights = self.gate(x, tokens, replay)
-        routed = experts(x, ids, weights, self.experts.gate_up_proj, self.experts.down_proj, self.limit)
+        routed = experts(x, ids, weights, *self.experts.weights(), self.limit)
         return (routed + self.shared_experts(x).float()).to(x.dtype), ids
 
 
 class Block(nn.Module):
-    def __init__(self, config: DeepseekV4Config, layer: int):
+    def __init__(self, config: DeepseekV4Config, attention: str, mlp: str):
         super().__init__()
-        self.self_attn = Attention(config, layer)
-        self.mlp = MoE(config, layer)
+        self.self_attn = Attention(config, attention)
+        self.mlp = MoE(config, mlp == "hash_moe")
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn_hc = HyperConnection(config)
@@ -130,49 +145,58 @@ class Block(nn.Module):
         self,
         streams: Tensor,
         tokens: Tensor,
-        place: Packed | Step,
+        place: Packed | Chunk,
         cache: LayerCache | None,
-        room: int,
         replay: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        """New streams [T, n, d] and expert ids [T, k]; a chunk's `cache` is updated in place."""
         x, post, comb = self.attn_hc(streams)
         x = self.input_layernorm(x)
         if isinstance(place, Packed):
-            x = self.self_attn(x, place, cache, room)
+            x = self.self_attn(x, place)
         else:
             assert cache is not None
-            x = self.self_attn.decode(x, place, cache)
-        streams = expand(streams, x, post, comb)
+            x = self.self_attn.extend(x, place, cache)
+        streams = self.attn_hc.expand(streams, x, post, comb)
         x, post, comb = self.ffn_hc(streams)
         x, ids = self.mlp(self.post_attention_layernorm(x), tokens, replay)
-        return expand(streams, x, post, comb), ids
+        return self.ffn_hc.expand(streams, x, post, comb), ids
 
 
 class Backbone(nn.Module):
     def __init__(self, config: DeepseekV4Config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
+        kinds = zip(config.layer_types or (), config.mlp_layer_types or (), strict=True)  # transformers fills both
+        self.layers = nn.ModuleList([Block(config, *kind) for kind in kinds])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hc_head = HyperHead(config)
+        from .mtp import MTP  # which is built from this file's blocks
+
+        if config.num_nextn_predict_layers > 1:
+            raise ValueError(f"num_nextn_predict_layers: {config.num_nextn_predict_layers} is not built; 0 or 1 is")
+        self.mtp = nn.ModuleList([MTP(config) for _ in range(config.num_nextn_predict_layers)])
 
 
 class DeepseekV4(LanguageModel):
-    """The model.
+    """The model. `precision` says what is rounded as deployment stores it (`precision.set_precision` sets it).
 
     The indexer's parameters do not require gradients: V4's language-model loss does not reach them (the choice is
-    discrete), and the published post-training runs of others freeze them too.
+    discrete), and the published post-training runs of others freeze them too. Nor do the MTP block's, for the same
+    first reason; a stage that has the block's own loss asks for them with `unfreeze`.
     """
 
+    numerics = "deepseek"
     main_frequencies: Tensor
     compress_frequencies: Tensor
 
     def __init__(self, config: DeepseekV4Config):
         super().__init__()
         self.config = config
+        self.precision = FULL
         self.model = Backbone(config)
         self.lm_head = linear(config.hidden_size, config.vocab_size)
-        self.ratios = {a.ratio for a in self._attentions() if a.ratio}
+        self.compressors = {(a.ratio, a.compressor.tokens) for a in self._attentions() if a.compressor is not None}
         parameters: Any = config.rope_parameters
         for kind in ("main", "compress"):
             table = inverse_frequencies(config.qk_rope_head_dim, parameters[kind])
@@ -180,11 +204,35 @@ class DeepseekV4(LanguageModel):
         for attention in self._attentions():
             if indexer := getattr(attention.compressor, "indexer", None):
                 indexer.requires_grad_(False)
+        self.model.mtp.requires_grad_(False)
+
+    def unfreeze(self, part: str) -> None:
+        """Lets gradients reach a part of the model that only a loss of its own trains: "mtp"."""
+        if part != "mtp" or not self.model.mtp:
+            raise ValueError(f"the model has no part {part!r} that is frozen")
+        self.model.mtp.requires_grad_(True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeepseekV4":
+        """What `.to`, `.bfloat16()` and the like go through, on a module around this one too: islands stay fp32.
+
+        DeepSpeed's bf16 section sets every parameter's data itself; `_run` refuses such a model.
+        """
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        islands = [tensor for name, tensor in tensors if any(part in name for part in FP32_ISLANDS)]
+        islands += [tensor.grad for tensor in islands if tensor.grad is not None]
+        kept = {id(tensor) for tensor in islands}
+
+        def widest(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrower = moved.dtype.itemsize < tensor.dtype.itemsize
+            return tensor.to(moved.device) if id(tensor) in kept and narrower else moved
+
+        return super()._apply(widest, recurse)  # pyright: ignore[reportReturnType]
 
     def _attentions(self) -> list[Attention]:
         return [block.self_attn for block in self.model.layers]  # pyright: ignore
 
-    def _frequencies(self) -> dict[str, Tensor]:
+    def frequencies(self) -> dict[str, Tensor]:
         return {"main": self.main_frequencies, "compress": self.compress_frequencies}
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None) -> Output:
@@ -192,33 +240,58 @@ class DeepseekV4(LanguageModel):
 
         `replay` int64 [T, L, k] forces recorded expert ids on learned layers (rows with -1 choose by themselves).
         """
-        layout = packed(cu_seqlens, self.config.sliding_window, self.ratios, self._frequencies())
-        if tokens.shape != layout.position.shape:
-            raise ValueError(f"cu_seqlens ends at {layout.position.numel()}, but there are {tokens.numel()} tokens")
-        return self._run(tokens, layout, [None] * self.config.num_hidden_layers, 0, replay)
+        ratios = {ratio for ratio, _ in self.compressors}
+        layout = packed(cu_seqlens, self.config.sliding_window, ratios, self.frequencies())
+        _check(tokens, layout.position)
+        return self._run(tokens, layout, [None] * self.config.num_hidden_layers, replay)
 
-    def prefill(self, tokens: Tensor, cu_seqlens: Tensor, capacity: int) -> tuple[Output, Cache]:
-        """As `forward`, and a cache for the B documents with room for `capacity` tokens each."""
-        layout = packed(cu_seqlens, self.config.sliding_window, self.ratios, self._frequencies())
-        lengths = layout.cu_seqlens.diff()
-        if int(lengths.max()) > capacity:
-            raise ValueError(f"a prompt of {int(lengths.max())} tokens does not fit a cache of {capacity}")
-        cache = Cache(lengths, capacity, [{} for _ in self.model.layers])
-        return self._run(tokens, layout, cache.layers, capacity, None), cache
+    def new_cache(self, requests: int, capacity: int, slack: int = 0) -> Cache:
+        """An empty cache for `requests`, with room for `capacity` tokens each; `slack` is what `rollback` may drop."""
+        length = torch.zeros(requests, dtype=torch.int64, device=self.main_frequencies.device)
+        return Cache(length, capacity, slack, [{} for _ in self.model.layers])
 
-    def decode(self, tokens: Tensor, cache: Cache) -> Output:
-        """The next token of each of B requests, tokens int64 [B]; updates `cache` in place. hidden [B, d]."""
-        if int(cache.length.max()) >= cache.capacity:
-            raise ValueError(f"the cache is full: a request holds {cache.capacity} tokens already")
-        place = step(cache.length, self.config.sliding_window, self.ratios, self._frequencies())
-        output = self._run(tokens, place, cache.layers, cache.capacity, None)
-        cache.length = cache.length + 1
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache) -> Output:
+        """Further tokens int64 [T] of the cache's B requests, cu_seqlens [B + 1]; updates `cache` in place.
+
+        A request may get any number of tokens, 0 too. The borders between such chunks change no token's result. No
+        gradient: what a cache holds has none.
+        """
+        layout = chunk(
+            cu_seqlens,
+            cache.length,
+            window=self.config.sliding_window,
+            slack=cache.slack,
+            room=cache.capacity,
+            compressors=self.compressors,
+            frequencies=self.frequencies(),
+        )
+        _check(tokens, layout.position)
+        output = self._run(tokens, layout, cache.layers, None)
+        cache.advance(layout.cu_seqlens.diff())
         return output
 
-    def _run(self, tokens: Tensor, place: Packed | Step, caches: list, room: int, replay: Tensor | None) -> Output:
+    def prefill(self, tokens: Tensor, cu_seqlens: Tensor, capacity: int, slack: int = 0) -> tuple[Output, Cache]:
+        """`extend` on a new cache."""
+        cache = self.new_cache(cu_seqlens.numel() - 1, capacity, slack)
+        return self.extend(tokens, cu_seqlens, cache), cache
+
+    def decode(self, tokens: Tensor, cache: Cache) -> Output:
+        """`extend` by the next token of each request: tokens int64 [B]."""
+        return self.extend(tokens, torch.arange(tokens.numel() + 1, device=tokens.device), cache)
+
+    def _run(self, tokens: Tensor, place: Packed | Chunk, caches: list, replay: Tensor | None) -> Output:
+        if (dtype := self.model.norm.weight.dtype).itemsize < 4:
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(f"V4's fp32 parameters were cast to {name}; run DeepSpeed without its bf16 section")
         streams = self.model.embed_tokens(tokens).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
         chosen = []
         for i, (block, cache) in enumerate(zip(self.model.layers, caches, strict=True)):
-            streams, ids = block(streams, tokens, place, cache, room, None if replay is None else replay[:, i])
+            streams, ids = block(streams, tokens, place, cache, None if replay is None else replay[:, i])
             chosen.append(ids)
-        return Output(self.model.norm(self.model.hc_head(streams)), torch.stack(chosen, dim=1))
+        return Output(self.model.norm(self.model.hc_head(streams)), torch.stack(chosen, dim=1), streams)
+
+
+def _check(tokens: Tensor, position: Tensor) -> None:
+    if tokens.shape != position.shape:
+        raise ValueError(f"cu_seqlens ends at {position.numel()}, but there are {tokens.numel()} tokens")

@@ -4,16 +4,17 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.losses import token_logprobs
+from ..kernels.losses import packed_logprobs
+from ..settings import FULL, Precision
 
 
 class Output(NamedTuple):
     hidden: Tensor  # [T, d] after the final norm
     experts: Tensor  # int64 [T, L, k]: the expert ids of every MoE layer, hash layers in their slots; [T, 0, 0] if none
+    streams: Any = None  # Tensor [T, n, d], as they leave V4's last layer, for its MTP block
 
 
 class LanguageModel(nn.Module):
@@ -25,6 +26,7 @@ class LanguageModel(nn.Module):
     config: Any
     lm_head: nn.Linear
     origin: Path | None = None
+    precision: Precision = FULL
 
     @abstractmethod
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None) -> Output:
@@ -34,8 +36,10 @@ class LanguageModel(nn.Module):
         """
 
     @abstractmethod
-    def prefill(self, tokens: Tensor, cu_seqlens: Tensor, capacity: int) -> tuple[Output, Any]:
-        """As `forward`, and a cache for the B documents with room for `capacity` tokens each."""
+    def prefill(self, tokens: Tensor, cu_seqlens: Tensor, capacity: int, slack: int = 0) -> tuple[Output, Any]:
+        """As `forward`, and a cache for the B documents with room for `capacity` tokens each.
+
+        Its `rollback` may drop the last `slack` tokens."""
 
     @abstractmethod
     def decode(self, tokens: Tensor, cache: Any) -> Output:
@@ -50,7 +54,4 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """fp32 [T]: log p(token | its document's prefix) for tokens int64 [T]; 0 for each document's first token."""
         hidden = self(tokens, cu_seqlens, replay=replay).hidden
-        scores = token_logprobs(hidden[:-1], self.lm_head.weight, tokens[1:], temperature)
-        first = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        first[cu_seqlens[:-1].long()] = True
-        return F.pad(scores, (1, 0)).masked_fill(first, 0.0)
+        return packed_logprobs(hidden, self.lm_head.weight, tokens, cu_seqlens, temperature=temperature)

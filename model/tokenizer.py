@@ -113,13 +113,20 @@ def encode_plain(tokenizer: Tokenizer, text: str) -> list[int]:
     added = tokenizer.get_added_tokens_decoder()
     if added.keys().isdisjoint(ids):
         return ids
-    strings = sorted(token.content for token in added.values())
-    cuts = "|".join(f"(?<={re.escape(string[0])})(?={re.escape(string[1:])})" for string in strings)
-    parts = re.split(cuts, text)
+    parts = _cuts(tuple(sorted(token.content for token in added.values()))).split(text)
     ids = [i for part in parts for i in tokenizer.encode(part, add_special_tokens=False).ids]
     if not added.keys().isdisjoint(ids):
         raise ValueError("the tokenizer has an added token that cannot be spelled as ordinary text")
     return ids
+
+
+@cache
+def _cuts(strings: tuple[str, ...]) -> re.Pattern[str]:
+    """Matches the empty place after the first character of each string; grouped by that character, for speed."""
+    rests: dict[str, list[str]] = {}
+    for string in strings:
+        rests.setdefault(string[0], []).append(re.escape(string[1:]))
+    return re.compile("|".join(f"(?<={re.escape(first)})(?={'|'.join(rests[first])})" for first in rests))
 
 
 def save(tokenizer: Tokenizer, folder: str | Path) -> None:

@@ -4,32 +4,45 @@
 """
 
 import json
+import os
 from pathlib import Path
 
 from .recipe_errors import suggest
 
 PRESETS = Path(__file__).parent.parent / "model" / "presets"
+_INDEX = "model.safetensors.index.json"
 _MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 def base_problem(base: str) -> str | None:
     """What is wrong with a base, a preset's name or a checkpoint's folder; None where nothing is."""
-    folder = PRESETS / base if base in _presets() else Path(base)
+    folder = _folder(base)
     if not folder.is_dir():
         return f"'{base}' is neither a preset nor a folder; {suggest(base, _presets())}"
-    config, weights = folder / "config.json", folder / "model.safetensors"
-    index = folder / f"{weights.name}.index.json"
-    for file in (config, index if index.is_file() else weights):
+    config, weights, index = (folder / name for name in ("config.json", "model.safetensors", _INDEX))
+    files = [config] if index.is_file() else [config, weights]
+    for file in files:
         if not file.is_file():
             return f"{file} is missing; a checkpoint's folder holds {config.name} and {weights.name}"
-    if problem := _config_problem(config):
-        return problem
-    return _index_problem(index) if index.is_file() else _safetensors_problem(weights)
+    return _config_problem(config) or (_index_problem(index) if index.is_file() else _safetensors_problem(weights))
 
 
 def preset_problem(name: str) -> str | None:
     """What is wrong with a preset's name; None where nothing is."""
     return None if name in _presets() else f"no preset '{name}'; {suggest(name, _presets())}"
+
+
+def has_mtp(name: str) -> bool:
+    """Whether a preset's or folder's config.json has an MTP block; True where that cannot be told."""
+    try:
+        config = json.loads((_folder(name) / "config.json").read_bytes())
+        return config["num_nextn_predict_layers"] != 0
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return True
+
+
+def _folder(name: str) -> Path:
+    return PRESETS / name if name in _presets() else Path(name)
 
 
 def _presets() -> list[str]:
@@ -45,15 +58,15 @@ def _config_problem(file: Path) -> str | None:
 
 
 def _index_problem(index: Path) -> str | None:
-    """The format: {"weight_map": {tensor's name: its file's name}}."""
+    """Are all shards there and whole? Which tensor is where, `amalgam.model.load` finds out."""
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        shards = [index.parent / Path(name).name for name in names]
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return f"{index} is no index of shards; copy or save the checkpoint again"
-    for shard in shards:
-        problem = _safetensors_problem(shard) if shard.is_file() else f"{shard} is missing; {index.name} names it"
-        if problem:
+        return f"{index} is no index of shards; it should be JSON with a weight_map, as transformers writes it"
+    for name in sorted(map(str, names)):
+        if Path(name).name != name or not os.path.isfile(index.parent / name):
+            return f"{index} names {name!r}, which is no file in that folder"
+        if problem := _safetensors_problem(index.parent / name):
             return problem
     return None
 

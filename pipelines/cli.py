@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -165,6 +165,39 @@ def generate(
         from .speak import generate as start
 
         start(checkpoint, prompts, out, mode, temperature, max_new_tokens, seed)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SRC", help="A checkpoint's folder in either format, or a preset.", show_default=False),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A folder that is new or empty.", show_default=False)],
+    format: Annotated[
+        Literal["transformers", "official"],
+        typer.Option("--format", help="The tensors' names: transformers', or those of DeepSeek's own files."),
+    ],
+    dtype: Annotated[
+        Literal["bf16", "fp8", "fp4"],
+        typer.Option(
+            "--dtype", help="How matrices are stored; **fp4** is for routed experts, the others are FP8 then."
+        ),
+    ],
+) -> None:
+    """Convert a DeepSeek-V4 checkpoint, on disk and in little memory.
+
+    What is already stored as asked is carried bit for bit; the rest is cast, dequantized or quantized. Every shard
+    is read again and compared. After an interruption the same command goes on with the shards that are missing.
+
+    **amalgam convert DeepSeek-V4-Flash flash-bf16 --format transformers --dtype bf16**
+    """
+    with _exit_codes():
+        from .convert import convert as convert_checkpoint
+
+        done = convert_checkpoint(source, target, format, dtype)
+        kept = f", {done.kept} of them from before" if done.kept else ""
+        typer.echo(f"{done.folder}: {done.shards} shards{kept}, {done.nbytes / 1e9:.2f} GB, verified")
 
 
 @contextmanager

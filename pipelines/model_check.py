@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..model.auto import check_config
-from ..model.checkpoint import resolve
+from ..model.config import resolve
 from ..model.template import speaker
 from ..rewards.domains import Domain
 from .recipe import BASE, Average, Distill, Pretrain, Recipe
@@ -13,9 +13,13 @@ from .recipe import BASE, Average, Distill, Pretrain, Recipe
 
 def check_models(recipe: Recipe, domains: dict[str, Domain]) -> None:
     """UserError for a base that is not built or cannot be asked a domain's problems, or a teacher of other tokens."""
+    for stage in recipe.stages.values():
+        if isinstance(stage, Pretrain):
+            check_config(resolve(stage.init), recipe.precision)
+            speaker(resolve(stage.init))
     if recipe.base is not None:
         folder = resolve(recipe.base)
-        check_config(folder)
+        check_config(folder, recipe.precision)
         encoding, tokenizer = speaker(folder)
         for name, domain in domains.items():
             try:

@@ -1,6 +1,6 @@
 """Next-token training of a new base model on the procedural corpus of pipelines/corpus.py; the checkpoint is bf16.
 
-Left out: the balance rule for the routers' correction bias (it stays at zero), MTP, a schedule of sequence lengths.
+Left out: the sequence-wise balance loss, a schedule of sequence lengths.
 """
 
 import time
@@ -10,12 +10,13 @@ import torch
 
 from ..errors import UserError
 from ..model import initialize
-from ..model.checkpoint import cast, config_of, load, resolve, save
+from ..model.checkpoint import cast, load, save
+from ..model.config import config_of, resolve
 from ..model.tokenizer import load as load_tokenizer
 from ..rl.packing import Row
 from .corpus import build_corpus, load_corpus, save_corpus
 from .recipe import Pretrain
-from .sft import rate, shown, weighted
+from .sft import mtp_settings, rate, shown, weighted
 from .stage import StageRun
 
 
@@ -26,11 +27,12 @@ def pretrain(stage: StageRun, settings: Pretrain) -> None:
         model.origin = resolve(settings.init)
         save(model, start)
     tokens, borders = corpus(stage, settings)
-    with stage.learner(start, settings.optimizer) as learner:
+    mtp = mtp_settings(settings.mtp)
+    with stage.learner(start, settings.optimizer, unfreeze=settings.mtp.unfreeze) as learner:
         while stage.step < stage.steps:
             began = time.monotonic()
             rows = batch(stage, settings, tokens, borders)
-            metrics = learner.step(weighted(rows), "pipelines.sft:loss")
+            metrics = learner.step(weighted(rows), "pipelines.sft:loss", **mtp)
             metrics["tokens_per_second"] = rate(rows, began)
             stage.commit(learner, metrics, shown(metrics))
         learner.save_model(stage.folder / "trained")

@@ -24,8 +24,9 @@ from pydantic import (
 )
 
 from ..errors import UserError
-from ..rl.settings import Optimization, Sampling, Settings
-from .base_check import base_problem, preset_problem
+from ..rl.settings import Optimization, Sampling
+from ..settings import FULL, Precision, Settings
+from .base_check import base_problem, has_mtp, preset_problem
 from .recipe_errors import explain, message, suggest
 from .shorthand import DOMAIN, apply
 from .yaml_lines import Path as Keys
@@ -35,6 +36,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 BASE = "base"
 """The recipe's base model among the names of stages; no stage may take it."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+_NO_MTP = "num_nextn_predict_layers is 0 in the config.json that it starts from; leave the key out"
 
 Names = Annotated[tuple[str, ...], Strict(False)]
 Tasks = Annotated[dict[str, dict[str, Any]], Field(min_length=1, examples=["{chain_sum: {max_terms: 3}}"])]
@@ -72,6 +75,22 @@ class Successor(Stage):
         return {("from",): self.from_}
 
 
+class MtpLoss(Settings):
+    """The loss of the multi-token-prediction block, which foresees the token after the next."""
+
+    weight: NonNegativeFloat = 0.0
+    """Weight of its loss beside the next-token loss; 0 leaves the block as it is. V4's pre-training has 0.3, and 0.1
+    from the start of the learning rate's decay."""
+    into_backbone: bool = True
+    """Whether its gradient goes on into the model, embedding and head included, as in V3; else the block alone learns.
+    """
+
+    @property
+    def unfreeze(self) -> tuple[str, ...]:
+        """`Learner.load`'s."""
+        return ("mtp",) if self.weight else ()
+
+
 class SftOptimization(Optimization):
     lr: PositiveFloat = 1e-5
 
@@ -93,6 +112,7 @@ class Sft(Successor):
     """Epochs without a lower held-out loss after which the stage ends. The checkpoint is the best epoch's."""
     validation: PositiveInt = 128
     """Held-out demonstrations per domain, none of them trained on."""
+    mtp: MtpLoss = MtpLoss()
     optimizer: SftOptimization = SftOptimization()
 
 
@@ -192,6 +212,7 @@ class Pretrain(Stage):
     """Documents of the corpus; a longer run sees them again, in another order."""
     corpus: str | None = None
     """A file written by `python -m amalgam.pipelines.corpus`; where absent, the stage first writes one."""
+    mtp: MtpLoss = MtpLoss()
     optimizer: PretrainOptimization = PretrainOptimization()
 
     def references(self) -> dict[Keys, str]:
@@ -242,6 +263,7 @@ class Recipe(Settings):
     """Domain's name -> its settings."""
     stages: dict[str, AnyStage] = Field(min_length=1, examples=["{start: {kind: sft, from: base}}"])
     """Stage's name, which is its model's name -> its settings."""
+    precision: Precision = FULL
     evaluate: EvaluationSettings = EvaluationSettings()
     stages_at_once: PositiveInt = 1
     """Stages that may run side by side where neither needs the other."""
@@ -312,6 +334,10 @@ class Recipe(Settings):
                 if domain in self.domains and self.domains[domain].mode == "high":
                     problem = "its demonstrations hold no reasoning (not built yet); set the domain's mode to chat"
                     yield ("domains",), f"the domain '{domain}' has the mode high, and {problem}"
+        if isinstance(stage, Sft | Pretrain) and stage.mtp.weight and not self._has_mtp(stage):
+            yield ("mtp", "weight"), f"the stage's model has no MTP block; {_NO_MTP}"
+        if isinstance(stage, Grpo | Distill) and stage.sampling.draft == "mtp" and not self._has_mtp(stage):
+            yield ("sampling", "draft"), f"the stage's model has no MTP block; {_NO_MTP}"
         if isinstance(stage, Distill):
             for domain in stage.domains:
                 if domain not in stage.teachers:
@@ -324,6 +350,16 @@ class Recipe(Settings):
                 yield ("init",), problem
             if stage.corpus is not None and not Path(stage.corpus).is_file():
                 yield ("corpus",), f"no file '{stage.corpus}'; leave the key out, or give the file's path"
+
+    def _has_mtp(self, stage: Stage, seen: tuple[str, ...] = ()) -> bool:
+        """Whether the stage's model has an MTP block; True where that cannot be told, as another check will say."""
+        if isinstance(stage, Pretrain):
+            return has_mtp(stage.init)
+        names = [stage.from_] if isinstance(stage, Successor) else list(stage.references().values())
+        name = next(iter(names), BASE)
+        if name == BASE:
+            return self.base is None or has_mtp(self.base)
+        return name in seen or name not in self.stages or self._has_mtp(self.stages[name], (*seen, name))
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:

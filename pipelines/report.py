@@ -30,7 +30,7 @@ KINDS = {
 CURVES_SHOWN = 6  # per stage; the others fold away
 # The order of a stage's curves by what their names contain: the telling ones, any others, bookkeeping.
 TELLING = ("held_out", "reward", "correct", "part_", "kl", "loss", "entropy", "response", "unfinished")
-BOOKKEEPING = ("drop", "clip", "grad_norm", "lr", "tokens", "seconds")
+BOOKKEEPING = ("load", "drop", "clip", "grad_norm", "lr", "tokens", "seconds")
 SAMPLES = 2  # right ones, wrong ones, and ungraded ones, per model and domain
 TEXT_LIMIT = 4000  # characters of one prompt or response
 

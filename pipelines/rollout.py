@@ -14,6 +14,7 @@ from ..rewards.domains import Domain, Split
 from ..rewards.grader import Grader
 from ..rewards.problem import Problem
 from ..rl.rollout import Rollouts
+from ..rl.settings import Draft
 from ..rl.trajectory import Request, Trajectory
 
 
@@ -37,6 +38,7 @@ def sample(
     temperature: float,
     max_new_tokens: int,
     seed: int,
+    draft: Draft = "off",
 ) -> list[Trajectory]:
     """`group_size` responses to each problem; groups and requests are numbered from `first` * (their size) on."""
     requests = []
@@ -44,7 +46,7 @@ def sample(
         prompt = np.array(encoding.prompt_ids(tokenizer, domain.messages(problem), domain.mode), np.int32)
         requests += [Request(i * group_size + j, i, prompt) for j in range(group_size)]
     limits = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-    trajectories = rollouts.generate(requests, **limits, seed=seed)
+    trajectories = rollouts.generate(requests, **limits, seed=seed, draft=draft)
     for trajectory, (domain, problem) in zip(trajectories, _repeated(problems, group_size), strict=True):
         trajectory.domain, trajectory.mode, trajectory.problem = domain.name, domain.mode, problem
     return trajectories
@@ -88,10 +90,13 @@ def write_rollouts(folder: Path, step: int, trajectories: list[Trajectory]) -> N
 
 
 def length_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
-    """Mean response length in tokens, and the share of responses that were cut."""
+    """Mean response length in tokens, the share of responses that were cut, and of drafts that were right, if any."""
+    drafted = sum(t.drafted for t in trajectories)
+    accepted = sum(t.accepted for t in trajectories)
     return {
         "response_tokens": float(np.mean([len(t.response_ids) for t in trajectories])),
         "unfinished": float(np.mean([t.finish == "length" for t in trajectories])),
+        **({"draft_acceptance": accepted / drafted} if drafted else {}),
     }
 
 

@@ -65,7 +65,7 @@ def run_recipe(recipe: Recipe, runs: Path) -> Path:
         write_json(folder / "versions.json", versions())
         start_ray()
         resources = recipe.resources
-        with Fleet(resources.gpus_per_actor, resources.threads) as fleet:
+        with Fleet(resources.gpus_per_actor, resources.threads, recipe.precision) as fleet:
             run = Run(recipe, folder, fleet, tracker, console, domains)
             _walk(run)
         tracker.close()

@@ -6,14 +6,17 @@ the model is the best so far. The checkpoint is the best epoch's.
 
 import shutil
 import time
+from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..kernels.losses import packed_logprobs
 from ..model.checkpoint import replace_folder
+from ..model.mtp import mtp_logprobs
 from ..rl.learner import Learner
 from ..rl.packing import Row
-from .recipe import Sft
+from .recipe import MtpLoss, Sft
 from .stage import StageRun, speaker
 
 
@@ -23,15 +26,37 @@ def nll(logprobs: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {"loss": loss, "tokens": (weight > 0).sum()}
 
 
-def loss(model: nn.Module, batch: dict[str, Tensor], shared: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """`nll` on a packed batch of `weighted` rows."""
-    return nll(model.logprobs(batch["tokens"], batch["cu_seqlens"]), batch["weight"])  # pyright: ignore
+def loss(
+    model: Any,
+    batch: dict[str, Tensor],
+    shared: dict[str, Tensor],
+    *,
+    mtp_weight: float = 0.0,
+    mtp_into_backbone: bool = True,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`nll` on a packed batch of `weighted` rows, plus `mtp_weight` times the MTP block's ("mtp_loss"), if above 0.
+
+    The block foresees the token after the next: a document's first two tokens are not among its targets, and the sum is
+    divided by the same number of tokens as the main one, as in V3 (2.2).
+    """
+    tokens, cu_seqlens, weight = batch["tokens"], batch["cu_seqlens"], batch["weight"]
+    if not mtp_weight:
+        return nll(model.logprobs(tokens, cu_seqlens), weight)
+    output = model(tokens, cu_seqlens)
+    value, metrics = nll(packed_logprobs(output.hidden, model.lm_head.weight, tokens, cu_seqlens), weight)
+    ahead, _ = nll(mtp_logprobs(model, output.streams, tokens, cu_seqlens, into_backbone=mtp_into_backbone), weight)
+    return value + mtp_weight * ahead, metrics | {"mtp_loss": ahead}
 
 
 def weighted(rows: list[Row]) -> list[Row]:
     """Rows {"tokens", "trained"} with "weight": the loss is the mean over all trained tokens of these rows."""
     total = np.float32(sum(row["trained"].sum() for row in rows))
     return [{"tokens": row["tokens"], "weight": row["trained"] / total} for row in rows]
+
+
+def mtp_settings(mtp: MtpLoss) -> dict[str, Any]:
+    """`loss`'s keywords."""
+    return {"mtp_weight": mtp.weight, "mtp_into_backbone": mtp.into_backbone}
 
 
 def rate(rows: list[Row], began: float) -> float:
@@ -47,13 +72,14 @@ def sft(stage: StageRun, settings: Sft) -> None:
     train, held_out = demonstrations(stage, settings)
     per_epoch = -(-len(train) // settings.batch_size)
     facts = stage.facts = stage.facts or {"best": float("inf"), "best_epoch": 0}
-    with stage.learner(stage.run.model(settings.from_), settings.optimizer) as learner:
+    model, mtp = stage.run.model(settings.from_), mtp_settings(settings.mtp)
+    with stage.learner(model, settings.optimizer, unfreeze=settings.mtp.unfreeze) as learner:
         while stage.step < stage.steps and stage.step // per_epoch - facts["best_epoch"] < settings.patience:
             epoch, place = divmod(stage.step, per_epoch)
             order = np.random.default_rng([stage.run.seed(stage.name), epoch]).permutation(len(train))
             began = time.monotonic()
             rows = [train[i] for i in order[place * settings.batch_size :][: settings.batch_size]]
-            metrics = learner.step(weighted(rows), "pipelines.sft:loss")
+            metrics = learner.step(weighted(rows), "pipelines.sft:loss", **mtp)
             metrics["tokens_per_second"] = rate(rows, began)
             if place + 1 == per_epoch:
                 metrics["held_out_loss"] = keep_best(stage, learner, held_out, epoch + 1)
@@ -84,7 +110,7 @@ def demonstrations(stage: StageRun, settings: Sft) -> tuple[list[Row], list[Row]
 
 
 def keep_best(stage: StageRun, learner: Learner, held_out: list[Row], epoch: int) -> float:
-    """The held-out loss; saves the model if it is the lowest so far."""
+    """The held-out next-token loss; saves the model if it is the lowest so far."""
     value = learner.evaluate(weighted(held_out), "pipelines.sft:loss")["loss"]
     if value < stage.facts["best"]:
         learner.save_model(stage.folder / "best")

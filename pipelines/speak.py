@@ -13,7 +13,7 @@ import typer
 
 from ..errors import UserError
 from ..model import end_ids, load
-from ..model.checkpoint import resolve
+from ..model.config import resolve
 from ..model.template import speaker
 from ..rl.engine import Engine
 from ..rl.trajectory import Request

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..model import template
-from ..model.checkpoint import flush, resolve
+from ..model.checkpoint import flush
+from ..model.config import resolve
 from ..model.encoding import Encoding
 from ..model.template import Template
 from ..rewards.domains import Domain
@@ -94,12 +95,15 @@ class StageRun:
         return self.run.folder / "stages" / self.name
 
     @contextmanager
-    def learner(self, model: Path, optimization: Optimization, updates: int = 1) -> Iterator[Learner]:
+    def learner(
+        self, model: Path, optimization: Optimization, updates: int = 1, unfreeze: tuple[str, ...] = ()
+    ) -> Iterator[Learner]:
         """A learner with the model, or with the state that an interrupted run of this stage left.
 
-        `updates`: the most optimizer steps that a step of the stage takes; the schedule counts them.
+        `updates`: the most optimizer steps that a step of the stage takes; the schedule counts them. `unfreeze` as for
+        `Learner.load`.
         """
-        with self.run.fleet.learner(model, optimization, self.steps * updates) as learner:
+        with self.run.fleet.learner(model, optimization, self.steps * updates, unfreeze) as learner:
             if self.step:
                 learner.load_state(self.folder / "state", self._learned)
             with self.metered(learner.workers):

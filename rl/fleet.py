@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..settings import FULL, Precision
 from .learner import Learner
 from .rollout import Rollouts
 from .settings import Optimization
@@ -18,23 +19,24 @@ from .settings import Optimization
 class Fleet:
     """A context manager that ends all its processes, also where ending one fails.
 
-    `gpus_per_actor` and `threads` are those of every process.
+    `gpus_per_actor`, `threads` and `precision` are those of every process.
     """
 
-    def __init__(self, gpus_per_actor: float = 0.0, threads: int = 1):
-        self.place: dict[str, Any] = {"gpus_per_actor": gpus_per_actor, "threads": threads}
+    def __init__(self, gpus_per_actor: float = 0.0, threads: int = 1, precision: Precision = FULL):
+        self.place: dict[str, Any] = {"gpus_per_actor": gpus_per_actor, "threads": threads, "precision": precision}
         self._idle: dict[Any, list[Any]] = {}
         self._all: list[Any] = []
         self._lock = threading.Lock()
 
     @contextmanager
-    def learner(self, path: Path, optimization: Optimization, total_steps: int) -> Iterator[Learner]:
-        """A learner with the model at `path` and a new optimizer."""
-        model = (path, optimization, total_steps)
+    def learner(
+        self, path: Path, optimization: Optimization, total_steps: int, unfreeze: tuple[str, ...] = ()
+    ) -> Iterator[Learner]:
+        """A learner with the model at `path` and a new optimizer; `unfreeze` as for `Learner.load`."""
         with self.lend(
             ("learner", optimization.ranks),
-            make=lambda: Learner(optimization, total_steps, path, **self.place),
-            again=lambda learner: learner.load(*model),
+            make=lambda: Learner(optimization, total_steps, path, unfreeze, **self.place),
+            again=lambda learner: learner.load(path, optimization, total_steps, unfreeze),
         ) as learner:
             yield learner
 

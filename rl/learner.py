@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from ..settings import FULL, Precision
 from .cluster import wait
-from .learner_worker import LearnerWorker, Loss, add
+from .learner_worker import COMMON, LearnerWorker, Loss, add
 from .packing import Row, plan, stack
 from .settings import Optimization
 
@@ -26,15 +27,17 @@ class Learner:
         optimization: Optimization,
         total_steps: int,
         path: str | Path,
+        unfreeze: tuple[str, ...] = (),
         *,
         gpus_per_actor: float = 0.0,
         threads: int = 1,
+        precision: Precision = FULL,
         deadline: float = 1800.0,
     ):
-        self._gpus, self._threads, self._deadline = gpus_per_actor, threads, deadline
+        self._gpus, self._threads, self._precision, self._deadline = gpus_per_actor, threads, precision, deadline
         self.workers: list[Any] = []
         try:
-            self.load(path, optimization, total_steps)
+            self.load(path, optimization, total_steps, unfreeze)
         except BaseException:
             self.close()  # nobody else has the ranks that did start
             raise
@@ -45,20 +48,24 @@ class Learner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def load(self, path: str | Path, optimization: Optimization, total_steps: int) -> None:
+    def load(
+        self, path: str | Path, optimization: Optimization, total_steps: int, unfreeze: tuple[str, ...] = ()
+    ) -> None:
         """Turns to another model (a checkpoint's folder, or a preset's name), at step 0 of a new schedule.
 
+        `unfreeze`: parts of the model that train only where the loss has a term for them (`DeepseekV4.unfreeze`).
         The processes stay, unless the number of ranks changes: importing torch and DeepSpeed costs each 5 s
         of CPU.
         """
-        from ..model.checkpoint import resolve
+        from ..model.config import resolve
 
         folder = str(resolve(path).absolute())
         if len(self.workers) != optimization.ranks:
             self.close()
             self._start(optimization.ranks)
         self._optimization = optimization
-        self._all("load", f"the learner to load {path}", folder, optimization, total_steps)
+        what = f"the learner to load {path}"
+        self._all("load", what, folder, optimization, total_steps, self._precision, unfreeze)
 
     def step(
         self, rows: list[Row], loss: str | Loss, shared: dict[str, np.ndarray] | None = None, **settings: Any
@@ -69,9 +76,10 @@ class Learner:
         micro-batch, it is called as loss(model, batch, shared, **settings) with `collate`'s batch, and
         returns a scalar and metrics. The scalar is divided by a denominator of the whole optimizer batch
         (rows carry weights for that), so that gradients add up over micro-batches and ranks. Metrics are sums
-        over tokens, and add up the same way; "grad_norm" (before clipping) and "lr" join them. `shared`
-        reaches every micro-batch as tensors. Trained parameters that the loss does not reach get a gradient
-        of zero. Raises FloatingPointError, and changes nothing, if it is not finite.
+        over tokens, and add up the same way; "grad_norm" (before clipping), "lr" and, of a model with experts,
+        "load_max" and "load_idle" (`balance.figures`) join them. `shared` reaches every micro-batch as
+        tensors. Trained parameters that the loss does not reach get a gradient of zero. Raises
+        FloatingPointError, and changes nothing, if it is not finite.
         """
         return self._on_rows("step", rows, loss, shared, settings)
 
@@ -149,7 +157,7 @@ class Learner:
         results = self._wait(calls, f"the learner to {method} on {len(rows)} rows, {sum(lengths)} tokens")
         totals: dict[str, float] = {}
         for result in results:
-            common = {name: result.pop(name) for name in ("grad_norm", "lr") if name in result}
+            common = {name: result.pop(name) for name in COMMON if name in result}
             add(totals, result)
             totals |= common
         return totals

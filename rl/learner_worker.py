@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..settings import Precision
+from .balance import Loads, figures
 from .packing import Batch, tensors
 from .settings import Optimization
 from .state import Shapes, read_state, write_state
@@ -32,6 +34,9 @@ from .sync import Bundle, pack
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 """loss(model, batch, shared, **settings) -> (scalar, metrics): see `Learner.step`."""
+
+COMMON = ("grad_norm", "lr", "load_max", "load_idle")
+"""Metrics of a step that are the same on all ranks; all others are sums."""
 
 _PACKAGE = __name__.partition(".")[0]
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch names them
@@ -102,6 +107,8 @@ class LearnerWorker:
         self._engine: Any = None
         self._model: Any = None
         self._trained: dict[str, nn.Parameter] = {}
+        self._biases: dict[str, Tensor] = {}
+        self._loads: Any = None
 
     def host(self) -> str:
         import ray
@@ -132,7 +139,14 @@ class LearnerWorker:
         init_process_group(backend, store=store, rank=self._rank, world_size=self._ranks, timeout=timeout)
         deepspeed.init_distributed(dist_init_required=False)
 
-    def load(self, path: str, optimization: Optimization, total_steps: int) -> None:
+    def load(
+        self,
+        path: str,
+        optimization: Optimization,
+        total_steps: int,
+        precision: Precision,
+        unfreeze: tuple[str, ...],
+    ) -> None:
         import deepspeed
 
         from ..model import load
@@ -141,8 +155,15 @@ class LearnerWorker:
         self._optimization, self._total_steps, self._steps = optimization, total_steps, 0
         # One rank has nothing to shard, and is spared DeepSpeed's flat copy of the parameters.
         self._stage = optimization.zero_stage if self._ranks > 1 else 0
-        self._model = load(path, dtype=torch.float32, device=self._device)
+        self._model = load(path, dtype=torch.float32, device=self._device, precision=precision)
+        for part in unfreeze:
+            self._model.unfreeze(part)
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        self._loads = Loads(self._model)
+        self._biases = {}  # that the balance rule changes, and so belong to the state
+        if optimization.balance_speed:
+            buffers = self._model.named_buffers()
+            self._biases = {name: b for name, b in buffers if name.endswith("e_score_correction_bias")}
         if self._stage == 3:  # layers are gathered whole: which of their parameters are used depends on data
             lists = [module for module in self._model.modules() if isinstance(module, nn.ModuleList)]
             kinds = {type(layer) for layers in lists for layer in layers}
@@ -159,7 +180,7 @@ class LearnerWorker:
             return
         self._engine.destroy()
         self._engine = self._model = None
-        self._trained = {}
+        self._trained, self._biases, self._loads = {}, {}, None
         if self._stage == 3:
             _clear_stage_3()
         gc.collect()  # engine, optimizer and hooks refer to each other
@@ -213,10 +234,12 @@ class LearnerWorker:
             group["lr"] = lr
         totals: dict[str, Any] = {}
         engine.zero_grad()  # of a step that failed
+        self._loads.start(self._device)
         engine.train()
         with engine.coalesce_grad_reduction() if self._stage else engine.no_sync():
             for batch in batches:
                 # A rank without rows takes part with a weight of zero: at stage 3 the others wait for it.
+                self._loads.counting = batch is not None
                 value = engine(objective, tensors(batch or spare, self._device), common, settings)
                 engine.backward(value * (self._ranks if batch else 0.0), scale_wrt_gas=False)
                 if batch:
@@ -224,9 +247,14 @@ class LearnerWorker:
             if self._stage < 3:
                 for p in self._trained.values():
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self._loads.counting = False
         norm = self._update()
+        loads = self._loads.take()
+        if self._biases:
+            self._loads.balance(loads, self._optimization.balance_speed)
         self._steps += 1
-        return {**{name: float(total) for name, total in totals.items()}, "grad_norm": norm, "lr": lr}
+        sums = {name: float(total) for name, total in totals.items()}
+        return {**sums, "grad_norm": norm, "lr": lr, **figures(loads)}
 
     def _update(self) -> float:
         """Steps the optimizer; the gradient's norm before clipping. One that is not finite is an error."""
@@ -288,6 +316,8 @@ class LearnerWorker:
         with torch.no_grad(), self._gathered(writer=0):
             for name, p in self._trained.items():
                 p.copy_(tensors[f"{name}/weight"])
+        for name, bias in self._biases.items():
+            bias.copy_(tensors[name])
         for name, p in self._trained.items():
             for part in _PARTS:
                 self._set(p, part, tensors[f"{name}/{part}"].to(self._device))
@@ -297,10 +327,11 @@ class LearnerWorker:
 
     def _shapes(self) -> Shapes:
         whole = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._trained.items()}
-        return {f"{name}/{part}": shape for name, shape in whole.items() for part in _PARTS}
+        parts = {f"{name}/{part}": shape for name, shape in whole.items() for part in _PARTS}
+        return parts | {name: tuple(bias.shape) for name, bias in self._biases.items()}
 
     def _state(self) -> Iterator[Tensor]:
-        """The parts of each trained parameter in turn, whole, on all ranks (a collective from stage 1 on)."""
+        """What `_shapes` names, in its order: parameters whole, on all ranks (a collective from stage 1 on)."""
         from deepspeed import utils
 
         state = self._engine.basic_optimizer.state
@@ -310,6 +341,7 @@ class LearnerWorker:
             yield get(p, None) if self._stage == 3 else p
             for key in _MOMENTS:
                 yield get(p, key) if self._stage else state[p][key]
+        yield from self._biases.values()
 
     def _set(self, p: nn.Parameter, part: str, value: Tensor) -> None:
         """Sets the optimizer's part of a parameter (fp32 copy, moment), or this rank's share of it."""

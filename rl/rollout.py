@@ -5,7 +5,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..settings import FULL, Precision
 from .cluster import wait
+from .settings import Draft
 from .trajectory import Request, Trajectory
 
 MAX_DEATHS = 3
@@ -15,40 +17,50 @@ MAX_DEATHS = 3
 class RolloutWorker:
     """The actor: one model replica and its engine."""
 
-    def __init__(self, device: str, threads: int):
+    def __init__(self, device: str, threads: int, precision: Precision = FULL):
         import torch
 
         torch.set_num_threads(threads)
-        self.device, self.version = device, 0
+        self.device, self.precision, self.version = device, precision, 0
 
     def load(self, path: str) -> None:
         """The policy of a checkpoint's folder, as version 0."""
         from tokenizers import Tokenizer
 
         from ..model import end_ids, load
+        from ..model.precision import round_experts
         from .engine import Engine
 
-        model = load(path, device=self.device)
+        model = load(path, device=self.device, precision=self.precision)
+        round_experts(model)
         self.tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
         self.engine = Engine(model, end_ids(Path(path)))
         self.version = 0
 
     def update(self, bundle: Any) -> None:
         """New weights for the loaded policy, checked by their checksums."""
+        from ..model.precision import round_experts
         from .sync import load
 
         load(self.engine.model, bundle)
+        round_experts(self.engine.model)
         self.version = bundle.version
 
     def generate(
-        self, requests: list[Request], temperature: float, max_new_tokens: int, seed: int, version: int
+        self,
+        requests: list[Request],
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+        version: int,
+        draft: Draft = "off",
     ) -> list[Trajectory]:
         if version != self.version:
             raise RuntimeError(
                 f"asked to sample with version {version} of the policy, but this worker has {self.version}"
             )
         limits = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-        trajectories = self.engine.generate(requests, **limits, seed=seed, version=version)
+        trajectories = self.engine.generate(requests, **limits, seed=seed, version=version, draft=draft)
         for t in trajectories:
             ids = t.response_ids[:-1] if t.finish == "stop" else t.response_ids
             t.text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
@@ -58,14 +70,22 @@ class RolloutWorker:
 class Rollouts:
     """The driver's side: `workers` replicas of one policy. Every wait has a deadline and says what it waits for."""
 
-    def __init__(self, workers: int, *, gpus_per_actor: float = 0.0, threads: int = 1, deadline: float = 900.0):
-        self._gpus, self._threads, self._deadline = gpus_per_actor, threads, deadline
+    def __init__(
+        self,
+        workers: int,
+        *,
+        gpus_per_actor: float = 0.0,
+        threads: int = 1,
+        precision: Precision = FULL,
+        deadline: float = 900.0,
+    ):
+        self._gpus, self._threads, self._precision, self._deadline = gpus_per_actor, threads, precision, deadline
         self.workers = [self._start() for _ in range(workers)]
         self.deaths = 0
 
     def load(self, path: str | Path) -> None:
         """Every worker takes the policy of this checkpoint's folder, or preset, as version 0."""
-        from ..model.checkpoint import resolve
+        from ..model.config import resolve
 
         self._path, self._bundle, self._version, self.deaths = str(resolve(path).absolute()), None, 0, 0
         self._each(lambda worker, _: worker.load.remote(self._path), f"rollout workers to load {path}")
@@ -76,12 +96,12 @@ class Rollouts:
         self._each(lambda worker, _: worker.update.remote(bundle), f"rollout workers to take version {version}")
 
     def generate(
-        self, requests: list[Request], *, temperature: float, max_new_tokens: int, seed: int
+        self, requests: list[Request], *, temperature: float, max_new_tokens: int, seed: int, draft: Draft = "off"
     ) -> list[Trajectory]:
         """A trajectory for each request, in order. Whole groups go to a worker; tokens do not depend on which."""
         parts = _shares(requests, len(self.workers))
         results = self._each(
-            lambda worker, i: worker.generate.remote(parts[i], temperature, max_new_tokens, seed, self._version),
+            lambda worker, i: worker.generate.remote(parts[i], temperature, max_new_tokens, seed, self._version, draft),
             f"rollout workers to sample {len(requests)} responses",
         )
         return [trajectory for part in results for trajectory in part]
@@ -97,7 +117,7 @@ class Rollouts:
         import ray
 
         actor = ray.remote(RolloutWorker).options(num_cpus=0, num_gpus=self._gpus)
-        return actor.remote("cuda" if self._gpus else "cpu", self._threads)
+        return actor.remote("cuda" if self._gpus else "cpu", self._threads, self._precision)
 
     def _each(self, call: Callable[[Any, int], Any], what: str) -> list[Any]:
         """The results of call(worker, index) on all workers at once; the part of one that dies is called again."""

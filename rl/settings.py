@@ -2,17 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, Strict
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Strict
+
+from ..settings import Settings
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Settings(BaseModel):
-    """Base of every settings class: frozen, no unknown keys, and no silent conversions ("5" is not 5)."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class Optimization(Settings):
@@ -38,12 +32,18 @@ class Optimization(Settings):
     """AdamW's epsilon."""
     gradient_clipping: PositiveFloat = 1.0
     """Largest global L2 norm of a step's gradient; a larger one is scaled down to it."""
+    balance_speed: float = Field(default=0.0, ge=0)
+    """How far the routers' correction biases move a step towards level loads (V4's pretraining: 0.001); 0: not."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO: 1 shards the optimizer's state over the ranks, 2 also gradients, 3 also parameters."""
     ranks: PositiveInt = 1
     """Learner processes, data parallel. They change the memory and the time of a step, never its gradient."""
     micro_batch_tokens: PositiveInt = 4096
     """Most tokens in one packed forward and backward of a rank; a step takes as many of them as it needs."""
+
+
+Draft = Literal["off", "mtp"]
+"""Who proposes tokens to the sampler, which then may draw two at a step."""
 
 
 class Sampling(Settings):
@@ -53,3 +53,5 @@ class Sampling(Settings):
     """Divides the logits before the softmax. 1.0 as in DeepSeek-R1's first stage."""
     max_new_tokens: PositiveInt = 1024
     """Longest response in tokens, its end token included; a longer one is cut and counts as unfinished."""
+    draft: Draft = "off"
+    """`mtp` lets the model's MTP block propose a token at each step. It changes the speed, never the responses."""

@@ -41,6 +41,8 @@ class Trajectory:
     mode: str = "chat"
     problem: Problem | None = None
     score: Score | None = None
+    drafted: int = 0  # tokens that the MTP block proposed, and how many of them were the sampler's own
+    accepted: int = 0
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)

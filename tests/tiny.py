@@ -8,7 +8,7 @@ import torch
 from transformers import DeepseekV4Config
 
 from amalgam.model import DeepseekV4, initialize, save
-from amalgam.model.checkpoint import PRESETS
+from amalgam.model.config import PRESETS
 from amalgam.rl.trajectory import Request
 
 SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"

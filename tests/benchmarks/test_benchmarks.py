@@ -9,7 +9,8 @@ import torch
 
 from amalgam.errors import UserError
 from amalgam.model import DeepseekV4, initialize, load, save
-from amalgam.model.checkpoint import config_of
+from amalgam.model.cache import Cache
+from amalgam.model.config import config_of
 
 from ..pipelines.made_run import DOMAINS, made_run
 
@@ -35,6 +36,26 @@ def checkpoint(tmp_path_factory) -> Path:
 def kinds() -> dict[str, list[torch.Tensor]]:
     noise = torch.Generator().manual_seed(0)
     return {"random": [torch.randint(500, (n,), generator=noise) for n in (2, 40, 33, 140, 5, 70)]}
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_a_cache_forgets_breaks_the_bound_of_packing(monkeypatch, broken):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import packing  # pyright: ignore[reportMissingImports]
+
+    if broken:  # drops tokens without the rings' slack for it
+        new = DeepseekV4.new_cache
+        monkeypatch.setattr(DeepseekV4, "new_cache", lambda model, count, room, slack=0: _lax(new(model, count, room)))
+    found = {each.way: each for each in packing.measure("mixed", 1, (1, 9, 60))}
+    assert found.keys() == packing.WAYS.keys()
+    assert all(each.positions == 70 and each.compared > 20 for each in found.values())
+    assert all(each.largest <= packing.BOUND for each in found.values() if each.way != "rolled back")
+    assert (found["rolled back"].largest > packing.BOUND) == broken
+
+
+def _lax(cache: Cache) -> Cache:
+    cache.rollback = lambda length: setattr(cache, "length", length.clone())
+    return cache
 
 
 def test_a_right_model_holds_the_bounds(agreement, checkpoint, kinds):

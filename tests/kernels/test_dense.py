@@ -1,5 +1,7 @@
 """Causal attention with grouped heads: both ways of computing it against a sum over the visible keys in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -52,9 +54,9 @@ def test_against_a_naive_sum(groups, repeats, keys, queries, window, softcap, wi
 
 
 @pytest.mark.parametrize("numbers", [{}, {"window": 3}, {"softcap": 0.5}, {"sinks": torch.randn(4)}])
-def test_gradients(numbers: dict):
+def test_gradients(numbers: Any):
     made = [torch.randn(1, h, 6, 4, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
-    plain = {"window": None, "softcap": None, "sinks": None} | numbers
+    plain: Any = {"window": None, "softcap": None, "sinks": None} | numbers
     q, k, v = made
     loss = attend_causal(q, k, v, scaling=0.5, **numbers).pow(3).sum()
     other = reference_attend_causal(q, k, v, None, scaling=0.5, **plain).pow(3).sum()

@@ -105,6 +105,15 @@ def test_indexer_takes_the_highest_scores_and_the_lowest_of_ties():
     assert tied.nonzero()[:, 2].view(2, 3, 3).tolist() == [[[0, 1, 2]] * 3] * 2
 
 
+def test_index_scores_may_be_bf16_before_the_choice():
+    """1 and 1 + 2^-10 are one number in bf16, so that the lower entry wins; 1 + 2^-6 is another."""
+    keys = torch.tensor([[[1.0], [1 + 2**-10], [1 + 2**-6]]])
+    one, seen = torch.ones(1, 1, 1), torch.tensor([[[True, True, False]]])
+    pick = [indexer.select(one.unsqueeze(-1), one, keys, seen, 1, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert [int(p.nonzero()[0, 2]) for p in pick] == [1, 0]
+    assert int(indexer.select(one.unsqueeze(-1), one, keys, seen | True, 1, torch.bfloat16).nonzero()[0, 2]) == 2
+
+
 def naive_mixing(streams, fn, base, scale, iterations):
     n = streams.shape[1]
     flat = streams.flatten(1)

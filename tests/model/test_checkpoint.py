@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from amalgam.errors import UserError
 from amalgam.model import DeepseekV4
 from amalgam.model import checkpoint as checkpoint_module
-from amalgam.model.checkpoint import PRESETS, cast, config_of, load, resolve, save
+from amalgam.model.checkpoint import cast, load, save
+from amalgam.model.config import PRESETS, config_of, resolve
 from amalgam.model.encoding import Encoding
 
 from .. import tiny
@@ -195,7 +196,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("owner", "function", "call"),
     [
-        (checkpoint_module, "save_file", 1),
+        (checkpoint_module, "write_file", 1),
         (checkpoint_module.shutil, "copyfile", 2),
         (checkpoint_module.os, "rename", 2),
     ],

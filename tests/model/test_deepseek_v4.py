@@ -166,7 +166,7 @@ def test_bad_packs_are_refused():
     for cu in ([0, 3], [0, 2, 2, 4], [1, 4], [0]):
         with pytest.raises(ValueError, match="cu_seqlens"):
             model(torch.zeros(4, dtype=torch.long), torch.tensor(cu))
-    with pytest.raises(ValueError, match="does not fit a cache of 3"):
+    with pytest.raises(ValueError, match="would hold 4 tokens, there is room for 3"):
         model.prefill(torch.zeros(4, dtype=torch.long), torch.tensor([0, 4]), 3)
     _, cache = model.prefill(torch.zeros(4, dtype=torch.long), torch.tensor([0, 4]), 4)
     with pytest.raises(ValueError, match="full"):

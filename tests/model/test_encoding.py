@@ -1,29 +1,17 @@
 """The chat encoding: exact texts of the three modes, what is trained, ids, parsing, and every refusal."""
 
-from pathlib import Path
+import json
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from amalgam.errors import UserError
 from amalgam.model import encoding, tokenizer
-from amalgam.model.encoding import Encoding
+from amalgam.model.messages import KEYS
 from amalgam.model.tokenizer import ASSISTANT, BOS, END_THINK, EOS, SPECIALS, THINK, USER
 
-TINY = tokenizer.build(["Question", "<answer>", "</answer>"])
-ENCODING = Encoding(max_instruction="Try hard.\n\n")
-
-SYSTEM = {"role": "system", "content": "Be brief."}
-
-
-def user(content: str) -> dict:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str, reasoning: str | None = None) -> dict:
-    return {"role": "assistant", "content": content, "reasoning_content": reasoning}
-
+from .chats import ENCODING, PLAIN, SYSTEM, TINY, assistant, call, conversations, result, user
 
 TALK = [SYSTEM, user("1+1?"), assistant("2", "one, two"), user("And 2+2?"), assistant("4", "double")]
 
@@ -97,9 +85,7 @@ def test_ids_need_the_special_tokens():
         ENCODING.ids(other, [user("a")])
 
 
-PLAIN = st.text().filter(lambda text: not any(special in text for special in SPECIALS))
-
-
+@settings(deadline=None)
 @given(content=PLAIN, reasoning=PLAIN, mode=st.sampled_from(encoding.MODES))
 def test_parse_gives_back_what_was_encoded(content: str, reasoning: str, mode: str):
     reasoning = "" if mode == "chat" else reasoning
@@ -111,42 +97,36 @@ def test_parse_gives_back_what_was_encoded(content: str, reasoning: str, mode: s
 
 
 @pytest.mark.parametrize(
-    ("text", "mode", "error"),
-    [
-        ("4", "chat", f"does not end with {EOS}"),
-        ("", "high", f"does not end with {EOS}"),
-        (f"4{EOS}!", "chat", f"1 characters follow {EOS}"),
-        (f"4{EOS}{EOS}", "chat", f"19 characters follow {EOS}"),
-        (f"4{EOS}", "high", f"reasoning does not end with {END_THINK}"),
-        (f"r{END_THINK}4{EOS}", "chat", f"content holds the special token {END_THINK}"),
-        (f"r{END_THINK}{THINK}4{EOS}", "max", f"content holds the special token {THINK}"),
-        (f"{BOS}r{END_THINK}4{EOS}", "max", f"reasoning holds the special token {BOS}"),
-        (f"<｜DSML｜tool_calls>{EOS}", "chat", "not built yet: tool calls"),
-        (f"4{EOS}", "low", "unknown mode 'low'; want one of chat, high, max"),
-    ],
-)
-def test_parse_says_what_is_wrong(text: str, mode: str, error: str):
-    with pytest.raises(ValueError, match=error.replace("｜", ".")):
-        ENCODING.parse(text, mode)
-
-
-@pytest.mark.parametrize(
     ("messages", "error"),
     [
         ([], "messages is empty"),
-        ([{"content": "a"}], r"messages\[0\]: unknown role None; want one of system, user, assistant"),
+        (["a"], r"messages\[0\]: want an object, got str"),
+        ([{"content": "a"}], r"messages\[0\]: unknown role None; want one of system, user, assistant, tool"),
         ([user("a"), {"role": "bot", "content": "b"}], r"messages\[1\]: unknown role 'bot'"),
-        ([user("a"), {"role": "tool", "content": "b"}], r"messages\[1\]: not built yet: role 'tool'"),
-        ([{**SYSTEM, "tools": [{}]}], r"messages\[0\]: not built yet: key 'tools'"),
-        ([{**user("a"), "task": "title"}], r"messages\[0\]: not built yet: key 'task'"),
-        ([{**user("a"), "reasoning_content": "b"}], r"unknown key 'reasoning_content' for role 'user'"),
         ([{**user("a"), "contents": "b"}], r"messages\[0\]: unknown key 'contents'"),
         ([{"role": "user"}], r"messages\[0\]: content must be a string, got NoneType"),
         ([{"role": "user", "content": ["a"]}], "content must be a string, got list"),
+        ([user("a"), assistant("b", 3)], "reasoning_content must be a string, got int"),  # type: ignore[arg-type]
+        ([{"role": "developer", "content": ""}], r"messages\[0\]: content of a developer's message must not be empty"),
+        ([user("a", task="extracted_url")], r"messages\[0\]: unknown task 'extracted_url'; want one of action, query"),
+        ([user("a"), assistant("b", mask="x")], r"messages\[1\]: mask must be true or false, got 'x'"),
         (
-            [user("a"), {**assistant("b"), "reasoning_content": 3}],
-            "reasoning_content must be a string, got int",
+            [user("a"), result([{"type": "text", "text": None}])],
+            r"messages\[1\]: the text of content\[0\] must be",
         ),
+        ([user("a"), result(["b"])], r"messages\[1\]: content must be a list of objects"),
+        ([{**SYSTEM, "tools": [{"type": "function"}]}], r"messages\[0\]: tools\[0\] has no object `function`"),
+        ([{**SYSTEM, "tools": "add"}], r"messages\[0\]: tools must be a list of objects"),
+        ([{**SYSTEM, "tools": [{"function": {"name": {1}}}]}], r"messages\[0\]: .*set is not JSON"),
+        ([assistant("", tool_calls=[{"id": "1"}])], r"messages\[0\]: tool_calls\[0\] has no object `function`"),
+        (
+            [assistant("", tool_calls=[call("f", "[1]")])],
+            r"the arguments of tool_calls\[0\]: want a JSON object, got",
+        ),
+        ([assistant("", tool_calls=[{"function": {"name": "f"}}])], r"tool_calls\[0\] has no `arguments`"),
+        ([assistant("", tool_calls=[{"function": {"arguments": "{}"}}])], r"the name of tool_calls\[0\] must be a"),
+        ([user("a"), user("\ud800")], r"messages\[1\]: half of a surrogate pair"),
+        ([assistant("", tool_calls=[call("f", '{"a": "\\ud800"}')])], r"messages\[0\]: half of a surrogate pair"),
     ],
 )
 def test_messages_that_are_refused(messages: list, error: str):
@@ -154,29 +134,73 @@ def test_messages_that_are_refused(messages: list, error: str):
         ENCODING.encode(messages)
 
 
+def test_context_and_nesting_are_checked_too():
+    with pytest.raises(ValueError, match=r"context\[0\]: unknown role"):
+        ENCODING.encode([user("a")], context=[{"role": "bot"}])
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match=r"messages\[0\]: nested too deeply"):
+        ENCODING.encode([{**SYSTEM, "response_format": deep}])
+    with pytest.raises(ValueError, match="unknown mode 'low'; want one of chat, high, max"):
+        ENCODING.encode([user("a")], "low")
+
+
 def test_keys_without_a_value_are_as_if_absent():
     assert ENCODING.encode([{**user("a"), "tool_calls": None}]) == ENCODING.encode([user("a")])
 
 
-def test_wordings_travel_with_the_checkpoint(tmp_path: Path):
-    ENCODING.save(tmp_path)
-    assert Encoding.from_checkpoint(tmp_path) == ENCODING
-    assert Encoding.default() == Encoding() != ENCODING
-    assert Encoding.default().encode([user("a")], "max").startswith(BOS + Encoding.default().max_instruction)
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.sampled_from(encoding.MODES))
+def test_ids_of_conversations_are_those_of_their_text(data: st.DataObject, mode: str):
+    messages = data.draw(conversations(mode))
+    text = ENCODING.encode(messages, mode)
+    ids, trained = ENCODING.ids(TINY, messages, mode)
+    assert ids == TINY.encode(text, add_special_tokens=False).ids
+    assert TINY.decode(ids, skip_special_tokens=False) == text
+    # What is trained is, turn by turn, what `parse` reads back.
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    written = [text for text, is_trained in ENCODING.spans(messages, mode) if is_trained]
+    kept = mode == "chat" or any(message.get("tools") for message in messages)
+    for place, text in zip(turns if kept else turns[-1:], written, strict=True):
+        read, message = ENCODING.parse(text, mode), messages[place]
+        calls = [{"type": each["type"], "function": each["function"]} for each in message.get("tool_calls", [])]
+        assert (read["content"], read["reasoning_content"]) == (message["content"], message["reasoning_content"])
+        assert [rename(each) for each in read.get("tool_calls", [])] == [rename(each) for each in calls]
+    assert any(trained)
 
 
-@pytest.mark.parametrize(
-    ("text", "error"),
-    [
-        (None, "encoding.json: no such file"),
-        ("{", "encoding.json: not JSON"),
-        ("[]", "encoding.json: want one object with the keys max_instruction"),
-        ('{"max_instructions": ""}', "want one object with the keys max_instruction"),
-        ('{"max_instruction": 1}', "encoding.json: max_instruction: want a string, got 1"),
-    ],
+def rename(each: dict[str, Any]) -> tuple[str, Any]:
+    return each["function"]["name"], json.loads(each["function"]["arguments"])
+
+
+_ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
 )
-def test_bad_wordings_are_refused(tmp_path: Path, text: str | None, error: str):
-    if text is not None:
-        (tmp_path / "encoding.json").write_text(text)
-    with pytest.raises(UserError, match=error):
-        Encoding.from_checkpoint(tmp_path)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data(), st.sampled_from(encoding.MODES))
+def test_damaged_messages_raise_only_an_error_with_their_place(data: st.DataObject, mode: str):
+    messages: list[Any] = [dict(message) for message in data.draw(conversations(mode))]
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(messages) - 1))
+        match data.draw(st.integers(0, 4)):
+            case 0:
+                messages[place] = data.draw(_ANY)
+            case 1 if isinstance(messages[place], dict):
+                messages[place][data.draw(st.sampled_from(KEYS))] = data.draw(_ANY)
+            case 2 if isinstance(messages[place], dict) and messages[place].get("tool_calls"):
+                broken = data.draw(st.dictionaries(st.sampled_from(["name", "arguments", "id"]), _ANY))
+                messages[place]["tool_calls"] = [data.draw(st.sampled_from([{"function": broken}, broken]))]
+            case 3:
+                messages.insert(place, messages[-1])
+            case _:
+                messages = data.draw(st.permutations(messages))
+    for render in (ENCODING.encode, ENCODING.spans):
+        try:
+            render(messages, mode)
+        except ValueError as error:
+            assert str(error).startswith("messages[")

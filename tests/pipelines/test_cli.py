@@ -104,9 +104,32 @@ def test_submit_passes_its_arguments_on_and_ends_with_the_runs_exit_code(monkeyp
     assert calls == [("quickstart", ["seed=1", "name=a"], "http://h:1", Path("runs"))]
 
 
+def test_convert_converts_and_says_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    arguments = ["convert", "tiny", str(tmp_path / "out"), "--format", "transformers", "--dtype", "bf16"]
+    done = amalgam(*arguments)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"{tmp_path / 'out'}: 1 shards, 0.01 GB, verified\n"
+    assert "transformers bf16" in done.stderr and "100%" not in done.stdout
+    again = amalgam(*arguments)
+    assert "1 shards, 1 of them from before" in again.stdout
+    refused = amalgam(*arguments[:-1], "fp8")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert refused.stderr.endswith("dtype was bf16, not fp8; name another folder\n")
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [["run"], ["submit", "quickstart"], ["chat"], ["generate", "tiny"], ["rnu"], ["run", "quickstart", "--prin"]],
+    [
+        ["run"],
+        ["submit", "quickstart"],
+        ["chat"],
+        ["generate", "tiny"],
+        ["rnu"],
+        ["run", "quickstart", "--prin"],
+        ["convert", "a", "b", "--format", "official"],
+        ["convert", "a", "b", "--format", "official", "--dtype", "int4"],
+    ],
 )
 def test_wrong_usage_is_exit_code_2(arguments: list[str]):
     assert amalgam(*arguments).exit_code == 2
@@ -114,7 +137,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]):
 
 def test_help_names_every_command_and_option():
     overview, run = amalgam("--help").stdout, amalgam("run", "--help").stdout
-    assert all(word in overview for word in ("run", "submit", "chat", "generate", "--version"))
+    assert all(word in overview for word in ("run", "submit", "convert", "chat", "generate", "--version"))
     assert all(word in run for word in ("RECIPE", "--set", "--runs", "--print"))
     assert "--address" in amalgam("submit", "--help").stdout
     chat, generate = amalgam("chat", "--help").stdout, amalgam("generate", "--help").stdout

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from amalgam.model.checkpoint import PRESETS
+from amalgam.model.config import PRESETS
 from amalgam.pipelines import evaluate as module
 from amalgam.pipelines.stage import Interrupted, Run
 from amalgam.rewards.domains import Domain

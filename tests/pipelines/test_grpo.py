@@ -1,6 +1,7 @@
 """The GRPO stage with a learner and a sampler that count: how a step's metrics come about."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from amalgam.pipelines import grpo as module
-from amalgam.pipelines.rollout import sampled_rate
+from amalgam.pipelines.rollout import length_metrics, sampled_rate
 from amalgam.rewards.problem import Score
 from amalgam.rl.trajectory import Trajectory
 
@@ -47,7 +48,7 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, updates: int, groups: 
     )  # fmt: skip
     settings: Any = SimpleNamespace(
         from_="m", domains=[], prompts=groups, group_size=2, updates=updates, optimizer=None, rollout_workers=1,
-        clip_low=0.2, clip_high=0.28, sampling=SimpleNamespace(temperature=1.0, max_new_tokens=4),
+        clip_low=0.2, clip_high=0.28, sampling=SimpleNamespace(temperature=1.0, max_new_tokens=4, draft="off"),
     )  # fmt: skip
     monkeypatch.setattr(module, "speaker", lambda *_: (None, None))
     monkeypatch.setattr(module, "draw", lambda *_: [])
@@ -74,3 +75,9 @@ def test_the_rate_counts_what_was_sampled(monkeypatch: pytest.MonkeyPatch):
     """Not the prompt, which a group has once."""
     monkeypatch.setattr("time.monotonic", lambda: 12.0)
     assert sampled_rate([trajectory(i, 0) for i in range(4)], began=10.0) == 4 * RESPONSE / 2
+
+
+def test_drafts_are_counted_over_all_tokens():
+    drafted = [replace(trajectory(i, 0), drafted=10 * i, accepted=i) for i in range(3)]
+    assert length_metrics(drafted)["draft_acceptance"] == pytest.approx(0.1)
+    assert "draft_acceptance" not in length_metrics([trajectory(0, 0)])

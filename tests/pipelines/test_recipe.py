@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from amalgam.pipelines.recipe import RECIPES, Distill, Grpo, Sft, load_recipe, resolved_yaml
 from amalgam.pipelines.yaml_lines import read, write
+from amalgam.settings import FULL, Precision
 
 from .small_recipe import SMALL, enter, load, stage, values
 
@@ -83,6 +84,13 @@ def test_the_resolved_form_holds_overrides_and_comes_back():
     again = load(resolved_yaml(recipe))
     assert again == recipe
     assert list(again.graph()) == list(recipe.graph())
+
+
+def test_precision_is_full_unless_the_recipe_says_otherwise():
+    assert load(SMALL).precision == FULL
+    v4 = load(SMALL, "precision={experts: fp4, indexer: fp4, kv: fp8}")
+    assert v4.precision == Precision(experts="fp4", indexer="fp4", kv="fp8")
+    assert load(resolved_yaml(v4)) == v4
 
 
 def test_quickstart_is_short_and_makes_the_promised_models():

@@ -1,5 +1,6 @@
 """Mistakes in a recipe, and in the base that it names: the one line that each gets."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from amalgam.errors import UserError
-from amalgam.pipelines.recipe import load_recipe
+from amalgam.pipelines.recipe import Grpo, Sft, load_recipe
 from amalgam.pipelines.yaml_lines import read, write
 
-from .small_recipe import SMALL, enter, errors, load, values, write_checkpoint
+from .small_recipe import SMALL, enter, errors, load, stage, values, write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -309,6 +310,21 @@ def test_whatever_stands_in_one_place_is_taken_or_refused_with_its_line(path: tu
         assert all(re.match(r"r\.yaml:\d+: \S|\.\.\. and \d+ more$", line) for line in str(error).splitlines())
 
 
+def test_what_needs_the_mtp_block_is_refused_for_a_model_without_one():
+    config = Path("../presets/tiny/config.json")
+    wanted = ["stages.sft-{domain}.mtp.weight=0.1", "stages.grpo-{domain}.sampling.draft=mtp"]
+    problem = "the stage's model has no MTP block; num_nextn_predict_layers is 0 in the config.json that it starts from"
+    config.write_text('{"num_nextn_predict_layers": 0}')
+    assert errors(SMALL, *wanted) == [
+        f"--set stages.{stage}-{{domain}}.{key}: {problem}; leave the key out"
+        for stage, key in (("sft", "mtp.weight"), ("grpo", "sampling.draft"))
+    ]
+    config.write_text('{"num_nextn_predict_layers": 1}')
+    recipe = load(SMALL, *wanted)
+    assert stage(recipe, "sft-strings", Sft).mtp.weight == 0.1
+    assert stage(recipe, "grpo-strings", Grpo).sampling.draft == "mtp"
+
+
 # The base's folder
 
 
@@ -379,6 +395,28 @@ def test_a_broken_checkpoint_is_refused(how: str, message: str):
     line = broken(how)
     sizes = (Path("c/model.safetensors").stat().st_size, len(whole_checkpoint())) if "{}" in message else ()
     assert line == message.format(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [
+        ("model-1.safetensors", None),
+        ("model-2.safetensors", "index.json names 'model-2.safetensors', which is no file in that folder"),
+        ("../c/model-1.safetensors", "names '../c/model-1.safetensors', which is no file in that folder"),
+        ("config.json", NOT_SAFETENSORS.replace("model.safetensors", "config.json")),
+        (None, "c/model.safetensors.index.json is no index of shards"),
+    ],
+)
+def test_shards_are_a_base(shard: str | None, message: str | None):
+    folder = write_checkpoint(Path("c"))
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"weight_map": {"w": shard}} if shard else []
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if message is None:
+        assert load(SMALL, "base=c").base == "c"
+    else:
+        (line,) = errors(SMALL.replace("base: tiny", "base: c"))
+        assert message in line
 
 
 def whole_checkpoint() -> bytes:

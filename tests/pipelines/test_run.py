@@ -273,6 +273,8 @@ def refused(recipe_file: Path, runs: Path, *overrides: str) -> str:
         ("stages.merged.teachers={words: grpo-words}", "stages.merged.teachers: the domain 'numbers' has no teacher"),
         ("stages.grpo-words.from=sft-wrods", "stages.grpo-words.from: no stage 'sft-wrods'; did you mean .*sft-words"),
         ("base=nowhere", "base: 'nowhere' is neither a preset nor a folder"),
+        ("precision.experts=fp4", "base/config.json: moe_intermediate_size: 16 is no multiple of 32, which precision"),
+        ("precision.kv=fp4", "precision.kv: .*fp4.* is not possible; did you mean 'fp8'"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(recipe_file: Path, tmp_path: Path, override: str, message: str):

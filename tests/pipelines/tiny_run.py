@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from amalgam.model import initialize, save
-from amalgam.model.checkpoint import PRESETS
+from amalgam.model.config import PRESETS
 from amalgam.model.encoding import Encoding
 from amalgam.model.tokenizer import load as load_tokenizer
 from amalgam.pipelines.sft import loss, weighted

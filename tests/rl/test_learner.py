@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import DeepseekV4Config
 
 from amalgam.errors import UserError
 from amalgam.model import DeepseekV4, initialize, load, save
+from amalgam.pipelines.sft import loss as sft_loss
 from amalgam.rl import learner as learner_module
 from amalgam.rl import sync
 from amalgam.rl.cluster import wait
@@ -189,6 +191,29 @@ def test_gradient_is_plain_torchs(learner, checkpoint, tmp_path, ranks, stage):
     assert metrics["grad_norm"] == pytest.approx(float(whole.norm()), rel=1e-6)
     assert metrics["tokens"] == sum(len(row["tokens"]) for row in rows)
     assert metrics["lr"] == pytest.approx(0.5e-3)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 1), (2, 3)])
+def test_the_mtp_block_learns_where_it_is_unfrozen(learner, checkpoint, tmp_path, ranks, stage):
+    """Gradients of both losses as above; without, the block is no part of the learner's state."""
+    (rows,) = batches(1)
+    settings = optimization(ranks, stage, gradient_clipping=1e6)
+    ours = learner(ranks, stage)
+    ours.save_state(tmp_path / "frozen")
+    assert not any(".mtp." in name for name in load_file(tmp_path / "frozen" / "a.safetensors"))
+    ours.load(checkpoint, settings, STEPS, ("mtp",))
+    metrics = ours.step(rows, "pipelines.sft:loss", mtp_weight=0.3)
+    ours.save_state(tmp_path / "trained")
+    moments = load_file(tmp_path / "trained" / "a.safetensors")
+    model: Any = load(checkpoint)
+    model.unfreeze("mtp")
+    total, expected = sft_loss(model, collate(rows, "cpu"), {}, mtp_weight=0.3)
+    total.backward()
+    theirs = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert sum(".mtp." in name for name in theirs) > 20
+    assert_near({n: moments[f"{n}/exp_avg"] / (1 - settings.betas[0]) for n in theirs}, theirs, 3e-6)
+    assert total.item() == pytest.approx((expected["loss"] + 0.3 * expected["mtp_loss"]).item())
+    assert metrics["mtp_loss"] == pytest.approx(expected["mtp_loss"].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("ranks", "stage"), ENGINES)
@@ -405,3 +430,31 @@ def test_a_rank_that_fails_alone_does_not_leave_the_other_waiting(learner, monke
         ours.step(rows, fails_on_the_longest)
     with pytest.raises(RuntimeError, match="it is closed"):
         ours.step(rows, nll, scale=1.0)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 1), (2, 3)])
+def test_the_balance_rule_counts_the_whole_batch_and_resumes(learner, checkpoint, tmp_path, ranks, stage):
+    """In the second step one rank has no document of its own. The state holds the biases where they change."""
+    (rows,) = batches(1)
+    ours = learner(ranks, stage, balance_speed=0.01)
+    expected = {n: b.clone() for n, b in load(checkpoint).named_buffers() if n.endswith("correction_bias")}
+    for data in (rows, rows[:1]):
+        model = load(checkpoint)
+        sync.load(model, sent(ours))
+        batch = collate(data, "cpu")
+        ids = model(batch["tokens"], batch["cu_seqlens"]).experts
+        counts = [torch.bincount(ids[:, layer].flatten(), minlength=4).float() for layer in range(3)]
+        for name, load_ in zip(expected, counts[1:], strict=True):
+            expected[name] += 0.01 * torch.sign(load_.mean() - load_)
+        metrics = ours.step(data, nll, scale=1.0)
+        assert metrics["load_max"] == pytest.approx(sum(float(c.max() / c.mean()) for c in counts) / 3)
+        assert metrics["load_idle"] == pytest.approx(sum(float((c == 0).float().mean()) for c in counts) / 3)
+    ours.save_state(tmp_path)
+    found = weights(ours, checkpoint)
+    assert len(expected) == 2
+    for name, bias in expected.items():
+        torch.testing.assert_close(found[name], bias, rtol=0, atol=1e-7)
+    again = learner(ranks, stage, balance_speed=0.01)
+    again.load_state(tmp_path)
+    resumed = weights(again, checkpoint)
+    assert all(torch.equal(resumed[name], found[name]) for name in found)

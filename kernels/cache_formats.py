@@ -1,0 +1,83 @@
+"""Rows of the decoding cache as bytes: FP8 entries of the attention, FP4 keys of the indexer.
+
+The byte counts are V4's: 584 for an entry of 512 channels, 68 for a key of 128 (FlashMLA's and vLLM's layouts). Other
+widths follow the same rules.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .formats import FP4_TILE, dequantize_fp4, dequantize_fp8, quantize_fp4, quantize_fp8
+
+ENTRY_TILE = (1, 64)  # channels of an entry that share a scale
+
+
+def cache_entry_bytes(dim: int, rope_dim: int) -> int:
+    """Bytes of an entry: FP8 channels, bf16 rope channels, a scale for each tile of 64; up to a multiple of 8."""
+    if not 0 < rope_dim < dim:
+        raise ValueError(f"an entry of {dim} channels cannot have {rope_dim} rope channels")
+    plain = dim - rope_dim
+    return -(-(plain + 2 * rope_dim + -(-plain // ENTRY_TILE[1])) // 8) * 8
+
+
+def index_key_bytes(dim: int) -> int:
+    """Bytes of a key: half a byte a channel and a scale for each 32 channels.
+
+    `dim` is a multiple of 32, or (for small models, with one scale) an even number below; ValueError otherwise.
+    """
+    if dim <= 0 or dim % 2 or (dim > FP4_TILE[1] and dim % FP4_TILE[1]):
+        raise ValueError(f"an FP4 index key has a multiple of {FP4_TILE[1]} channels, or fewer and even, got {dim}")
+    return dim // 2 + -(-dim // FP4_TILE[1])
+
+
+def pack_cache_entries(rows: Tensor, rope_dim: int = 64) -> Tensor:
+    """rows [N, D], the last `rope_dim` channels rotated -> uint8 [N, cache_entry_bytes]: 584 bytes for D = 512.
+
+    In order: E4M3 codes of the other channels, rope channels as bf16 (little-endian), scales of the tiles, zeros.
+    """
+    size = cache_entry_bytes(rows.shape[1], rope_dim)
+    plain, rope = rows.split([rows.shape[1] - rope_dim, rope_dim], dim=1)
+    codes, scales = quantize_fp8(plain, ENTRY_TILE)
+    parts = [part.view(torch.uint8) for part in (codes, _finite(rope.to(torch.bfloat16).contiguous()), scales)]
+    used = sum(part.shape[1] for part in parts)
+    return torch.cat([*parts, parts[0].new_zeros(rows.shape[0], size - used)], dim=1)
+
+
+def unpack_cache_entries(
+    entries: Tensor, dim: int = 512, rope_dim: int = 64, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """The inverse of `pack_cache_entries`: uint8 [N, bytes] -> [N, dim]; ValueError for another size or a NaN."""
+    _check_bytes(entries, cache_entry_bytes(dim, rope_dim))
+    plain, wide = dim - rope_dim, dim + rope_dim  # where the codes end, where the scales begin
+    codes, rope, scales, _ = entries.tensor_split([plain, wide, wide - (-plain // ENTRY_TILE[1])], dim=1)
+    values = dequantize_fp8(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), dtype, ENTRY_TILE)
+    # A copy: a bf16 view starts at an even byte.
+    return torch.cat([values, _finite(rope.clone().view(torch.bfloat16)).to(dtype)], dim=1)
+
+
+def pack_index_keys(keys: Tensor) -> Tensor:
+    """keys [N, D], already rotated (`hadamard`) -> uint8 [N, index_key_bytes]: 68 bytes for D = 128; codes, scales."""
+    dim = keys.shape[1]
+    index_key_bytes(dim)
+    packed, scales = quantize_fp4(F.pad(keys, (0, -dim % FP4_TILE[1])))
+    return torch.cat([packed.view(torch.uint8)[:, : dim // 2], scales.view(torch.uint8)], dim=1)
+
+
+def unpack_index_keys(packed: Tensor, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The inverse of `pack_index_keys`: uint8 [N, bytes] -> [N, dim]; ValueError for another size or a NaN."""
+    _check_bytes(packed, index_key_bytes(dim))
+    codes, scales = packed.tensor_split([dim // 2], dim=1)
+    codes = F.pad(codes, (0, -dim % FP4_TILE[1] // 2))
+    return dequantize_fp4(codes.view(torch.int8), scales.contiguous().view(torch.float8_e8m0fnu), dtype)[:, :dim]
+
+
+def _finite(rope: Tensor) -> Tensor:
+    if not bool(rope.isfinite().all()):
+        raise ValueError("the rope channels of a cache entry hold a NaN or an infinity")
+    return rope
+
+
+def _check_bytes(rows: Tensor, size: int) -> None:
+    if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != size:
+        raise ValueError(f"rows must be uint8 [N, {size}], got {rows.dtype} {list(rows.shape)}")

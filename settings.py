@@ -1,0 +1,31 @@
+"""The base of every settings class, and the settings that the model itself takes. No torch is imported."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Settings(BaseModel):
+    """Base of every settings class: frozen, no unknown keys, and no silent conversions ("5" is not 5)."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Precision(Settings):
+    """What the model computes as low precision will store it: in learners, rollout workers, teachers and evaluations.
+
+    DeepSeek-V4's quantization-aware training is `{experts: fp4, indexer: fp4}` (paper 5.2.1); its inference code also
+    has `kv: fp8`. Weights stay what they are, in memory and in checkpoints, and gradients pass straight through.
+    """
+
+    experts: Literal["full", "fp4"] = "full"
+    """Weights of the routed experts, FP4 with a scale for each 32 columns; FP8 holds the same values."""
+    indexer: Literal["full", "fp4"] = "full"
+    """The indexer's queries and keys, rotated by a Hadamard matrix, then FP4; its scores are bf16 before the top-k."""
+    kv: Literal["full", "fp8"] = "full"
+    """Attention's rows, but for their rotary channels, FP8 with a scale for each 64."""
+
+
+FULL = Precision()

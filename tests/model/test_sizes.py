@@ -1,0 +1,63 @@
+"""Published sizes: parameters of the presets and the bytes of their caches, counted from what a model really holds."""
+
+import pytest
+import torch
+
+from amalgam.model import DeepseekV4
+from amalgam.model.config import config_of
+from amalgam.model.sizes import cache_bytes, parameter_counts
+
+from .. import tiny
+
+
+@pytest.mark.parametrize(
+    ("name", "main", "active", "mtp"), [("flash", "284.33", "13.3", "6.61"), ("pro", "1573.0", "48.85", "25.8")]
+)
+def test_parameters_of_the_presets(name: str, main: str, active: str, mtp: str):
+    counts = parameter_counts(config_of(name))
+    for count, published in ((counts.main, main), (counts.active, active), (counts.mtp, mtp)):
+        assert f"{count / 1e9:.{len(published.partition('.')[2])}f}" == published
+    assert parameter_counts(config_of(f"{name}-base")) == counts
+
+
+def test_a_count_is_what_a_real_model_holds():
+    model = DeepseekV4(tiny.config())
+    total = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
+    counts = parameter_counts(tiny.config())
+    assert (counts.main, counts.mtp) == (total, 0)
+    assert counts.active == total - model.model.embed_tokens.weight.numel() - experts // 2  # 2 of 4 experts
+
+
+@pytest.mark.parametrize(("name", "gib", "share"), [("flash", "3.4", "2.0"), ("pro", "4.9", "2.0")])
+def test_cache_of_a_million_tokens(name: str, gib: str, share: str):
+    """`share`: percent of bf16 keys and values of 8 heads of 128 channels, which the paper puts at about 2."""
+    config = config_of(name)
+    cache = cache_bytes(config, 1 << 20)
+    assert f"{cache.total / 2**30:.1f}" == gib
+    assert f"{100 * cache.total / ((1 << 20) * config.num_hidden_layers * 4096):.1f}" == share
+    layers = config.layer_types or []
+    kinds = {kind: layers.count(kind) for kind in layers}
+    assert cache.csa == kinds["compressed_sparse_attention"] * (1 << 18) * 584
+    assert cache.index_keys == kinds["compressed_sparse_attention"] * (1 << 18) * 68
+    assert cache.hca == kinds["heavily_compressed_attention"] * (1 << 13) * 584
+    assert cache.window == len(layers) * 128 * 584
+    assert cache.waiting < 2**20 * len(layers)
+
+
+def test_the_accounting_is_that_of_a_real_cache():
+    """Every row of every tensor that decoding keeps, priced by its kind, gives the same sums."""
+    model = tiny.model(0, index_head_dim=32)
+    _, cache = model.prefill(torch.arange(30), torch.tensor([0, 30]), 100)
+    row, key = 8 + 2 * 8 + 1 + 7, 32 // 2 + 1  # FP8, bf16, a scale, padding; FP4 and a scale
+    kinds = ("rows", "index_keys", "values", "scores", "index_values", "index_scores")
+    priced: dict[str, int] = dict.fromkeys(kinds, 0)
+    for layer in cache.layers:
+        for name, tensor in layer.items():
+            each = {"rows": row, "index_keys": key}.get(name, tensor.shape[2] * 4)
+            priced[name] += tensor.shape[1] * each
+    counted = cache_bytes(model.config, 100)
+    assert counted.window + counted.csa + counted.hca == priced.pop("rows")
+    assert counted.index_keys == priced.pop("index_keys")
+    assert counted.waiting == sum(priced.values())
+    assert counted.total == sum((counted.window, counted.csa, counted.hca, counted.index_keys, counted.waiting))
