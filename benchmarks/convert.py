@@ -5,7 +5,6 @@ and to FP8, each in a process of its own. One conversion is killed and given aga
 """
 
 import argparse
-import math
 import os
 import shutil
 import signal
@@ -66,10 +65,9 @@ class Random:
             yield torch.randint(0, high, tensor.shape, dtype=torch.uint8, generator=self._generator)
 
 
-def make(folder: Path, gigabytes: float) -> int:
-    """Layers of V4-Flash in smaller widths, as many as it takes (from 4 up, a layer has 0.2 GB). Their bytes."""
+def make(folder: Path, count: int) -> int:
+    """The first layers of V4-Flash and its MTP block in smaller widths, a third of a GB each. Their bytes."""
     flash: Any = config_of("flash").to_dict() | SMALLER
-    count = max(4, math.ceil(gigabytes * 5))
     flash |= {key: flash[key][:count] for key in ("layer_types", "mlp_layer_types")} | {"num_hidden_layers": count}
     source = Random(DeepseekV4Config(**flash))
     shards = plan(source, "official", None, 512 * 2**20)
@@ -131,13 +129,13 @@ def _stored(checkpoint: Checkpoint, spec: Spec) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gigabytes", type=float, default=4.3, help="the checkpoint's size (4.3)")
-    parser.add_argument("--folder", type=Path, help="where to work: four times that size (a temporary folder)")
+    parser.add_argument("--layers", type=int, default=22, help="of the checkpoint (22, which are 7.6 GB)")
+    parser.add_argument("--folder", type=Path, help="where to work: four times the checkpoint's size (the system's)")
     options = parser.parse_args()
     result: dict[str, Any] = {"machine": machine(("amalgam", "torch", "safetensors"))}
     work = Path(tempfile.mkdtemp(prefix="convert-", dir=options.folder))
     try:
-        result |= measure(work, options.gigabytes)
+        result |= measure(work, options.layers)
     finally:
         shutil.rmtree(work)
     rows = [
@@ -151,9 +149,9 @@ def main() -> None:
     print(write_result("convert", result))
 
 
-def measure(work: Path, gigabytes: float) -> dict:
+def measure(work: Path, layers: int) -> dict:
     source, there, again, back = (work / name for name in ("source", "there", "again", "back"))
-    size = make(source, gigabytes)
+    size = make(source, layers)
     convert = [*AMALGAM, "convert"]
     to_theirs = ["--format", "transformers", "--dtype", "fp4"]
     runs = {"import alone": child(sys.executable, "-P", "-c", "import amalgam.model.convert")}

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from transformers import DeepseekV4Config
 from ..errors import UserError
 from ..settings import FULL, Precision
 from .config import PRESETS, Weights, resolve
-from .deepseek_v4 import FP32_ISLANDS, DeepseekV4
+from .deepseek_v4 import DeepseekV4
 from .encoding import Encoding
 from .names import Spec
 from .numerics import Numerics, with_numerics
@@ -49,48 +49,38 @@ def load(
     if numerics != "deepseek" and precision != FULL:
         raise UserError(f"{folder}: low precision is DeepSeek's; with numerics {numerics!r} it is not built")
     with torch.device("meta"):
-        model = DeepseekV4(checkpoint.config)
-    wanted = model.state_dict().keys()
-    if missing := sorted(wanted - {spec.stacked for spec in checkpoint.specs.values()}):
+        model = cast(DeepseekV4(checkpoint.config), dtype)
+    wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    if missing := sorted(wanted.keys() - {spec.stacked for spec in checkpoint.specs.values()}):
         why = "missing; config.json of a model without an MTP block says num_nextn_predict_layers 0"
         raise UserError(f"{checkpoint.listed}: {missing[0]}: {why}")
-    model.load_state_dict(dict(stream(checkpoint, wanted.__contains__, dtype=dtype, device=device)), assign=True)
+    model.load_state_dict(dict(stream(checkpoint, wanted, device=device)), assign=True)
     model.origin = checkpoint.folder
     set_precision(model, precision)
     return with_numerics(model.to(device), numerics)
 
 
 def stream(
-    checkpoint: Checkpoint,
-    wanted: Callable[[str], bool] = lambda name: True,
-    *,
-    experts: range | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    checkpoint: Checkpoint, wanted: Mapping[str, torch.dtype], *, experts: range | None = None, device: str = "cpu"
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that a rank owns, one after another, under transformers' names, as `load` casts them.
+    """The tensors that a rank owns, one after another: those in `wanted`, by transformers' names, in these dtypes.
 
     `experts` leaves only those rows of each [E, ...] tensor of experts. Nothing else is read from the files.
     """
     stacks: dict[str, list[Spec]] = {}
     for spec in checkpoint.specs.values():
-        if wanted(spec.stacked):
+        if spec.stacked in wanted:
             stacks.setdefault(spec.stacked, []).append(spec)
     for name, parts in stacks.items():
         first = parts[0]
         if first.experts and experts is not None:
             parts = [spec for spec in parts if spec.part * spec.experts // spec.parts in experts]
-        kind = torch.int64 if first.kind == "ids" else _cast_to(name, dtype)
-        tensor = torch.empty(len(parts), *first.shape, dtype=kind, device=device)
+        tensor = torch.empty(len(parts), *first.shape, dtype=wanted[name], device=device)
         for place, spec in zip(tensor, parts, strict=True):
             for rows in steps(spec):
-                place[rows] = read_values(checkpoint, spec, rows, kind)
+                place[rows] = read_values(checkpoint, spec, rows, tensor.dtype)
         shape = first.stacked_shape(first.shape)
         yield name, tensor.view(-1, *shape[1:]) if first.experts else tensor[0]
-
-
-def _cast_to(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if any(part in name for part in FP32_ISLANDS) else dtype
 
 
 def cast(model: DeepseekV4, dtype: torch.dtype) -> DeepseekV4:

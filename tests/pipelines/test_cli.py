@@ -137,7 +137,8 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]):
 
 def test_help_names_every_command_and_option():
     overview, run = amalgam("--help").stdout, amalgam("run", "--help").stdout
-    assert all(word in overview for word in ("run", "submit", "convert", "chat", "generate", "--version"))
+    words = ("run", "submit", "convert", "chat", "generate", "--version")
+    assert all(word in overview for word in words)
     assert all(word in run for word in ("RECIPE", "--set", "--runs", "--print"))
     assert "--address" in amalgam("submit", "--help").stdout
     chat, generate = amalgam("chat", "--help").stdout, amalgam("generate", "--help").stdout

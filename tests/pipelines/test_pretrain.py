@@ -92,11 +92,11 @@ def one_learner() -> Iterator[Any]:
     made: list[Learner] = []
 
     @contextmanager
-    def learner(path: Path, optimization: Optimization, total_steps: int) -> Iterator[Learner]:
+    def learner(path: Path, optimization: Optimization, total_steps: int, unfreeze: tuple) -> Iterator[Learner]:
         if made:
-            made[0].load(path, optimization, total_steps)
+            made[0].load(path, optimization, total_steps, unfreeze)
         else:
-            made.append(ends.enter_context(Learner(optimization, total_steps, path)))
+            made.append(ends.enter_context(Learner(optimization, total_steps, path, unfreeze)))
         yield made[0]
 
     with ExitStack() as ends:

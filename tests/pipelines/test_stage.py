@@ -117,7 +117,7 @@ def test_the_schedule_counts_optimizer_steps(tmp_path: Path, monkeypatch: pytest
     progress.run.fleet.learner = lambda *arguments: asked.append(arguments) or nullcontext(Numbers())
     stage = StageRun(progress.run, "s", SimpleNamespace(kind="grpo"), 7, progress.log)  # pyright: ignore
     with stage.learner(Path("model"), None, updates=4):  # pyright: ignore
-        assert asked == [(Path("model"), None, 28)]
+        assert asked == [(Path("model"), None, 28, ())]
 
 
 @pytest.mark.parametrize("every", [1, 3])
