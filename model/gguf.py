@@ -1,12 +1,9 @@
-"""From a GGUF file (quantized, for llama.cpp) to a checkpoint that everything here takes: `convert_gguf`.
-
-    python -m amalgam.model.gguf FILE.gguf FOLDER
+"""From a GGUF file (quantized, for llama.cpp) to a checkpoint that everything here takes.
 
 transformers reads the file with the package gguf (the extra `gguf`): dequantized weights, tokenizer, chat template. It
 will not save what it read so; we put the weights into a new model of the same config.
 """
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -51,10 +48,3 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) 
 def _as_written(value: Any) -> Any:
     """GGUF keeps a config's numbers in fp32, where 1e-5 is 9.9999997e-06: seven digits are what was written."""
     return float(f"{value:.7g}") if isinstance(value, float) else value
-
-
-if __name__ == "__main__":
-    try:
-        convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))
-    except (UserError, IndexError) as problem:
-        sys.exit(f"error: {problem}" if isinstance(problem, UserError) else __doc__)

@@ -96,7 +96,9 @@ def extend_mtp(model: DeepseekV4, streams: Tensor, following: Tensor, cu_seqlens
 
 
 def mtp_block(model: DeepseekV4) -> MTP:
-    """The model's MTP block; ValueError where it has none."""
+    """The model's MTP block; ValueError where it has none, as any model but V4."""
+    if not isinstance(model, DeepseekV4):
+        raise ValueError("the MTP block is DeepSeek-V4's alone")
     if not model.model.mtp:
         raise ValueError("the model has no MTP block: num_nextn_predict_layers is 0 in its config.json")
     return model.model.mtp[0]  # pyright: ignore[reportReturnType]

@@ -36,8 +36,8 @@ def has_mtp(name: str) -> bool:
     """Whether a preset's or folder's config.json has an MTP block; True where that cannot be told."""
     try:
         config = json.loads((_folder(name) / "config.json").read_bytes())
-        return config["num_nextn_predict_layers"] != 0
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return config.get("model_type", "deepseek_v4") == "deepseek_v4" and config["num_nextn_predict_layers"] != 0
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return True
 
 

@@ -171,7 +171,9 @@ def generate(
 def convert(
     source: Annotated[
         str,
-        typer.Argument(metavar="SRC", help="A checkpoint's folder in either format, or a preset.", show_default=False),
+        typer.Argument(
+            metavar="SRC", help="A checkpoint's folder in either format, a preset, or a GGUF file.", show_default=False
+        ),
     ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="A folder that is new or empty.", show_default=False)],
     format: Annotated[
@@ -191,9 +193,17 @@ def convert(
     is read again and compared. After an interruption the same command goes on with the shards that are missing.
 
     **amalgam convert DeepSeek-V4-Flash flash-bf16 --format transformers --dtype bf16**
+
+    With the same options, a GGUF file of any model that transformers reads becomes a checkpoint's folder.
     """
     with _exit_codes():
         from .convert import convert as convert_checkpoint
+        from .convert import gguf
+
+        if source.endswith(".gguf"):
+            gguf(Path(source), target, format, dtype)
+            typer.echo(f"{target}: converted")
+            return
 
         done = convert_checkpoint(source, target, format, dtype)
         kept = f", {done.kept} of them from before" if done.kept else ""

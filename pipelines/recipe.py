@@ -37,7 +37,7 @@ BASE = "base"
 """The recipe's base model among the names of stages; no stage may take it."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
-_NO_MTP = "num_nextn_predict_layers is 0 in the config.json that it starts from; leave the key out"
+_NO_MTP = "the config.json that it starts from has no num_nextn_predict_layers of V4; leave the key out"
 
 Names = Annotated[tuple[str, ...], Strict(False)]
 Tasks = Annotated[dict[str, dict[str, Any]], Field(min_length=1, examples=["{chain_sum: {max_terms: 3}}"])]

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from amalgam.errors import UserError
 from amalgam.model import end_ids, gguf, load
 from amalgam.model.template import speaker
+from amalgam.pipelines import convert
+from amalgam.pipelines.cli import app
 
 from .. import other_models
 
@@ -88,3 +91,14 @@ def test_what_cannot_be_read_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(UserError, match="needs the package gguf: pip install 'amalgam.gguf.'"):
         gguf.convert_gguf(tmp_path / "bad.gguf", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["bad.gguf"]
+
+
+def test_the_command_line_takes_bf16_in_transformers_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = []
+    monkeypatch.setattr(convert, "convert_gguf", lambda file, target: made.append((file, target)))
+    command = ["convert", "a.gguf", "b", "--format", "transformers", "--dtype"]
+    assert CliRunner().invoke(app, [*command, "bf16"]).stdout == "b: converted\n"
+    assert made == [(Path("a.gguf"), Path("b"))]
+    refused = CliRunner().invoke(app, [*command, "fp8"])
+    assert refused.exit_code == 2
+    assert "a.gguf: a GGUF file is converted with --format transformers --dtype bf16" in refused.stderr

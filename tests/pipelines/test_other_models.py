@@ -128,6 +128,23 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("stages.sft.mtp={weight: 0.1}", "stages.sft.mtp.weight: the stage's model has no MTP block"),
+        ("stages.grpo.sampling={draft: mtp}", "stages.grpo.sampling.draft: .*no MTP block"),
+    ],
+)
+def test_mtp_is_refused_where_the_recipe_is_read(base: Path, tmp_path: Path, setting: str, message: str):
+    with pytest.raises(UserError, match=message):
+        recipe(base, tmp_path, RECIPE, setting)
+
+
+def test_low_precision_is_refused(base: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="base: precision: low precision is DeepSeek-V4's alone"):
+        run_recipe(recipe(base, tmp_path, RECIPE, "precision={experts: fp4}"), tmp_path / "runs")
+
+
 def test_a_base_in_shards(base: Path, tmp_path: Path):
     """An index and its shards are a whole base; without a shard it is refused where the recipe is read."""
     model: Any = AutoModelForCausalLM.from_pretrained(base)
@@ -139,7 +156,7 @@ def test_a_base_in_shards(base: Path, tmp_path: Path):
     recipe(tmp_path / "shards", tmp_path)
     assert load(tmp_path / "shards").state_dict().keys() == load(base).state_dict().keys()
     shards[1].unlink()
-    with pytest.raises(UserError, match=f"model.safetensors.index.json names '{shards[1].name}', which is no file in that folder"):
+    with pytest.raises(UserError, match=f"model.safetensors.index.json names '{shards[1].name}', which is no file"):
         recipe(tmp_path / "shards", tmp_path)
     (tmp_path / "shards" / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(UserError, match="model.safetensors.index.json is no index of shards"):

@@ -313,7 +313,8 @@ def test_whatever_stands_in_one_place_is_taken_or_refused_with_its_line(path: tu
 def test_what_needs_the_mtp_block_is_refused_for_a_model_without_one():
     config = Path("../presets/tiny/config.json")
     wanted = ["stages.sft-{domain}.mtp.weight=0.1", "stages.grpo-{domain}.sampling.draft=mtp"]
-    problem = "the stage's model has no MTP block; num_nextn_predict_layers is 0 in the config.json that it starts from"
+    without = "the config.json that it starts from has no num_nextn_predict_layers of V4"
+    problem = f"the stage's model has no MTP block; {without}"
     config.write_text('{"num_nextn_predict_layers": 0}')
     assert errors(SMALL, *wanted) == [
         f"--set stages.{stage}-{{domain}}.{key}: {problem}; leave the key out"

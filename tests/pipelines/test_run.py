@@ -116,7 +116,8 @@ def test_the_sft_checkpoint_is_the_best_epochs(whole: Path, recipe: Recipe):
         found = [r["held_out_loss"] for r in metrics(whole)[f"sft-{name}"] if "held_out_loss" in r]
         settings = recipe.domains[name]
         domain = Domain(name, settings.mode, settings.tasks, settings.demonstrations, 8, recipe.seed)
-        stage: Any = SimpleNamespace(run=SimpleNamespace(domains={name: domain}, model=lambda _: Path(str(recipe.base))))
+        base = Path(str(recipe.base))
+        stage: Any = SimpleNamespace(run=SimpleNamespace(domains={name: domain}, model=lambda _, base=base: base))
         _, held_out = demonstrations(stage, SimpleNamespace(domains=[name], validation=8, from_="base"))  # pyright: ignore
         model = load(whole / "stages" / f"sft-{name}" / "checkpoint")
         with torch.no_grad():
