@@ -1,6 +1,6 @@
 """From a GGUF file (quantized, for llama.cpp) to a checkpoint that everything here takes.
 
-transformers reads the file with the package gguf (the extra `gguf`): dequantized weights, tokenizer, chat template. It
+transformers reads the file with the packages gguf and accelerate (the extra `gguf`): dequantized weights, tokenizer, chat template. It
 will not save what it read so; we put the weights into a new model of the same config.
 """
 
@@ -17,7 +17,7 @@ from .checkpoint import folder_beside, replace_folder
 def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Writes the model of a GGUF file to a checkpoint's folder, in `dtype`; the folder comes whole or not at all.
 
-    UserError for a file that is not there or not read, a folder that is there, and where the package gguf is missing.
+    UserError for a file that is not there or not read, a folder that is there, and where a package of the extra is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,8 +27,9 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) 
         raise UserError(f"{file}: no such file")
     if folder.exists():
         raise UserError(f"{folder}: is there already; give another folder")
-    if find_spec("gguf") is None:
-        raise UserError("reading GGUF files needs the package gguf: pip install 'amalgam[gguf]'")
+    for package in ("gguf", "accelerate"):
+        if find_spec(package) is None:
+            raise UserError(f"reading GGUF files needs the package {package}: pip install 'amalgam[gguf]'")
     with one_line(str(file)), quiet():
         tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         read: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
