@@ -1,6 +1,6 @@
 """From a GGUF file (quantized, for llama.cpp) to a checkpoint that everything here takes.
 
-transformers reads the file with the packages gguf and accelerate (the extra `gguf`): dequantized weights, tokenizer, chat template. It
+transformers reads the file (with the packages of the extra `gguf`): dequantized weights, tokenizer, chat template. It
 will not save what it read so; we put the weights into a new model of the same config.
 """
 
@@ -17,7 +17,7 @@ from .checkpoint import folder_beside, replace_folder
 def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Writes the model of a GGUF file to a checkpoint's folder, in `dtype`; the folder comes whole or not at all.
 
-    UserError for a file that is not there or not read, a folder that is there, and where a package of the extra is missing.
+    UserError for a file that is not there or not read, a folder that is there, or a package that is not.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
