@@ -27,11 +27,12 @@ def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
 def index_kl(scores: Tensor, chosen: Tensor, mass: Tensor) -> Tensor:
     """KL(p || softmax of the index scores) over each query's chosen entries: fp32 [N, M], the indexer's own loss.
 
-    scores fp32 [N, M, S]; chosen [N, M, S] bool; mass [N, M, S], what attention gives each entry (`head_mass`). The
-    gradient goes to `scores` alone. p is `mass` over the chosen entries, divided by its sum. So V3.2 trains its indexer
-    after the warm-up (V3.2 paper, 2.1.1); V4 is silent on it. Our choice for V4, whose softmax also has window rows and
-    a sink: no renormalizing head by head, so that a head whose mass is in the window or the sink weighs little in p.
-    0, with no gradient, where fewer than two entries are chosen or all the chosen ones' mass underflows.
+    scores fp32 [N, M, S]; chosen [N, M, S] bool; mass [N, M, S], attention's probabilities summed over heads
+    (`head_mass`). The gradient goes to `scores` alone. p is `mass` over the chosen entries, divided by its sum: the
+    loss of DeepSeek-V3.2's sparse training stage (its report, 2.1.1); V4 is silent. V4's softmax also has window rows
+    and a sink; our choice is not to normalize each head without them, so that a head which looks into the window, or
+    has its mass in the sink, weighs little in p. 0, with no gradient, where fewer than two entries are chosen or the
+    chosen ones' mass underflows.
     """
     return reference_index_kl(scores, chosen, mass)
 

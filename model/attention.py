@@ -175,19 +175,19 @@ class Attention(nn.Module):
         rotation = layout.rotation[self.rope]
         latent, q, kv = self._project(x, rotation)
         q, rows, visible = layout.in_blocks(q), layout.window_rows(kv), layout.visible
-        chosen = scores = None
+        chosen = logits = None
         if self.compressor is not None:
             entries = layout.entries[self.ratio]
             values, scores = self.compressor(x, layout.position)
             compressed = self.compressor.entries(values, scores, entries)
-            chosen, scores = self._chosen(x, latent, layout, entries, index_loss)
+            chosen, logits = self._chosen(x, latent, layout, entries, index_loss)
             rows = torch.cat([rows, compressed[entries.block]], dim=1) if entries.block.numel() else rows
             visible = torch.cat([visible, chosen], dim=2)
         out = self._output(self._attend(q, rows, visible).flatten(0, 1)[: x.shape[0]], rotation)
-        if chosen is None or scores is None:
+        if chosen is None or logits is None:
             return out, None
         mass = head_mass(q, rows, visible, self.sinks)[..., layout.visible.shape[2] :]
-        return out, index_kl(scores, chosen, mass).flatten()[: x.shape[0]]
+        return out, index_kl(logits, chosen, mass).flatten()[: x.shape[0]]
 
     def extend(self, x: Tensor, chunk: Chunk, cache: LayerCache) -> Tensor:
         """x [T, d], further tokens of each request -> [T, d]; updates `cache` in place."""
@@ -233,14 +233,11 @@ class Attention(nn.Module):
         if not isinstance(self.compressor, CSACompressor):
             return entries.visible, None
         indexer = self.compressor.indexer
-        everything = entries.most <= indexer.topk  # where all that is visible is chosen, the scores decide nothing
         if index_loss:
             scores = index_scores(*self._index_vectors(indexer, x.detach(), latent.detach(), layout, entries))
-            if everything:
-                return entries.visible, scores
             return highest(scores, entries.visible, indexer.topk, indexer.score_dtype), scores
-        if everything:
-            return entries.visible, None
+        if entries.most <= indexer.topk:
+            return entries.visible, None  # where everything visible is chosen, the scores would decide nothing
         with torch.no_grad():
             vectors = self._index_vectors(indexer, x, latent, layout, entries)
             return select(*vectors, entries.visible, indexer.topk, indexer.score_dtype), None
