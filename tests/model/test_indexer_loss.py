@@ -263,6 +263,6 @@ def test_training_brings_the_scores_to_where_attention_looks(precision: Precisio
         loss = index_loss(model, tokens, cu, weight)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[0] > 0.1
     assert losses[-1] < 0.3 * losses[0], losses
