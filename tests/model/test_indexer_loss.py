@@ -1,6 +1,7 @@
 """The indexers' loss against plain loops in float64: values, where its gradient goes, what it may not change."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 
 from amalgam.kernels import formats
 from amalgam.kernels.hadamard import hadamard
-from amalgam.model import DeepseekV4
+from amalgam.model import DeepseekV4, save
 from amalgam.model.attention import Attention
+from amalgam.model.auto import has_indexer
+from amalgam.model.config import resolve
 from amalgam.model.precision import set_precision
 from amalgam.settings import Precision
 
@@ -182,8 +185,10 @@ def test_without_unfreezing_there_is_a_value_and_no_gradient():
     assert not made()(*pack(), index_loss=True).index_kl.requires_grad
 
 
-def test_a_model_without_csa_layers_has_no_such_loss():
+def test_a_model_without_csa_layers_has_no_such_loss(tmp_path: Path):
     model = made(layer_types=[SWA, HCA, SWA, HCA])
+    save(model, tmp_path / "none")
+    assert has_indexer(resolve("tiny")) and has_indexer(resolve("flash")) and not has_indexer(tmp_path / "none")
     with pytest.raises(ValueError, match="no CSA layer, and so no indexer"):
         model(*pack(), index_loss=True)
     with pytest.raises(ValueError, match="no part 'indexer'"):
