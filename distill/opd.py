@@ -5,9 +5,10 @@ Source: paper 5.1, eq. 29. Our choices: a plain mean over all response tokens of
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.losses import reverse_kl
+from ..model.language_model import LanguageModel
 from ..rl.packing import Row
 from ..rl.trajectory import Trajectory
 
@@ -46,10 +47,17 @@ def distillation_loss(
     return total, {"loss": total}
 
 
-def loss(model: nn.Module, batch: dict[str, Tensor], shared: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """`distillation_loss` on a packed batch of `rows`; shared["head.I"] is teacher I's head."""
-    hidden = model(batch["tokens"], batch["cu_seqlens"]).hidden
+def loss(
+    model: LanguageModel, batch: dict[str, Tensor], shared: dict[str, Tensor], *, indexer_weight: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`distillation_loss` on a packed batch of `rows`, plus `indexer_weight` times the indexers' ("indexer_loss"), if
+    above 0; shared["head.I"] is teacher I's head."""
+    output = model(batch["tokens"], batch["cu_seqlens"], index_loss=indexer_weight > 0)
     heads = {int(name.removeprefix("head.")): head for name, head in shared.items()}
     # A token's distribution comes from the state before it; a document's first token has weight 0.
     fields = (batch["teacher_hidden"][:-1], batch["teacher"][1:], heads, batch["weight"][1:])
-    return distillation_loss(hidden[:-1], model.lm_head.weight, *fields)  # pyright: ignore
+    value, metrics = distillation_loss(output.hidden[:-1], model.lm_head.weight, *fields)
+    if indexer_weight:
+        metrics["indexer_loss"] = (batch["weight"] * output.index_kl).sum()
+        value = value + indexer_weight * metrics["indexer_loss"]
+    return value, metrics

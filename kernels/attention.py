@@ -15,10 +15,32 @@ def attend(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) -> Tensor:
     return reference_attend(q, rows, visible, sinks)
 
 
+@torch.no_grad()
+def head_mass(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) -> Tensor:
+    """The probability that `attend`'s softmax gives each row, summed over heads: fp32 [N, M, S], arguments as there.
+
+    A query's sum over its rows is H minus what the sinks take. No gradient: it is the target of the indexer's loss.
+    """
+    return reference_head_mass(q, rows, visible, sinks)
+
+
 def reference_attend(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) -> Tensor:
     """The definition, for any device: fp32 scores and softmax, reduced over all S rows at once."""
     n, m, heads, dim = q.shape
     keys = rows.float()
+    weights, total = _weights(q, keys, visible, sinks)
+    values = torch.bmm(weights.view(n, m * heads, -1), keys).view(n, m, heads, dim)
+    return (values / total).to(q.dtype)
+
+
+def reference_head_mass(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) -> Tensor:
+    weights, total = _weights(q, rows.float(), visible, sinks)
+    return (weights / total).sum(2)
+
+
+def _weights(q: Tensor, keys: Tensor, visible: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax before its division: numerators [N, M, H, S] and denominators [N, M, H, 1], fp32 as `keys`."""
+    n, m, heads, dim = q.shape
     queries = (q.float() * dim**-0.5).reshape(n, m * heads, dim)
     scores = torch.bmm(queries, keys.transpose(1, 2)).view(n, m, heads, -1)
     scores = scores.masked_fill(~visible.unsqueeze(2), float("-inf"))
@@ -26,6 +48,4 @@ def reference_attend(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) ->
     # The sink keeps the maximum finite where no row is visible; the result does not depend on the shift.
     shift = torch.maximum(scores.detach().amax(-1, keepdim=True), sinks.detach())
     weights = torch.exp(scores - shift)
-    total = weights.sum(-1, keepdim=True) + torch.exp(sinks - shift)
-    values = torch.bmm(weights.view(n, m * heads, -1), keys).view(n, m, heads, dim)
-    return (values / total).to(q.dtype)
+    return weights, weights.sum(-1, keepdim=True) + torch.exp(sinks - shift)

@@ -1,4 +1,4 @@
-"""The lightning indexer: which compressed entries a query of a CSA layer attends to."""
+"""The lightning indexer: which compressed entries a query of a CSA layer attends to, and the loss that trains it."""
 
 import torch
 from torch import Tensor
@@ -19,13 +19,48 @@ def select(
     return reference_select(q, weights, keys, visible, topk, dtype)
 
 
+def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+    """The scores fp32 [N, M, S] that `select` compares, not rounded and with their gradient; arguments as there."""
+    return reference_index_scores(q, weights, keys)
+
+
+def index_kl(scores: Tensor, chosen: Tensor, mass: Tensor) -> Tensor:
+    """KL(p || softmax of the index scores) over each query's chosen entries: fp32 [N, M], the indexer's own loss.
+
+    scores fp32 [N, M, S]; chosen [N, M, S] bool; mass [N, M, S], attention's probabilities summed over heads
+    (`head_mass`). The gradient goes to `scores` alone. p is `mass` over the chosen entries, divided by its sum: the
+    loss of DeepSeek-V3.2's sparse training stage (its report, 2.1.1); V4 is silent. V4's softmax also has window rows
+    and a sink; our choice is not to normalize each head without them, so that a head which looks into the window, or
+    has its mass in the sink, weighs little in p. 0, with no gradient, where fewer than two entries are chosen or the
+    chosen ones' mass underflows.
+    """
+    return reference_index_kl(scores, chosen, mass)
+
+
 @torch.no_grad()
 def reference_select(
     q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, topk: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    n, m, heads, dim = q.shape
-    dots = torch.bmm(q.float().reshape(n, m * heads, dim), keys.float().transpose(1, 2)).relu_()
-    scores = (dots.view(n, m, heads, -1) * weights.float().unsqueeze(-1)).sum(2)
-    scores = scores.to(dtype).masked_fill(~visible, float("-inf"))
+    return highest(reference_index_scores(q, weights, keys), visible, topk, dtype)
+
+
+def highest(scores: Tensor, visible: Tensor, topk: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`select` where the scores [N, M, S] are at hand."""
+    scores = scores.detach().to(dtype).masked_fill(~visible, float("-inf"))
     best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     return torch.zeros_like(visible).scatter_(-1, best, True) & visible
+
+
+def reference_index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+    n, m, heads, dim = q.shape
+    dots = torch.bmm(q.float().reshape(n, m * heads, dim), keys.float().transpose(1, 2)).relu_()
+    return (dots.view(n, m, heads, -1) * weights.float().unsqueeze(-1)).sum(2)
+
+
+def reference_index_kl(scores: Tensor, chosen: Tensor, mass: Tensor) -> Tensor:
+    mass = mass.detach().float().masked_fill(~chosen, 0.0)
+    total = mass.sum(-1, keepdim=True)
+    target = mass / total.where(total > 0, 1.0)
+    # A query without a target keeps all its scores, which are finite: a softmax over none would be NaN.
+    logs = torch.log_softmax(scores.masked_fill(~chosen & (total > 0), float("-inf")), -1).masked_fill(~chosen, 0.0)
+    return (torch.xlogy(target, target) - target * logs).sum(-1)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
-from ..kernels.attention import attend
+from ..kernels.attention import attend, head_mass
 from ..kernels.compress import pool
-from ..kernels.indexer import select
+from ..kernels.indexer import highest, index_kl, index_scores, select
 from ..kernels.norm import rms_norm
 from ..kernels.rope import apply_rope
 from .cache import LayerCache, kept
@@ -170,20 +170,24 @@ class Attention(nn.Module):
         elif kind == "heavily_compressed_attention":
             self.compressor = Compressor(config, self.dim, self.ratio, overlap=False)
 
-    def forward(self, x: Tensor, layout: Packed) -> Tensor:
-        """x [T, d] of a pack -> [T, d]."""
+    def forward(self, x: Tensor, layout: Packed, index_loss: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x [T, d] of a pack -> [T, d] and, if asked for and of a CSA layer, each query's `index_kl` fp32 [T]."""
         rotation = layout.rotation[self.rope]
         latent, q, kv = self._project(x, rotation)
-        rows, visible = layout.window_rows(kv), layout.visible
+        q, rows, visible = layout.in_blocks(q), layout.window_rows(kv), layout.visible
+        chosen = logits = None
         if self.compressor is not None:
             entries = layout.entries[self.ratio]
             values, scores = self.compressor(x, layout.position)
             compressed = self.compressor.entries(values, scores, entries)
-            chosen = self._chosen(x, latent, layout, entries)
+            chosen, logits = self._chosen(x, latent, layout, entries, index_loss)
             rows = torch.cat([rows, compressed[entries.block]], dim=1) if entries.block.numel() else rows
             visible = torch.cat([visible, chosen], dim=2)
-        out = self._attend(layout.in_blocks(q), rows, visible)
-        return self._output(out.flatten(0, 1)[: x.shape[0]], rotation)
+        out = self._output(self._attend(q, rows, visible).flatten(0, 1)[: x.shape[0]], rotation)
+        if chosen is None or logits is None:
+            return out, None
+        mass = head_mass(q, rows, visible, self.sinks)[..., layout.visible.shape[2] :]
+        return out, index_kl(logits, chosen, mass).flatten()[: x.shape[0]]
 
     def extend(self, x: Tensor, chunk: Chunk, cache: LayerCache) -> Tensor:
         """x [T, d], further tokens of each request -> [T, d]; updates `cache` in place."""
@@ -219,17 +223,33 @@ class Attention(nn.Module):
         out = apply_rope(out, rotation, inverse=True)
         return self.o_b_proj(self.o_a_proj(out.reshape(out.shape[0], self.groups, -1)).flatten(1))
 
-    @torch.no_grad()
-    def _chosen(self, x: Tensor, latent: Tensor, layout: Packed, entries: Entries) -> Tensor:
-        """bool [Q, W, E]: all visible entries (HCA), or the indexer's choice among them (CSA)."""
-        if not isinstance(self.compressor, CSACompressor) or entries.most <= self.compressor.indexer.topk:
-            return entries.visible  # where everything visible is chosen, the scores would decide nothing
+    def _chosen(
+        self, x: Tensor, latent: Tensor, layout: Packed, entries: Entries, index_loss: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """bool [Q, W, E]: all visible entries (HCA), or the indexer's choice among them (CSA).
+
+        Of a CSA layer with `index_loss` also the scores fp32 [Q, W, E], whose gradient is the indexer's alone.
+        """
+        if not isinstance(self.compressor, CSACompressor):
+            return entries.visible, None
         indexer = self.compressor.indexer
+        if index_loss:
+            scores = index_scores(*self._index_vectors(indexer, x.detach(), latent.detach(), layout, entries))
+            return highest(scores, entries.visible, indexer.topk, indexer.score_dtype), scores
+        if entries.most <= indexer.topk:
+            return entries.visible, None  # where everything visible is chosen, the scores would decide nothing
+        with torch.no_grad():
+            vectors = self._index_vectors(indexer, x, latent, layout, entries)
+            return select(*vectors, entries.visible, indexer.topk, indexer.score_dtype), None
+
+    def _index_vectors(
+        self, indexer: Indexer, x: Tensor, latent: Tensor, layout: Packed, entries: Entries
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [Q, W, Hi, Di], head weights [Q, W, Hi] and keys [Q, E, Di]."""
         values, scores = indexer(x, layout.position)
         keys = indexer.entries(values, scores, entries)
         q, weights = indexer.queries(x, latent, layout.rotation[self.rope])
-        q, weights = layout.in_blocks(q), layout.in_blocks(weights)
-        return select(q, weights, keys[entries.block], entries.visible, indexer.topk, indexer.score_dtype)
+        return layout.in_blocks(q), layout.in_blocks(weights), keys[entries.block]
 
     @torch.no_grad()
     def _chosen_in_cache(self, x: Tensor, latent: Tensor, chunk: Chunk, done: Finished, cache: LayerCache) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from ..errors import UserError
 from ..settings import FULL, Precision
 from . import checkpoint
-from .config import config_of, resolve
+from .config import CSA, config_of, resolve
 from .deepseek_v4 import DeepseekV4
 from .language_model import LanguageModel
 from .numerics import Numerics
@@ -72,6 +72,11 @@ def check_config(folder: Path, precision: Precision = FULL) -> int:
     if precision != FULL:
         raise UserError(f"{folder}: precision: low precision is DeepSeek-V4's alone; leave it out for this model")
     return other_config_of(folder).vocab_size
+
+
+def has_indexer(folder: Path) -> bool:
+    """Whether the model has CSA layers, which alone have an indexer. UserError as `check_config`."""
+    return is_v4(folder) and CSA in (config_of(folder).layer_types or ())
 
 
 def end_ids(folder: Path) -> tuple[int, ...]:

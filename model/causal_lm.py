@@ -142,10 +142,14 @@ class CausalLM(LanguageModel):
         self.lm.train(False)
         return self
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None) -> Output:
+    def forward(
+        self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None, index_loss: bool = False
+    ) -> Output:
         """A pack of whole documents: tokens int64 [T], cu_seqlens [B + 1]; no document sees another."""
         if replay is not None and replay.numel():
             raise ValueError(f"routing replay is DeepSeek-V4's alone; {self.config.model_type} has none")
+        if index_loss:
+            raise ValueError(f"the indexer's loss is DeepSeek-V4's alone; {self.config.model_type} has no indexer")
         return self._run(tokens, cu_seqlens, None)
 
     def new_cache(self, requests: int, capacity: int, slack: int = 0) -> KeyValueCache:

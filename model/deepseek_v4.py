@@ -17,7 +17,7 @@ from ..kernels.hyper import collapse, expand, head_mixing, mixing
 from ..kernels.moe import experts, route, swiglu
 from ..kernels.rope import inverse_frequencies
 from ..settings import FULL
-from .attention import Attention, RMSNorm, as_is, linear
+from .attention import Attention, CSACompressor, Indexer, RMSNorm, as_is, linear
 from .cache import Cache, LayerCache
 from .language_model import LanguageModel, Output
 from .layout import Chunk, Packed, chunk, packed
@@ -148,19 +148,20 @@ class Block(nn.Module):
         place: Packed | Chunk,
         cache: LayerCache | None,
         replay: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """New streams [T, n, d] and expert ids [T, k]; a chunk's `cache` is updated in place."""
+        index_loss: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """New streams [T, n, d], expert ids [T, k], `Attention.forward`'s KL; a chunk's `cache` is updated in place."""
         x, post, comb = self.attn_hc(streams)
-        x = self.input_layernorm(x)
+        x, kl = self.input_layernorm(x), None
         if isinstance(place, Packed):
-            x = self.self_attn(x, place)
+            x, kl = self.self_attn(x, place, index_loss)
         else:
             assert cache is not None
             x = self.self_attn.extend(x, place, cache)
         streams = self.attn_hc.expand(streams, x, post, comb)
         x, post, comb = self.ffn_hc(streams)
         x, ids = self.mlp(self.post_attention_layernorm(x), tokens, replay)
-        return self.ffn_hc.expand(streams, x, post, comb), ids
+        return self.ffn_hc.expand(streams, x, post, comb), ids, kl
 
 
 class Backbone(nn.Module):
@@ -181,9 +182,9 @@ class Backbone(nn.Module):
 class DeepseekV4(LanguageModel):
     """The model. `precision` says what is rounded as deployment stores it (`precision.set_precision` sets it).
 
-    The indexer's parameters do not require gradients: V4's language-model loss does not reach them (the choice is
+    The indexers' parameters do not require gradients: V4's language-model loss does not reach them (the choice is
     discrete), and the published post-training runs of others freeze them too. Nor do the MTP block's, for the same
-    first reason; a stage that has the block's own loss asks for them with `unfreeze`.
+    first reason. A stage that has the indexers' or the block's own loss asks for them with `unfreeze`.
     """
 
     numerics = "deepseek"
@@ -201,16 +202,16 @@ class DeepseekV4(LanguageModel):
         for kind in ("main", "compress"):
             table = inverse_frequencies(config.qk_rope_head_dim, parameters[kind])
             self.register_buffer(f"{kind}_frequencies", table, persistent=False)
-        for attention in self._attentions():
-            if indexer := getattr(attention.compressor, "indexer", None):
-                indexer.requires_grad_(False)
-        self.model.mtp.requires_grad_(False)
+        for module in (*self._indexers(), self.model.mtp):
+            module.requires_grad_(False)
 
     def unfreeze(self, part: str) -> None:
-        """Lets gradients reach a part of the model that only a loss of its own trains: "mtp"."""
-        if part != "mtp" or not self.model.mtp:
+        """Lets gradients reach a part of the model that only a loss of its own trains: "indexer" or "mtp"."""
+        found = {"indexer": self._indexers(), "mtp": list(self.model.mtp)}.get(part)
+        if not found:
             raise ValueError(f"the model has no part {part!r} that is frozen")
-        self.model.mtp.requires_grad_(True)
+        for module in found:
+            module.requires_grad_(True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeepseekV4":
         """What `.to`, `.bfloat16()` and the like go through, on a module around this one too: islands stay fp32.
@@ -232,18 +233,27 @@ class DeepseekV4(LanguageModel):
     def _attentions(self) -> list[Attention]:
         return [block.self_attn for block in self.model.layers]  # pyright: ignore
 
+    def _indexers(self) -> list[Indexer]:
+        return [a.compressor.indexer for a in self._attentions() if isinstance(a.compressor, CSACompressor)]
+
     def frequencies(self) -> dict[str, Tensor]:
         return {"main": self.main_frequencies, "compress": self.compress_frequencies}
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None) -> Output:
+    def forward(
+        self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None, index_loss: bool = False
+    ) -> Output:
         """A pack of whole documents: tokens int64 [T], cu_seqlens [B + 1]; no document sees another.
 
         `replay` int64 [T, L, k] forces recorded expert ids on learned layers (rows with -1 choose by themselves).
+        `index_loss` asks for `index_kl` (kernels/indexer.py), the mean over CSA layers (our choice), of the query that
+        predicts each token: 0 for a document's first. Its gradient reaches the indexers alone, if they are unfrozen.
         """
+        if index_loss and not self._indexers():
+            raise ValueError("the model has no CSA layer, and so no indexer that could have a loss")
         ratios = {ratio for ratio, _ in self.compressors}
         layout = packed(cu_seqlens, self.config.sliding_window, ratios, self.frequencies())
         _check(tokens, layout.position)
-        return self._run(tokens, layout, [None] * self.config.num_hidden_layers, replay)
+        return self._run(tokens, layout, [None] * self.config.num_hidden_layers, replay, index_loss)
 
     def new_cache(self, requests: int, capacity: int, slack: int = 0) -> Cache:
         """An empty cache for `requests`, with room for `capacity` tokens each; `slack` is what `rollback` may drop."""
@@ -280,16 +290,29 @@ class DeepseekV4(LanguageModel):
         """`extend` by the next token of each request: tokens int64 [B]."""
         return self.extend(tokens, torch.arange(tokens.numel() + 1, device=tokens.device), cache)
 
-    def _run(self, tokens: Tensor, place: Packed | Chunk, caches: list, replay: Tensor | None) -> Output:
+    def _run(
+        self,
+        tokens: Tensor,
+        place: Packed | Chunk,
+        caches: list,
+        replay: Tensor | None,
+        index_loss: bool = False,
+    ) -> Output:
         if (dtype := self.model.norm.weight.dtype).itemsize < 4:
             name = str(dtype).removeprefix("torch.")
             raise ValueError(f"V4's fp32 parameters were cast to {name}; run DeepSpeed without its bf16 section")
         streams = self.model.embed_tokens(tokens).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
-        chosen = []
+        chosen, divergences = [], []
         for i, (block, cache) in enumerate(zip(self.model.layers, caches, strict=True)):
-            streams, ids = block(streams, tokens, place, cache, None if replay is None else replay[:, i])
+            own = None if replay is None else replay[:, i]
+            streams, ids, kl = block(streams, tokens, place, cache, own, index_loss)
             chosen.append(ids)
-        return Output(self.model.norm(self.model.hc_head(streams)), torch.stack(chosen, dim=1), streams)
+            divergences += [] if kl is None else [kl]
+        index_kl = None
+        if divergences:
+            of_query = torch.stack(divergences).mean(0)
+            index_kl = F.pad(of_query[:-1], (1, 0)).masked_fill(place.position == 0, 0.0)
+        return Output(self.model.norm(self.model.hc_head(streams)), torch.stack(chosen, dim=1), streams, index_kl)
 
 
 def _check(tokens: Tensor, position: Tensor) -> None:

@@ -15,6 +15,7 @@ class Output(NamedTuple):
     hidden: Tensor  # [T, d] after the final norm
     experts: Tensor  # int64 [T, L, k]: the expert ids of every MoE layer, hash layers in their slots; [T, 0, 0] if none
     streams: Any = None  # Tensor [T, n, d], as they leave V4's last layer, for its MTP block
+    index_kl: Any = None  # Tensor fp32 [T], if asked for: the loss of V4's indexers in the queries that predict a token
 
 
 class LanguageModel(nn.Module):
@@ -29,10 +30,12 @@ class LanguageModel(nn.Module):
     precision: Precision = FULL
 
     @abstractmethod
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None) -> Output:
+    def forward(
+        self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None, index_loss: bool = False
+    ) -> Output:
         """A pack of whole documents: tokens int64 [T], cu_seqlens [B + 1]; no document sees another.
 
-        `replay` int64 [T, L, k]: recorded expert ids to use again.
+        `replay` int64 [T, L, k]: recorded expert ids to use again. `index_loss` asks for the output's `index_kl`.
         """
 
     @abstractmethod
@@ -53,5 +56,8 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None, temperature: float = 1.0
     ) -> Tensor:
         """fp32 [T]: log p(token | its document's prefix) for tokens int64 [T]; 0 for each document's first token."""
-        hidden = self(tokens, cu_seqlens, replay=replay).hidden
-        return packed_logprobs(hidden, self.lm_head.weight, tokens, cu_seqlens, temperature=temperature)
+        return self.logprobs_of(self(tokens, cu_seqlens, replay=replay), tokens, cu_seqlens, temperature)
+
+    def logprobs_of(self, output: Output, tokens: Tensor, cu_seqlens: Tensor, temperature: float = 1.0) -> Tensor:
+        """`logprobs` from the forward's output."""
+        return packed_logprobs(output.hidden, self.lm_head.weight, tokens, cu_seqlens, temperature=temperature)

@@ -24,6 +24,7 @@ from ..kernels.moe import swiglu
 from ..kernels.rope import apply_rope
 from .attention import Attention, Compressor, CSACompressor, Indexer, RMSNorm
 from .deepseek_v4 import DeepseekV4, HyperConnection, HyperHead, MoE, Router, SharedExpert
+from .language_model import Output
 
 Numerics = Literal["deepseek", "transformers"]
 
@@ -159,11 +160,8 @@ class _DeepseekV4(DeepseekV4):
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden).float()
 
-    def logprobs(
-        self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None, temperature: float = 1.0
-    ) -> Tensor:
-        hidden = self(tokens, cu_seqlens, replay=replay).hidden
-        scores = torch.log_softmax(self.logits(hidden[:-1]) / temperature, -1)
+    def logprobs_of(self, output: Output, tokens: Tensor, cu_seqlens: Tensor, temperature: float = 1.0) -> Tensor:
+        scores = torch.log_softmax(self.logits(output.hidden[:-1]) / temperature, -1)
         picked = F.pad(scores.gather(1, tokens[1:].unsqueeze(1)).squeeze(1), (1, 0))
         return picked.index_fill(0, cu_seqlens[:-1].long(), 0.0)
 

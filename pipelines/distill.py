@@ -19,9 +19,10 @@ def distill(stage: StageRun, settings: Distill) -> None:
     domains = [run.domains[name] for name in settings.domains]
     chosen = settings.sampling
     limits = {"temperature": chosen.temperature, "max_new_tokens": chosen.max_new_tokens, "draft": chosen.draft}
+    terms = {"indexer_weight": settings.indexer.weight}
     paths = [run.model(settings.teachers[name]) for name in settings.domains]
     with (
-        stage.learner(model, settings.optimizer) as learner,
+        stage.learner(model, settings.optimizer, unfreeze=settings.indexer.unfreeze) as learner,
         stage.rollouts(model, settings.rollout_workers) as rollouts,
         Teachers(paths, **run.fleet.place) as teachers,
         stage.metered([teachers.worker]),
@@ -38,7 +39,7 @@ def distill(stage: StageRun, settings: Distill) -> None:
             teacher = [settings.domains.index(t.domain) for t in trajectories]
             documents = [t.row()["tokens"] for t in trajectories]
             hidden = teachers.hidden(documents, teacher, settings.optimizer.micro_batch_tokens)
-            metrics = learner.step(rows(trajectories, hidden, teacher), "distill.opd:loss", heads)
+            metrics = learner.step(rows(trajectories, hidden, teacher), "distill.opd:loss", heads, **terms)
             metrics["kl"] = metrics.pop("loss")
             metrics |= length_metrics(trajectories)
             write_rollouts(stage.folder / "rollouts", step + 1, trajectories)

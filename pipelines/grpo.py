@@ -22,9 +22,12 @@ def grpo(stage: StageRun, settings: Grpo) -> None:
     domains = [run.domains[name] for name in settings.domains]
     chosen = settings.sampling
     limits = {"temperature": chosen.temperature, "max_new_tokens": chosen.max_new_tokens, "draft": chosen.draft}
-    loss = {"clip_low": settings.clip_low, "clip_high": settings.clip_high, "temperature": limits["temperature"]}
+    loss = {
+        "clip_low": settings.clip_low, "clip_high": settings.clip_high, "temperature": limits["temperature"],
+        "indexer_weight": settings.indexer.weight,
+    }  # fmt: skip
     with (
-        stage.learner(model, settings.optimizer, settings.updates) as learner,
+        stage.learner(model, settings.optimizer, settings.updates, settings.indexer.unfreeze) as learner,
         stage.rollouts(model, settings.rollout_workers) as rollouts,
         stage.grader() as grader,
     ):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..model.auto import check_config
+from ..model.auto import check_config, has_indexer
 from ..model.config import resolve
 from ..model.template import speaker
 from ..rewards.domains import Domain
@@ -12,7 +12,8 @@ from .recipe import BASE, Average, Distill, Pretrain, Recipe
 
 
 def check_models(recipe: Recipe, domains: dict[str, Domain]) -> None:
-    """UserError for a base that is not built or cannot be asked a domain's problems, or a teacher of other tokens."""
+    """UserError for a base that is not built or cannot be asked a domain's problems, a teacher of other tokens, or an
+    indexer to train where there is none."""
     for stage in recipe.stages.values():
         if isinstance(stage, Pretrain):
             check_config(resolve(stage.init), recipe.precision)
@@ -27,6 +28,13 @@ def check_models(recipe: Recipe, domains: dict[str, Domain]) -> None:
             except ValueError as error:
                 raise UserError(f"domains.{name}: {recipe.base}: {error}") from None
     for stage, settings in recipe.stages.items():
+        if not isinstance(settings, Average) and settings.indexer.weight:
+            folder = origin(recipe, stage)
+            if not has_indexer(folder):
+                raise UserError(
+                    f"stages.{stage}.indexer.weight: {folder} has no indexer, which only CSA layers of DeepSeek-V4 "
+                    "have; leave the key out"
+                )
         if isinstance(settings, Distill):
             student = origin(recipe, settings.from_)
             for domain, name in settings.teachers.items():

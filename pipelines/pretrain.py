@@ -16,7 +16,7 @@ from ..model.tokenizer import load as load_tokenizer
 from ..rl.packing import Row
 from .corpus import build_corpus, load_corpus, save_corpus
 from .recipe import Pretrain
-from .sft import mtp_settings, rate, shown, weighted
+from .sft import loss_settings, rate, shown, weighted
 from .stage import StageRun
 
 
@@ -27,12 +27,12 @@ def pretrain(stage: StageRun, settings: Pretrain) -> None:
         model.origin = resolve(settings.init)
         save(model, start)
     tokens, borders = corpus(stage, settings)
-    mtp = mtp_settings(settings.mtp)
-    with stage.learner(start, settings.optimizer, unfreeze=settings.mtp.unfreeze) as learner:
+    unfreeze = (*settings.mtp.unfreeze, *settings.indexer.unfreeze)
+    with stage.learner(start, settings.optimizer, unfreeze=unfreeze) as learner:
         while stage.step < stage.steps:
             began = time.monotonic()
             rows = batch(stage, settings, tokens, borders)
-            metrics = learner.step(weighted(rows), "pipelines.sft:loss", **mtp)
+            metrics = learner.step(weighted(rows), "pipelines.sft:loss", **loss_settings(settings))
             metrics["tokens_per_second"] = rate(rows, began)
             stage.commit(learner, metrics, shown(metrics))
         learner.save_model(stage.folder / "trained")

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from ..errors import UserError
-from ..rl.settings import Optimization, Sampling
+from ..rl.settings import IndexerLoss, MtpLoss, Optimization, Sampling
 from ..settings import FULL, Precision, Settings
 from .base_check import base_problem, has_mtp, preset_problem
 from .recipe_errors import explain, message, suggest
@@ -75,22 +75,6 @@ class Successor(Stage):
         return {("from",): self.from_}
 
 
-class MtpLoss(Settings):
-    """The loss of the multi-token-prediction block, which foresees the token after the next."""
-
-    weight: NonNegativeFloat = 0.0
-    """Weight of its loss beside the next-token loss; 0 leaves the block as it is. V4's pre-training has 0.3, and 0.1
-    from the start of the learning rate's decay."""
-    into_backbone: bool = True
-    """Whether its gradient goes on into the model, embedding and head included, as in V3; else the block alone learns.
-    """
-
-    @property
-    def unfreeze(self) -> tuple[str, ...]:
-        """`Learner.load`'s."""
-        return ("mtp",) if self.weight else ()
-
-
 class SftOptimization(Optimization):
     lr: PositiveFloat = 1e-5
 
@@ -113,6 +97,7 @@ class Sft(Successor):
     validation: PositiveInt = 128
     """Held-out demonstrations per domain, none of them trained on."""
     mtp: MtpLoss = MtpLoss()
+    indexer: IndexerLoss = IndexerLoss()
     optimizer: SftOptimization = SftOptimization()
 
 
@@ -145,6 +130,7 @@ class Grpo(Successor):
     """Optimizer steps per rollout batch; 1 is on-policy."""
     rollout_workers: PositiveInt = 1
     """Processes that sample."""
+    indexer: IndexerLoss = IndexerLoss()
     optimizer: GrpoOptimization = GrpoOptimization()
 
 
@@ -171,6 +157,7 @@ class Distill(Successor):
     sampling: Sampling = Sampling()
     rollout_workers: PositiveInt = 1
     """Processes that sample."""
+    indexer: IndexerLoss = IndexerLoss()
     optimizer: DistillOptimization = DistillOptimization()
 
     def references(self) -> dict[Keys, str]:
@@ -213,6 +200,7 @@ class Pretrain(Stage):
     corpus: str | None = None
     """A file written by `python -m amalgam.pipelines.corpus`; where absent, the stage first writes one."""
     mtp: MtpLoss = MtpLoss()
+    indexer: IndexerLoss = IndexerLoss()
     optimizer: PretrainOptimization = PretrainOptimization()
 
     def references(self) -> dict[Keys, str]:

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..kernels.losses import packed_logprobs
 from ..model.checkpoint import replace_folder
 from ..model.mtp import mtp_logprobs
 from ..rl.learner import Learner
 from ..rl.packing import Row
-from .recipe import MtpLoss, Sft
+from .recipe import Pretrain, Sft
 from .stage import StageRun, speaker
 
 
@@ -33,19 +32,24 @@ def loss(
     *,
     mtp_weight: float = 0.0,
     mtp_into_backbone: bool = True,
+    indexer_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`nll` on a packed batch of `weighted` rows, plus `mtp_weight` times the MTP block's ("mtp_loss"), if above 0.
+    """`nll` on a packed batch of `weighted` rows, plus `mtp_weight` times the MTP block's ("mtp_loss") and
+    `indexer_weight` times the indexers' ("indexer_loss"), where above 0.
 
     The block foresees the token after the next: a document's first two tokens are not among its targets, and the sum is
     divided by the same number of tokens as the main one, as in V3 (2.2).
     """
     tokens, cu_seqlens, weight = batch["tokens"], batch["cu_seqlens"], batch["weight"]
-    if not mtp_weight:
-        return nll(model.logprobs(tokens, cu_seqlens), weight)
-    output = model(tokens, cu_seqlens)
-    value, metrics = nll(packed_logprobs(output.hidden, model.lm_head.weight, tokens, cu_seqlens), weight)
-    ahead, _ = nll(mtp_logprobs(model, output.streams, tokens, cu_seqlens, into_backbone=mtp_into_backbone), weight)
-    return value + mtp_weight * ahead, metrics | {"mtp_loss": ahead}
+    output = model(tokens, cu_seqlens, index_loss=indexer_weight > 0)
+    value, metrics = nll(model.logprobs_of(output, tokens, cu_seqlens), weight)
+    if mtp_weight:
+        ahead, _ = nll(mtp_logprobs(model, output.streams, tokens, cu_seqlens, into_backbone=mtp_into_backbone), weight)
+        value, metrics["mtp_loss"] = value + mtp_weight * ahead, ahead
+    if indexer_weight:
+        metrics["indexer_loss"] = (weight * output.index_kl).sum()
+        value = value + indexer_weight * metrics["indexer_loss"]
+    return value, metrics
 
 
 def weighted(rows: list[Row]) -> list[Row]:
@@ -54,9 +58,12 @@ def weighted(rows: list[Row]) -> list[Row]:
     return [{"tokens": row["tokens"], "weight": row["trained"] / total} for row in rows]
 
 
-def mtp_settings(mtp: MtpLoss) -> dict[str, Any]:
+def loss_settings(settings: Sft | Pretrain) -> dict[str, Any]:
     """`loss`'s keywords."""
-    return {"mtp_weight": mtp.weight, "mtp_into_backbone": mtp.into_backbone}
+    mtp = settings.mtp
+    return {
+        "mtp_weight": mtp.weight, "mtp_into_backbone": mtp.into_backbone, "indexer_weight": settings.indexer.weight,
+    }  # fmt: skip
 
 
 def rate(rows: list[Row], began: float) -> float:
@@ -72,14 +79,15 @@ def sft(stage: StageRun, settings: Sft) -> None:
     train, held_out = demonstrations(stage, settings)
     per_epoch = -(-len(train) // settings.batch_size)
     facts = stage.facts = stage.facts or {"best": float("inf"), "best_epoch": 0}
-    model, mtp = stage.run.model(settings.from_), mtp_settings(settings.mtp)
-    with stage.learner(model, settings.optimizer, unfreeze=settings.mtp.unfreeze) as learner:
+    model, terms = stage.run.model(settings.from_), loss_settings(settings)
+    unfreeze = (*settings.mtp.unfreeze, *settings.indexer.unfreeze)
+    with stage.learner(model, settings.optimizer, unfreeze=unfreeze) as learner:
         while stage.step < stage.steps and stage.step // per_epoch - facts["best_epoch"] < settings.patience:
             epoch, place = divmod(stage.step, per_epoch)
             order = np.random.default_rng([stage.run.seed(stage.name), epoch]).permutation(len(train))
             began = time.monotonic()
             rows = [train[i] for i in order[place * settings.batch_size :][: settings.batch_size]]
-            metrics = learner.step(weighted(rows), "pipelines.sft:loss", **mtp)
+            metrics = learner.step(weighted(rows), "pipelines.sft:loss", **terms)
             metrics["tokens_per_second"] = rate(rows, began)
             if place + 1 == per_epoch:
                 metrics["held_out_loss"] = keep_best(stage, learner, held_out, epoch + 1)

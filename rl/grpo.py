@@ -7,8 +7,9 @@ from collections import defaultdict
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..model.language_model import LanguageModel
 from .packing import Row
 from .trajectory import Trajectory
 
@@ -73,16 +74,23 @@ def policy_loss(
 
 
 def loss(
-    model: nn.Module,
+    model: LanguageModel,
     batch: dict[str, Tensor],
     shared: dict[str, Tensor],
     *,
     clip_low: float,
     clip_high: float,
     temperature: float,
+    indexer_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`policy_loss` on a packed batch of `rows`, with the sampler's experts replayed (their weights are recomputed)."""
-    replay = batch["experts"].long()
-    logprobs = model.logprobs(batch["tokens"], batch["cu_seqlens"], replay=replay, temperature=temperature)  # pyright: ignore
+    """`policy_loss` on a packed batch of `rows`, with the sampler's experts replayed (their weights are recomputed),
+    plus `indexer_weight` times the indexers' loss ("indexer_loss"), if above 0."""
+    tokens, cu_seqlens, replay = batch["tokens"], batch["cu_seqlens"], batch["experts"].long()
+    output = model(tokens, cu_seqlens, replay=replay, index_loss=indexer_weight > 0)
+    logprobs = model.logprobs_of(output, tokens, cu_seqlens, temperature)
     fields = (batch["old_logprobs"], batch["advantage"], batch["weight"])
-    return policy_loss(logprobs, *fields, clip_low=clip_low, clip_high=clip_high)
+    value, metrics = policy_loss(logprobs, *fields, clip_low=clip_low, clip_high=clip_high)
+    if indexer_weight:
+        metrics["indexer_loss"] = (batch["weight"] * output.index_kl).sum()
+        value = value + indexer_weight * metrics["indexer_loss"]
+    return value, metrics

@@ -1,8 +1,11 @@
-"""The settings of optimization and sampling, and the one place for their defaults. No torch is imported."""
+"""The settings of optimization, of losses beside the main one, and of sampling: the one place for their defaults.
+
+No torch is imported.
+"""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Strict
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
 
 from ..settings import Settings
 
@@ -40,6 +43,38 @@ class Optimization(Settings):
     """Learner processes, data parallel. They change the memory and the time of a step, never its gradient."""
     micro_batch_tokens: PositiveInt = 4096
     """Most tokens in one packed forward and backward of a rank; a step takes as many of them as it needs."""
+
+
+class MtpLoss(Settings):
+    """The loss of the multi-token-prediction block, which foresees the token after the next."""
+
+    weight: NonNegativeFloat = 0.0
+    """Weight of its loss beside the next-token loss; 0 leaves the block as it is. V4's pre-training has 0.3, and 0.1
+    from the start of the learning rate's decay."""
+    into_backbone: bool = True
+    """Whether its gradient goes on into the model, embedding and head included, as in V3; else the block alone learns.
+    """
+
+    @property
+    def unfreeze(self) -> tuple[str, ...]:
+        """`Learner.load`'s."""
+        return ("mtp",) if self.weight else ()
+
+
+class IndexerLoss(Settings):
+    """The loss of CSA's lightning indexers: how far their scores are from where attention looks (kernels/indexer.py).
+
+    It is summed over tokens with the weights of the stage's main loss.
+    """
+
+    weight: NonNegativeFloat = 0.0
+    """Weight of the loss beside the main one; 0 leaves the indexers as they are. It trains them alone. Their gradient
+    has its part in the norm that is clipped. DeepSeek-V3.2 trains so to the end and gives no weight, V4 is silent."""
+
+    @property
+    def unfreeze(self) -> tuple[str, ...]:
+        """`Learner.load`'s."""
+        return ("indexer",) if self.weight else ()
 
 
 Draft = Literal["off", "mtp"]

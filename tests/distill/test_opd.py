@@ -134,18 +134,25 @@ def test_each_response_token_is_taught_by_its_domains_teacher(
     assert value.item() == pytest.approx(np.mean(total), rel=1e-4)
 
 
+@pytest.mark.parametrize("indexer_weight", [0.0, 0.5])
 def test_micro_batches_do_not_change_loss_or_gradient(
-    student: DeepseekV4, trajectories: list[Trajectory], teachers: list[DeepseekV4]
+    trajectories: list[Trajectory], teachers: list[DeepseekV4], indexer_weight: float
 ):
+    student = tiny.model(0, vocab_size=VOCABULARY)
+    if indexer_weight:
+        student.unfreeze("indexer")
     made, shared = taught(trajectories, teachers)
-    whole, _ = loss(student, collate(made, "cpu"), shared)
+    whole, metrics = loss(student, collate(made, "cpu"), shared, indexer_weight=indexer_weight)
+    own = metrics.get("indexer_loss", torch.zeros(()))
+    assert whole.item() == pytest.approx((metrics["loss"] + indexer_weight * own).item())
+    assert (own > 1e-3) == bool(indexer_weight)
     whole.backward()
     expected = gradients(student)
     assert "lm_head.weight" in expected
     for parts in ([made[::-1]], [made[:3], made[3:]], [[row] for row in made]):
         total = 0.0
         for part in parts:
-            value, _ = loss(student, collate(part, "cpu"), shared)
+            value, _ = loss(student, collate(part, "cpu"), shared, indexer_weight=indexer_weight)
             value.backward()
             total += value.item()
         assert total == pytest.approx(whole.item(), rel=1e-5)

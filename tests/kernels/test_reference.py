@@ -1,5 +1,6 @@
 """Each operation against its naive definition in float64, forward and every gradient."""
 
+import itertools
 import math
 
 import pytest
@@ -78,6 +79,23 @@ def test_attention_with_sink(m: int, s: int):
     assert torch.equal(attention.attend(q, rows, visible, sinks)[0, 0], torch.zeros(3, 8))
 
 
+def test_head_mass_is_the_probability_that_attention_gives_a_row():
+    q, sinks, visible = torch.randn(2, 3, 4, 8), torch.randn(4), torch.rand(2, 3, 7) < 0.6
+    visible[0, 0] = False
+    rows = torch.randn(2, 7, 8)
+    found = attention.head_mass(q.requires_grad_(), rows, visible, sinks)
+    assert not found.requires_grad
+    for n in range(2):
+        for m in range(3):
+            seen = visible[n, m]
+            expected = torch.zeros(7, dtype=torch.float64)
+            for h in range(4):
+                scores = rows[n, seen].double() @ q[n, m, h].detach().double() * 8**-0.5
+                mass = scores.exp()
+                expected[seen] += mass / (mass.sum() + sinks[h].double().exp())
+            torch.testing.assert_close(found[n, m].double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_pool_ignores_absent_slots():
     values, scores = torch.randn(4, 6, 5), torch.randn(4, 6, 5)
     scores[0, :3] = float("-inf")
@@ -112,6 +130,45 @@ def test_index_scores_may_be_bf16_before_the_choice():
     pick = [indexer.select(one.unsqueeze(-1), one, keys, seen, 1, dtype) for dtype in (torch.float32, torch.bfloat16)]
     assert [int(p.nonzero()[0, 2]) for p in pick] == [1, 0]
     assert int(indexer.select(one.unsqueeze(-1), one, keys, seen | True, 1, torch.bfloat16).nonzero()[0, 2]) == 2
+
+
+def test_index_scores_are_those_of_the_choice():
+    q, weights, keys = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4), torch.randn(2, 5, 8)
+
+    def naive(q, weights, keys):
+        dots = [[[[q[n, m, h] @ keys[n, s] for h in range(4)] for s in range(5)] for m in range(3)] for n in range(2)]
+        flat = torch.stack([dot for a in dots for b in a for c in b for dot in c]).view(2, 3, 5, 4)
+        return (flat.clamp(min=0) * weights.unsqueeze(2)).sum(-1)
+
+    compare(indexer.index_scores, naive, q, weights, keys)
+    scores, visible = indexer.index_scores(q, weights, keys), torch.rand(2, 3, 5) < 0.7
+    assert torch.equal(indexer.highest(scores, visible, 2), indexer.select(q, weights, keys, visible, 2))
+
+
+def test_index_kl():
+    """Queries with none, one, some and all of the entries chosen; one whose chosen entries have no mass at all."""
+    scores, mass = 3 * torch.randn(2, 4, 6), torch.rand(2, 4, 6) ** 4
+    chosen = torch.rand(2, 4, 6) < 0.5
+    chosen[0, 0], chosen[0, 1], chosen[0, 2] = False, torch.arange(6) == 3, True
+    mass[1, 0] = mass[1, 0].masked_fill(chosen[1, 0], 0.0)
+    mass[1, 1, chosen[1, 1].nonzero()[0]] = 0.0
+
+    def naive(scores):
+        total = torch.zeros(2, 4, dtype=torch.float64)
+        for n, m in itertools.product(range(2), range(4)):
+            own = chosen[n, m].nonzero().flatten().tolist()
+            whole = sum(float(mass[n, m, s]) for s in own)
+            for s in own:
+                if p := float(mass[n, m, s]) / whole if whole else 0.0:
+                    q = scores[n, m, s].exp() / sum(scores[n, m, other].exp() for other in own)
+                    total[n, m] = total[n, m] + p * (math.log(p) - q.log())
+        return total
+
+    assert int(chosen[1, 0].sum()) > 1 and int(chosen[1, 1].sum()) > 1
+    compare(lambda s: indexer.index_kl(s, chosen, mass), naive, scores)
+    found = indexer.index_kl(scores, chosen, mass)
+    assert (found >= -1e-6).all() and (found[0, :2] == 0).all() and found[1, 0] == 0
+    torch.testing.assert_close(indexer.index_kl(mass.log(), mass > 0, 7 * mass), torch.zeros(2, 4), rtol=0, atol=1e-6)
 
 
 def naive_mixing(streams, fn, base, scale, iterations):

@@ -154,6 +154,8 @@ def test_what_only_v4_has_is_refused(tmp_path: Path):
     model = load(other_models.checkpoint(tmp_path / "m"))
     with pytest.raises(ValueError, match=r"^routing replay is DeepSeek-V4's alone; qwen3 has none$"):
         model.logprobs(torch.arange(4), torch.tensor([0, 4]), replay=torch.zeros(4, 2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"^the indexer's loss is DeepSeek-V4's alone; qwen3 has no indexer$"):
+        model(torch.arange(4), torch.tensor([0, 4]), index_loss=True)
     limits: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 2, "seed": 0, "version": 0}
     with pytest.raises(ValueError, match="^the MTP block is DeepSeek-V4's alone$"):
         Engine(model, END_IDS).generate(tiny.requests(1, 1), **limits, draft="mtp")

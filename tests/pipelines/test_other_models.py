@@ -140,6 +140,13 @@ def test_mtp_is_refused_where_the_recipe_is_read(base: Path, tmp_path: Path, set
         recipe(base, tmp_path, RECIPE, setting)
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo", "merged"])
+def test_training_an_indexer_is_refused(base: Path, tmp_path: Path, stage: str):
+    with pytest.raises(UserError, match=f"^stages.{stage}.indexer.weight: .*base has no indexer, which only CSA"):
+        run_recipe(recipe(base, tmp_path, RECIPE, f"stages.{stage}.indexer.weight=1"), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_low_precision_is_refused(base: Path, tmp_path: Path):
     with pytest.raises(UserError, match="base: precision: low precision is DeepSeek-V4's alone"):
         run_recipe(recipe(base, tmp_path, RECIPE, "precision={experts: fp4}"), tmp_path / "runs")

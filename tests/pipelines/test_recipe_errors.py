@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -324,6 +325,20 @@ def test_what_needs_the_mtp_block_is_refused_for_a_model_without_one():
     recipe = load(SMALL, *wanted)
     assert stage(recipe, "sft-strings", Sft).mtp.weight == 0.1
     assert stage(recipe, "grpo-strings", Grpo).sampling.draft == "mtp"
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo", "merged"])
+def test_the_weight_of_the_indexers_loss(kind: str):
+    name, made = (kind, kind) if kind == "merged" else (f"{kind}-{{domain}}", f"{kind}-strings")
+    place = f"stages.{name}.indexer"
+    off: Any = load(SMALL).stages[made]
+    assert off.indexer.weight == 0 and off.indexer.unfreeze == ()
+    on: Any = load(SMALL, f"{place}={{weight: 0.5}}").stages[made]
+    assert on.indexer.weight == 0.5 and on.indexer.unfreeze == ("indexer",)
+    wanted = "give a number at least 0, e.g. 0.0"
+    for value, problem in (("-0.1", f"-0.1 is out of range; {wanted}"), (".nan", f'".nan" is not a number; {wanted}')):
+        assert errors(SMALL, f"{place}.weight={value}") == [f"--set {place}.weight: {problem}"]
+    assert errors(SMALL, f"{place}.wait=1") == [f"--set {place}.wait: unknown key; did you mean 'weight'?"]
 
 
 # The base's folder

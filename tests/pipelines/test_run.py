@@ -109,6 +109,16 @@ def test_sampler_and_learner_agree_in_every_step(whole: Path):
     assert all(r["grad_norm"] > 0 for r in learned)
 
 
+def test_the_indexers_are_trained_where_their_loss_has_a_weight(whole: Path, recipe: Recipe):
+    found = metrics(whole)
+    for stage, origin in (("sft-words", str(recipe.base)), ("grpo-words", "sft-words"), ("merged", str(recipe.base))):
+        assert all(row["indexer_loss"] > 0 for row in found[stage] if "grad_norm" in row)
+        before = load(origin if stage != "grpo-words" else whole / "stages" / origin / "checkpoint").state_dict()
+        after = load(whole / "stages" / stage / "checkpoint").state_dict()
+        moved = [not torch.equal(tensor, before[name]) for name, tensor in after.items() if ".indexer." in name]
+        assert len(moved) == 6 and all(moved)
+
+
 def test_the_sft_checkpoint_is_the_best_epochs(whole: Path, recipe: Recipe):
     """By its own held-out loss, in at least one stage an earlier epoch than the last."""
     earlier = []

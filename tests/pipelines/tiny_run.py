@@ -40,7 +40,14 @@ domains:
   numbers: {{tasks: {json.dumps(TASKS["numbers"])}, demonstrations: {DEMONSTRATIONS}}}
   words: {{tasks: {json.dumps(TASKS["words"])}, demonstrations: {DEMONSTRATIONS}}}
 stages:
-  sft-{{domain}}: {{kind: sft, from: base, batch_size: 8, max_epochs: 2, validation: 8, optimizer: {{lr: 0.001}}}}
+  sft-{{domain}}:
+    kind: sft
+    from: base
+    batch_size: 8
+    max_epochs: 2
+    validation: 8
+    indexer: {{weight: 1}}
+    optimizer: {{lr: 0.001}}
   grpo-{{domain}}:
     kind: grpo
     from: sft-{{domain}}
@@ -48,6 +55,7 @@ stages:
     prompts: 4
     group_size: 4
     sampling: {{max_new_tokens: 8}}
+    indexer: {{weight: 0.3}}
     optimizer: {{lr: 0.001, micro_batch_tokens: 200}}
   average: {{kind: average, of: "grpo-{{domain}}"}}
   merged:
@@ -57,6 +65,7 @@ stages:
     steps: {STEPS["merged"]}
     prompts: 5
     sampling: {{max_new_tokens: 8}}
+    indexer: {{weight: 0.3}}
     optimizer: {{lr: 0.001}}
 evaluate: {{problems: 8, max_new_tokens: 8}}
 stages_at_once: 2

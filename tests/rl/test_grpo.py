@@ -133,8 +133,10 @@ def sampled(model: DeepseekV4, temperature: float) -> list[tuple[Trajectory, flo
     return kept
 
 
-def on(model: DeepseekV4, batch_rows: list, temperature: float = 1.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return loss(model, collate(batch_rows, "cpu"), {}, temperature=temperature, **CLIP)
+def on(
+    model: DeepseekV4, batch_rows: list, temperature: float = 1.0, **more: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return loss(model, collate(batch_rows, "cpu"), {}, temperature=temperature, **CLIP, **more)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -156,20 +158,27 @@ def test_the_samplers_temperature_is_the_learners(model: DeepseekV4):
     assert metrics["mismatch"] > 1e-3
 
 
-def test_neither_packing_nor_micro_batches_change_loss_or_gradient(model: DeepseekV4):
+@pytest.mark.parametrize("indexer_weight", [0.0, 0.5])
+def test_neither_packing_nor_micro_batches_change_loss_or_gradient(indexer_weight: float):
     """The denominator is in the rows. Old log-probs are moved, so that some tokens are clipped."""
+    model = tiny.model(0, vocab_size=40)
+    if indexer_weight:
+        model.unfreeze("indexer")
     rng = np.random.default_rng(0)
     moved = [(replace(t, logprobs=t.logprobs + rng.normal(0, 0.3, len(t.logprobs))), a) for t, a in sampled(model, 1.0)]
     made = rows(moved)
-    whole, whole_metrics = on(model, made)
+    whole, whole_metrics = on(model, made, indexer_weight=indexer_weight)
     assert whole_metrics["clipped"] > 0.01
+    own = whole_metrics.get("indexer_loss", torch.zeros(()))
+    assert whole.item() == pytest.approx((whole_metrics["loss"] + indexer_weight * own).item())
+    assert (own > 1e-3) == bool(indexer_weight)
     whole.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for parts in ([made[::-1]], [made[:4], made[4:5], made[5:]], [[row] for row in made]):
         model.zero_grad(set_to_none=True)
         totals: dict[str, float] = {}
         for part in parts:
-            value, metrics = on(model, part)
+            value, metrics = on(model, part, indexer_weight=indexer_weight)
             value.backward()
             totals = {name: totals.get(name, 0.0) + metric.item() for name, metric in metrics.items()}
         assert totals == pytest.approx({name: m.item() for name, m in whole_metrics.items()}, rel=1e-4, abs=1e-6)
@@ -177,7 +186,6 @@ def test_neither_packing_nor_micro_batches_change_loss_or_gradient(model: Deepse
             found = dict(model.named_parameters())[name].grad
             difference = (0.0 if found is None else found) - expected
             assert difference.norm() <= 1e-5 * expected.norm() + 1e-8, name
-    model.zero_grad(set_to_none=True)
 
 
 def test_prompts_have_no_part(model: DeepseekV4):

@@ -193,27 +193,32 @@ def test_gradient_is_plain_torchs(learner, checkpoint, tmp_path, ranks, stage):
     assert metrics["lr"] == pytest.approx(0.5e-3)
 
 
+@pytest.mark.parametrize(("part", "count"), [("mtp", 20), ("indexer", 6)])
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 1), (2, 3)])
-def test_the_mtp_block_learns_where_it_is_unfrozen(learner, checkpoint, tmp_path, ranks, stage):
-    """Gradients of both losses as above; without, the block is no part of the learner's state."""
+def test_a_part_with_a_loss_of_its_own_learns_where_it_is_unfrozen(
+    learner, checkpoint, tmp_path, ranks, stage, part, count
+):
+    """Gradients of both losses as above; without, the part does not belong to the learner's state."""
     (rows,) = batches(1)
+    weight: dict[str, Any] = {f"{part}_weight": 0.3}
     settings = optimization(ranks, stage, gradient_clipping=1e6)
     ours = learner(ranks, stage)
     ours.save_state(tmp_path / "frozen")
-    assert not any(".mtp." in name for name in load_file(tmp_path / "frozen" / "a.safetensors"))
-    ours.load(checkpoint, settings, STEPS, ("mtp",))
-    metrics = ours.step(rows, "pipelines.sft:loss", mtp_weight=0.3)
+    assert not any(f".{part}." in name for name in load_file(tmp_path / "frozen" / "a.safetensors"))
+    ours.load(checkpoint, settings, STEPS, (part,))
+    metrics = ours.step(rows, "pipelines.sft:loss", **weight)
     ours.save_state(tmp_path / "trained")
     moments = load_file(tmp_path / "trained" / "a.safetensors")
     model: Any = load(checkpoint)
-    model.unfreeze("mtp")
-    total, expected = sft_loss(model, collate(rows, "cpu"), {}, mtp_weight=0.3)
+    model.unfreeze(part)
+    total, expected = sft_loss(model, collate(rows, "cpu"), {}, **weight)
     total.backward()
     theirs = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert sum(".mtp." in name for name in theirs) > 20
+    assert sum(f".{part}." in name for name in theirs) >= count
     assert_near({n: moments[f"{n}/exp_avg"] / (1 - settings.betas[0]) for n in theirs}, theirs, 3e-6)
-    assert total.item() == pytest.approx((expected["loss"] + 0.3 * expected["mtp_loss"]).item())
-    assert metrics["mtp_loss"] == pytest.approx(expected["mtp_loss"].item(), rel=1e-5)
+    own = f"{part}_loss"
+    assert total.item() == pytest.approx((expected["loss"] + 0.3 * expected[own]).item())
+    assert metrics[own] == pytest.approx(expected[own].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("ranks", "stage"), ENGINES)
