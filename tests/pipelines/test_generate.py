@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from amalgam.model import end_ids, load, save
+from amalgam.model.config import PRESETS
 from amalgam.model.precision import round_experts
 from amalgam.model.template import speaker
 from amalgam.pipelines import generate
@@ -167,9 +168,8 @@ def test_what_an_output_cannot_go_on_with(answered: Path, tmp_path: Path, flags:
 
 def test_the_checkpoints_files_count_and_not_where_they_lie(answered: Path, tmp_path: Path):
     folder = shutil.copytree(answered, tmp_path / "r")
-    model = load("tiny")
-    save(model, tmp_path / "model")
-    shutil.copytree(model.origin, tmp_path / "moved")
+    save(load("tiny"), tmp_path / "model")
+    shutil.copytree(PRESETS / "tiny", tmp_path / "moved")
     flags = ("--prompts", folder / "in", "--out", folder / "out", "--max-new-tokens", 3, "--seed", 5)
     assert amalgam("generate", tmp_path / "moved", *flags).exit_code == 0
     result = amalgam("generate", tmp_path / "model", *flags)
@@ -192,10 +192,10 @@ def test_more_prompts_go_on_and_low_precision_answers_differ(answered: Path, tmp
     assert amalgam("generate", "tiny", *flags, folder / "low", "--precision", LOW).exit_code == 0
     model = load("tiny", precision=Precision(experts="fp4", indexer="fp4", kv="fp8"))
     round_experts(model)
-    encoding, tokenizer = speaker(model.origin)
+    encoding, tokenizer = speaker(PRESETS / "tiny")
     prompt = np.array(encoding.prompt_ids(tokenizer, [{"role": "user", "content": "c"}]), "int32")
     limits = {"temperature": 1.0, "max_new_tokens": 3, "seed": 5, "version": 0}
-    (t,) = Engine(model, end_ids(model.origin)).generate([Request(2, 2, prompt)], **limits)
+    (t,) = Engine(model, end_ids(PRESETS / "tiny")).generate([Request(2, 2, prompt)], **limits)
     assert read(folder / "low")[2]["response"] == tokenizer.decode(t.response_ids.tolist(), skip_special_tokens=False)
 
 
