@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from ..errors import UserError
-from ..rl.trajectory import Request
+from ..rl.trajectory import Request, Trajectory
 from .speak import ROWS_AT_ONCE, Speaker, check_mode, check_temperature, parse_precision
 
 _OWN = ("response", "finish", "tokens")  # the keys of an answer
@@ -50,18 +50,24 @@ def generate(
         "seed": seed,
     }
     done = _resumed(out, [row for _, row in rows], settings)
-    with out.open("a", encoding="utf-8") as stream:
+    try:
         for start in range(done, len(rows), ROWS_AT_ONCE):
             began, batch = time.monotonic(), requests[start : start + ROWS_AT_ONCE]
             limits = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
             found = speaks.engine.generate(batch, **limits, version=0)
-            for t, (_, row) in zip(found, rows[start:], strict=False):
-                answer = {"response": speaks.text(t.response_ids), "finish": t.finish, "tokens": len(t.response_ids)}
-                stream.write(json.dumps(row | answer, ensure_ascii=False) + "\n")
-            stream.flush()
+            with out.open("a", encoding="utf-8") as stream:
+                stream.writelines(_answer(speaks, t, row) for t, (_, row) in zip(found, rows[start:], strict=False))
             rate = sum(len(t.response_ids) for t in found) / (time.monotonic() - began)
             typer.echo(f"{start + len(batch)} of {len(rows)} rows, {rate:.1f} tokens/s", err=True)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the same command goes on with the rows that {out} lacks", err=True)
+        raise
     typer.echo(f"{len(rows)} rows in {out}" + (f", {done} of them from before" if done else ""))
+
+
+def _answer(speaks: Speaker, t: Trajectory, row: dict[str, Any]) -> str:
+    answer = {"response": speaks.text(t.response_ids), "finish": t.finish, "tokens": len(t.response_ids)}
+    return json.dumps(row | answer, ensure_ascii=False) + "\n"
 
 
 def _rows(file: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -84,6 +84,21 @@ def test_an_interrupted_file_goes_on_to_the_same_result(other: Path, tmp_path: P
         kept = whole[:cut].count(b"\n")
         assert result.stdout == f"5 rows in {tmp_path / 'cut'}" + (f", {kept} of them from before\n" if kept else "\n")
         assert (tmp_path / "cut").read_bytes() == whole
+    again = Engine.generate
+
+    def interrupted(self: Engine, requests: list[Request], **limits: Any) -> Any:
+        if requests[0].id == 2:
+            raise KeyboardInterrupt
+        return again(self, requests, **limits)
+
+    monkeypatch.setattr(Engine, "generate", interrupted)
+    result = amalgam(*command, tmp_path / "stopped")
+    assert result.exit_code == 130
+    line = f"stopped; the same command goes on with the rows that {tmp_path / 'stopped'} lacks"
+    assert result.stderr.splitlines()[-1] == line
+    monkeypatch.setattr(Engine, "generate", again)
+    assert amalgam(*command, tmp_path / "stopped").exit_code == 0
+    assert (tmp_path / "stopped").read_bytes() == whole
 
 
 @pytest.mark.parametrize(
