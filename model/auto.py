@@ -79,6 +79,15 @@ def has_indexer(folder: Path) -> bool:
     return is_v4(folder) and CSA in (config_of(folder).layer_types or ())
 
 
+def context_length(folder: Path) -> int | None:
+    """The most tokens of a prompt and its answer, max_position_embeddings; None where config.json has no such limit."""
+    if is_v4(folder):
+        return config_of(folder).max_position_embeddings
+    from .transformers_checkpoint import config_of as other_config_of
+
+    return getattr(other_config_of(folder), "max_position_embeddings", None)
+
+
 def end_ids(folder: Path) -> tuple[int, ...]:
     """The tokens that end a response: eos_token_id of generation_config.json, or where it has none, of config.json."""
     name = "generation_config.json"

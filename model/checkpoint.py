@@ -41,8 +41,7 @@ def load(
     `precision` says what its forward rounds as deployment stores it (the weights themselves stay as they are).
     """
     folder = resolve(path_or_preset)
-    if folder.parent == PRESETS and not (folder / "model.safetensors").exists():
-        raise UserError(f"{folder.name}: this preset is a configuration without weights; name a checkpoint's folder")
+    check_weights(folder)
     checkpoint = Checkpoint(folder)
     if wrong := problem(checkpoint.config, precision):
         raise UserError(f"{folder / 'config.json'}: {wrong}")
@@ -58,6 +57,12 @@ def load(
     model.origin = checkpoint.folder
     set_precision(model, precision)
     return with_numerics(model.to(device), numerics)
+
+
+def check_weights(folder: Path) -> None:
+    """UserError for a preset that has none."""
+    if folder.parent == PRESETS and not (folder / "model.safetensors").exists():
+        raise UserError(f"{folder.name}: this preset is a configuration without weights; name a checkpoint's folder")
 
 
 def stream(

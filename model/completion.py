@@ -7,6 +7,7 @@ whose JSON is broken, and markup inside values; here each of these is an error (
 read alike.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 from .dsml import BEGIN, Report, read_calls
@@ -29,6 +30,9 @@ EVENTS = {
 }
 
 
+Reader = Callable[[Report], dict[str, Any]]  # makes the message of a text, and reports what is wrong with it
+
+
 class Event(NamedTuple):
     """One thing that is wrong with a text: a name of EVENTS, and a sentence with the place."""
 
@@ -38,21 +42,31 @@ class Event(NamedTuple):
 
 def read_strict(text: str, thinks: bool) -> dict[str, Any]:
     """The message, if nothing is wrong with the text. ValueError says what is."""
-
-    def fail(_: str, detail: str) -> NoReturn:
-        raise ValueError(detail)
-
-    return _read(text, thinks, fail)
+    return strict(lambda report: _read(text, thinks, report))
 
 
 def read_tolerant(text: str, thinks: bool) -> tuple[dict[str, Any], list[Event]]:
     """The message as far as it can be read, and what is wrong with the text. Never raises; linear in the text."""
+    return tolerant(lambda report: _read(text, thinks, report))
+
+
+def strict(read: Reader) -> dict[str, Any]:
+    """What `read` returns; ValueError with the first thing that it reports."""
+
+    def fail(_: str, detail: str) -> NoReturn:
+        raise ValueError(detail)
+
+    return read(fail)
+
+
+def tolerant(read: Reader) -> tuple[dict[str, Any], list[Event]]:
+    """What `read` returns, and all that it reports."""
     events: list[Event] = []
 
     def note(name: str, detail: str) -> None:
         events.append(Event(name, detail))
 
-    return _read(text, thinks, note), events
+    return read(note), events
 
 
 def _read(text: str, thinks: bool, report: Report) -> dict[str, Any]:

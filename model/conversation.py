@@ -18,7 +18,10 @@ from tokenizers import Tokenizer
 
 from .completion import Event, read_tolerant
 from .encoding import Encoding, Piece, check_prompt, tokenize
-from .tokenizer import END_THINK, EOS, THINK
+from .tokenizer import END_THINK, EOS, SPECIALS, THINK
+from .wordings import split_specials
+
+_HIDDEN = "\U0010fffd"  # of a private area: put into a special token's string, it is none
 
 
 class HistoryRewritten(ValueError):
@@ -65,14 +68,14 @@ class Conversation:
 
         The message that its text makes comes last in `messages`: as read by Encoding.parse_tolerant, its tool
         calls with the ids "call_0", "call_1" and so on, counted over the conversation, and `wo_eos` where EOS is
-        missing. ValueError if the model's turn is not open.
+        missing. A special token whose string it spelled with other tokens is text here as anywhere (our choice).
+        ValueError if the model's turn is not open.
         """
         if not self._open:
             raise ValueError("the model's turn is not open; add messages first")
         ids = [int(i) for i in ids]
         written = _Written(ids, self._pieces[-1] == Piece(THINK, special=True))
-        text = self.tokenizer.decode(ids, skip_special_tokens=False)
-        message, events = read_tolerant(text, written.thought)
+        message, events = self._read(written)
         known = sum(len(self.messages[place].get("tool_calls") or ()) for place in self._written)
         for i, call in enumerate(message.get("tool_calls", ()), start=known):
             call["id"] = f"call_{i}"
@@ -105,14 +108,15 @@ class Conversation:
         self.trained += [False] * len(new)
         return new
 
-    def restart(self, messages: Sequence[Mapping[str, Any]]) -> "Conversation":
+    def restart(self, messages: Sequence[Mapping[str, Any]], mode: str | None = None) -> "Conversation":
         """A new conversation that goes on with messages, where `add` cannot: earlier turns as the rules have them.
 
-        The model's own ids stay, less those of a dropped reasoning. None of them is trained here: they were in
-        the sequence that this one follows.
+        `mode`: another one from here on. The model's own ids stay, less those of a dropped reasoning. None of them
+        is trained here: they were in the sequence that this one follows.
         """
         new = copy.copy(self)
-        new.messages, new._pieces = self._extended(messages)
+        new.mode = mode or self.mode
+        new.messages, new._pieces = new._extended(messages)
         new._written, new._open = dict(self._written), True
         new.ids = []
         for place, group in groupby(new._pieces, key=lambda piece: piece.turn):
@@ -122,11 +126,22 @@ class Conversation:
         new.trained = [False] * len(new.ids)
         return new
 
+    def _read(self, written: _Written) -> tuple[dict[str, Any], list[Event]]:
+        specials = {self.tokenizer.token_to_id(token) for token in SPECIALS}
+        runs = groupby(written.ids, key=specials.__contains__)
+        texts = [(special, self.tokenizer.decode(list(run), skip_special_tokens=False)) for special, run in runs]
+        hidden = "".join(text if special else _hide(text) for special, text in texts)
+        message, events = read_tolerant(hidden, written.thought)
+        return _shown(message) if hidden != "".join(text for _, text in texts) else message, events
+
     def _kept(self, written: _Written, pieces: Sequence[Piece]) -> list[int]:
         """The model's ids of a turn, without its reasoning if `pieces`, its rendering, has none."""
         end_think, eos = (self.tokenizer.token_to_id(token) for token in (END_THINK, EOS))
         ids = written.ids
-        if not written.thought or any(piece[:2] == (END_THINK, True) for piece in pieces):
+        reasons = any(piece[:2] == (END_THINK, True) for piece in pieces)
+        if reasons and not written.thought:  # it answered at once, and stands after <think> now
+            return tokenize(self.tokenizer, [Piece(END_THINK, special=True)])[0] + ids
+        if reasons or not written.thought:
             return ids
         if end_think in ids:
             return ids[ids.index(end_think) + 1 :]
@@ -142,3 +157,18 @@ class Conversation:
 
     def _render(self, messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
         return self.encoding.pieces(messages, self.mode, keep_reasoning=self.keep_reasoning)
+
+
+def _hide(text: str) -> str:
+    return "".join(part[0] + _HIDDEN + part[1:] if special else part for part, special in split_specials(text))
+
+
+def _shown(value: Any) -> Any:
+    """What `_hide` hid, back in every string of a message."""
+    if isinstance(value, dict):
+        return {key: _shown(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_shown(each) for each in value]
+    for special in SPECIALS:
+        value = value.replace(_hide(special), special)
+    return value

@@ -39,8 +39,11 @@ class Segment(NamedTuple):
 
 
 def to_json(value: Any) -> str:
-    """One line of JSON with characters as they are. TypeError or ValueError for what JSON cannot hold."""
-    return json.dumps(value, ensure_ascii=False)
+    """One line of JSON with characters as they are. TypeError or ValueError for what JSON cannot hold.
+
+    NaN and infinities are refused too (our choice): DeepSeek's code prints them as Python does.
+    """
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def parameters(arguments: Any) -> list[tuple[str, str, bool]]:
@@ -159,7 +162,7 @@ def _read_parameter(opening: Segment, closing: Segment | None, report: Report) -
 
 
 def _is_json(text: str) -> bool:
-    """Whether it is JSON that can be written again: not too deep, without half a surrogate pair."""
+    """Whether it is JSON that can be written again: not too deep, no NaN, without half a surrogate pair."""
     try:
         value = json.loads(text)
         to_json(value).encode()

@@ -49,6 +49,16 @@ ModeOption = Annotated[str, typer.Option("--mode", help="chat: answers at once; 
 TemperatureOption = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")]
 LengthOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the sampling: the same seed, the same answers.")]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        metavar="KEY=VALUE,...",
+        help="A recipe's **precision**, to compute as a quantization-aware training did: any of experts=fp4, "
+        "indexer=fp4, kv=fp8, with commas between. DeepSeek-V4 only.",
+        show_default=False,
+    ),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -128,16 +138,18 @@ def chat(
     temperature: TemperatureOption = 1.0,
     max_new_tokens: LengthOption = 1024,
     seed: SeedOption = 0,
+    precision: PrecisionOption = "",
 ) -> None:
     """Talk to a checkpoint.
 
-    Answers appear as they are sampled, and after each its tokens per second. Ctrl-C ends an answer, Ctrl-D the session;
-    **/mode high** changes the mode, **/new** begins anew.
+    Answers appear as they are sampled, and after each its tokens per second and what is wrong with it, if anything.
+    Reasoning and tool calls are dim; no tool is run. Ctrl-C ends an answer, Ctrl-D the session; **/mode high** changes
+    the mode, **/new** begins anew.
     """
     with _exit_codes():
-        from .speak import chat as start
+        from .chat import chat as start
 
-        start(checkpoint, mode, temperature, max_new_tokens, seed)
+        start(checkpoint, mode, temperature, max_new_tokens, seed, precision)
 
 
 @app.command()
@@ -155,16 +167,17 @@ def generate(
     temperature: TemperatureOption = 1.0,
     max_new_tokens: LengthOption = 1024,
     seed: SeedOption = 0,
+    precision: PrecisionOption = "",
 ) -> None:
     """Answer a file of prompts.
 
     Every row is checked before the first is answered. After an interruption the same command goes on with the first row
-    that FILE lacks.
+    that the output lacks; other settings than those in its FILE.settings.json, or other prompts, are refused.
     """
     with _exit_codes():
-        from .speak import generate as start
+        from .generate import generate as start
 
-        start(checkpoint, prompts, out, mode, temperature, max_new_tokens, seed)
+        start(checkpoint, prompts, out, mode, temperature, max_new_tokens, seed, precision)
 
 
 @app.command()

@@ -40,7 +40,7 @@ def call(name: str, arguments: Any, call_id: str | None = None) -> dict[str, Any
 
 PLAIN = st.text(max_size=30).filter(lambda text: not any(special in text for special in SPECIALS))
 _JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | PLAIN,
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | PLAIN,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(PLAIN, inner, max_size=3),
     max_leaves=5,
 )

@@ -94,6 +94,8 @@ def test_what_is_wrong_around_the_calls(text: str, mode: str, events: list[str],
         ('name="b"', 'name="a"', ["duplicate_parameter"], [SECOND]),
         ("[1, null]", "[1, null", ["bad_json"], [SECOND]),
         ("[1, null]", '"\\ud800"', ["bad_json"], [SECOND]),
+        ("[1, null]", "[NaN]", ["bad_json"], [SECOND]),
+        ("[1, null]", "-1e999", ["bad_json"], [SECOND]),  # JSON, but Python would write it again as -Infinity
         ("[1, null]", "[" * 200 + "]" * 200, ["bad_json"], [SECOND]),
         ("[1, null]", "[" * 100_000, ["bad_json"], [SECOND]),
     ],

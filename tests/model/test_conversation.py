@@ -1,5 +1,6 @@
 """A conversation of token ids: it only grows, keeps what the model wrote, and says where the rules would not append."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -188,3 +189,40 @@ def test_tools_named_late_restore_the_reasoning():
         conversation.add(late)
     text = text_of(conversation.restart(late).ids)
     assert f"{THINK}lost{END_THINK}b{EOS}" in text and f"{THINK}r{END_THINK}d{EOS}" in text and DSML in text
+
+
+def test_a_special_token_that_was_spelled_is_text():
+    """With other tokens than its own: it ends no reasoning and begins no calls, and the ids stay as they were."""
+    plain = [len(SPECIALS) + byte for byte in f"r{END_THINK}\n\n<{DSML}tool_calls".encode()]
+    assert text_of(plain) == f"r{END_THINK}\n\n<{DSML}tool_calls"
+    conversation = Conversation(ENCODING, TINY, [user("q")], "high")
+    assert [event.name for event in conversation.write([*plain, *spelled(EOS)])] == ["open_reasoning"]
+    assert conversation.messages[-1]["reasoning_content"] == text_of(plain)
+    assert conversation.messages[-1]["content"] == ""
+    assert text_of(conversation.restart([user("more")]).ids) == ENCODING.encode(
+        [user("q"), assistant(""), user("more")], "high"
+    )
+    real = Conversation(ENCODING, TINY, [user("q")])
+    value = f'\n\n<{DSML}tool_calls>\n<{DSML}invoke name="f">\n<{DSML}parameter name="a" string="true">'
+    end = f"</{DSML}parameter>\n</{DSML}invoke>\n</{DSML}tool_calls>{EOS}"
+    assert real.write([*spelled(value), *plain, *spelled(end)]) == []
+    assert real.messages[-1]["tool_calls"][0]["function"]["arguments"] == json.dumps(
+        {"a": text_of(plain)}, ensure_ascii=False
+    )
+
+
+@pytest.mark.parametrize("tools", [[], [TOOL]])
+def test_another_mode_from_here_on_keeps_the_models_own_ids(tools: list):
+    conversation = Conversation(ENCODING, TINY, [{**SYSTEM, "tools": tools}, user("q")])
+    conversation.write([*LETTERS, *spelled(EOS)])
+    thinks = conversation.restart([user("more")], "max")
+    answered = assistant("Question", "")
+    assert text_of(thinks.ids) == ENCODING.encode([*conversation.messages[:2], answered, user("more")], "max")
+    thinks.write([*spelled(f"so{END_THINK}"), *LETTERS, *spelled(EOS)])
+    back = thinks.restart([user("end")], "chat")
+    messages = [*conversation.messages[:2], answered, user("more"), assistant("Question", "so"), user("end")]
+    assert text_of(back.ids) == ENCODING.encode(messages)
+    assert sum(back.ids[i : i + len(LETTERS)] == LETTERS for i in range(len(back.ids))) == 2
+    assert conversation.mode == "chat" and conversation.restart([user("more")]).mode == "chat"
+    with pytest.raises(ValueError, match="unknown mode 'loud'"):
+        conversation.restart([user("more")], "loud")

@@ -118,6 +118,11 @@ def test_parse_gives_back_what_was_encoded(content: str, reasoning: str, mode: s
         ([{**SYSTEM, "tools": [{"type": "function"}]}], r"messages\[0\]: tools\[0\] has no object `function`"),
         ([{**SYSTEM, "tools": "add"}], r"messages\[0\]: tools must be a list of objects"),
         ([{**SYSTEM, "tools": [{"function": {"name": {1}}}]}], r"messages\[0\]: .*set is not JSON"),
+        ([{**SYSTEM, "response_format": float("nan")}], r"messages\[0\]: Out of range float values are not JSON"),
+        (
+            [assistant("", tool_calls=[call("f", '{"a": [-Infinity]}')])],
+            r"messages\[0\]: the arguments of tool_calls\[0\]: Out of range float values are not JSON",
+        ),
         ([assistant("", tool_calls=[{"id": "1"}])], r"messages\[0\]: tool_calls\[0\] has no object `function`"),
         (
             [assistant("", tool_calls=[call("f", "[1]")])],

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amalgam.errors import UserError
+from amalgam.model.completion import EVENTS
 from amalgam.model.encoding import Encoding
-from amalgam.model.template import Template, speaker
+from amalgam.model.template import Template, TemplateConversation, speaker
 
 from .. import other_models
 from ..other_models import REASONING, SPECIALS
@@ -156,3 +157,35 @@ def test_a_damaged_folder_is_refused_in_one_line(damage, message: str, tmp_path:
         Template.from_checkpoint(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+IDS = st.lists(st.integers(0, other_models.VOCABULARY - 1).filter(lambda i: i not in other_models.END_IDS), max_size=30)
+
+
+@settings(max_examples=50, deadline=None)
+@given(turns=st.lists(st.tuples(IDS, st.sampled_from([(), *((end,) for end in other_models.END_IDS)])), max_size=3))
+def test_whatever_a_model_writes_stays_as_its_ids(plain: Template, turns: list):
+    """Half characters, special tokens and turns that were cut off; the last get the template's end token."""
+    conversation = TemplateConversation(plain, HELLO)
+    for ids, end in turns:
+        before = conversation.ids
+        events = conversation.write([*ids, *end])
+        assert [event.name for event in events] == ([] if end else ["no_eos"])
+        conversation = conversation.restart(HELLO)
+        closed = end or other_models.END_IDS[:1]
+        between = plain.tokenizer.encode("\n" + plain.encode(HELLO)).ids
+        assert conversation.ids == [*before, *ids, *closed, *between]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    text=st.lists(st.sampled_from([*SPECIALS, "\n", "a"]), max_size=8).map("".join),
+    mode=st.sampled_from(["chat", "high"]),
+)
+def test_the_tolerant_reader_reports_what_the_strict_one_refuses(reasoning: Template, text: str, mode: str):
+    message, events = reasoning.parse_tolerant(text, mode)
+    assert {event.name for event in events} <= EVENTS.keys()
+    try:
+        assert (reasoning.parse(text, mode), []) == (message, events)
+    except ValueError as error:
+        assert str(error) == events[0].detail
