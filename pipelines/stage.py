@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..model import template
 from ..model.checkpoint import flush
 from ..model.config import resolve
@@ -26,6 +27,7 @@ from ..rl.fleet import Fleet
 from ..rl.learner import Learner
 from ..rl.rollout import Rollouts
 from ..rl.settings import Optimization
+from ..rl.state import rewind
 from .console import Console, StageLine
 from .recipe import BASE, Recipe
 from .tracking import StageLog, Tracker
@@ -72,7 +74,10 @@ class Run:
 
 @dataclass
 class StageRun:
-    """One stage of a run, while it runs. Its progress is one file, renamed into place after everything it points to."""
+    """One stage of a run, while it runs. Its progress is one file, renamed into place after everything it points to.
+
+    It lists the last two saves, as many as the learner's state holds.
+    """
 
     run: Run
     name: str
@@ -82,6 +87,7 @@ class StageRun:
     step: int = 0  # finished steps
     facts: dict[str, Any] = field(default_factory=dict)  # what the stage itself has to remember
     _learned: int = 0  # optimizer steps up to the saved state: GRPO takes none for a batch without advantages
+    _saves: list[dict[str, Any]] = field(default_factory=list)  # that progress.json lists, the newest last
     line: StageLine = field(init=False)
     _began: float = field(default_factory=time.monotonic)
     _before: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)  # `spent` by the attempts before this one
@@ -160,20 +166,38 @@ class StageRun:
             raise Interrupted(f"{self.name} step {self.step}")
 
     def save(self, learner: Learner) -> None:
-        # The state's folder keeps the step before, so that a kill between the two writes leaves a pair that fits.
+        # The state's folder keeps the one before, so that a kill between the two writes leaves a pair that fits.
         self._learned = learner.save_state(self.folder / "state")
-        progress = {"step": self.step, "learned": self._learned, "facts": self.facts, "spent": self.spent()}
-        write_json(self.folder / "progress.json", progress)
+        before = [save for save in self._saves if save["learned"] < self._learned]
+        save = {"step": self.step, "learned": self._learned, "facts": dict(self.facts), "spent": self.spent()}
+        self._saves = [*before[-1:], save]
+        write_json(self.folder / "progress.json", self._saves)
 
     def start(self) -> None:
-        """From the beginning, or from the last saved step if there is one."""
-        file = self.folder / "progress.json"
-        if file.is_file():
-            saved = json.loads(file.read_text())
-            self.step, self._learned, self.facts = saved["step"], saved["learned"], saved["facts"]
+        """From the beginning, or from the last save whose state is whole if there is one."""
+        self._go_back()
+        if self._saves:
+            saved = self._saves[-1]
+            self.step, self._learned, self.facts = saved["step"], saved["learned"], dict(saved["facts"])
             self._before = saved["spent"]
         self.log.rewind(self.step)
         self.line = self.run.console.stage(self.name, self.settings.kind, self.steps, self.step)
+
+    def _go_back(self) -> None:
+        """Forgets the saves after the last one whose state is whole, and says so if there are any.
+
+        The stage begins again if its only save is torn. UserError if both are.
+        """
+        file, state = self.folder / "progress.json", self.folder / "state"
+        saves = json.loads(file.read_text()) if file.is_file() else []
+        learned = rewind(state, [save["learned"] for save in saves]) if saves else None
+        if learned is None and len(saves) > 1:
+            raise UserError(f"{state}: both states are torn or altered; remove {self.folder} to begin the stage again")
+        self._saves = [save for save in saves if learned is not None and save["learned"] <= learned]
+        if len(self._saves) < len(saves):
+            torn, step = saves[-1]["step"], self._saves[-1]["step"] if self._saves else 0
+            self.run.console.print(f"{self.name}: the state of step {torn} is torn; going back to step {step}")
+            write_json(file, self._saves)  # a state that fits the torn save may come before the next save does
 
     def finish(self, summary: str, scratch: tuple[str, ...] = ()) -> None:
         """The checkpoint is in place: the stage is done, and its state and `scratch` folders are not needed any more.

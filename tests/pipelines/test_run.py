@@ -28,6 +28,7 @@ from amalgam.pipelines.stage import StageRun
 from amalgam.rewards.domains import Domain
 from amalgam.rl.packing import collate
 
+from .test_stage import tear
 from .tiny_run import RECIPE, STEPS, driver, make_base, metrics, outcome
 
 MODELS = ["base", "sft-numbers", "sft-words", "grpo-numbers", "grpo-words", "average", "merged"]
@@ -210,7 +211,7 @@ def test_no_interruption_changes_a_bit(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """One run, cut off by an error in SFT, kill -9 in GRPO, and Ctrl-C in distillation."""
+    """One run, cut off by an error in SFT, kill -9 in GRPO that also tears its last state, Ctrl-C in distillation."""
     run = tmp_path / recipe.name
     with before_commit(monkeypatch, "sft-numbers", 4, fail), pytest.raises(ZeroDivisionError, match="a bug in a stage"):
         run_recipe(recipe, tmp_path)
@@ -232,13 +233,18 @@ def test_no_interruption_changes_a_bit(
         other.kill()
     assert list(run.glob("stages/sft-*/done.json"))
     cut = [s for s in ("grpo-numbers", "grpo-words") if (run / "stages" / s / "progress.json").exists()]
-    assert any(not (run / "stages" / s / "done.json").exists() for s in cut)
+    cut = [s for s in cut if not (run / "stages" / s / "done.json").exists()]
+    saves = {s: [save["step"] for save in json.loads((run / "stages" / s / "progress.json").read_text())] for s in cut}
+    stage = next(s for s in cut if len(saves[s]) == 2)
+    tear(run / "stages" / stage / "state")
 
     capsys.readouterr()
     with before_commit(monkeypatch, "merged", 2, press_ctrl_c), pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, tmp_path)
     said = capsys.readouterr().out
-    assert "going on after" in said
+    before, torn = saves[stage]
+    assert f"{stage}: the state of step {torn} is torn; going back to step {before}" in said
+    assert f"{stage} (grpo) starts: 12 steps, going on after {before}" in said
     assert "the same command goes on from merged step 2" in said
     assert "(sft) starts" not in said, "what is done is not started again"
 
