@@ -69,6 +69,7 @@ def stages(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [
         {"stage": name, "kind": stage["kind"]}
         | {key: statistics.median(run.done[name][key] for run in runs) for key in MEDIANS}
+        | {"peak_since_start": any(run.done[name]["peak_since_start"] for run in runs)}
         for name, stage in runs[0].stages.items()
     ]
 
@@ -83,7 +84,7 @@ def show_stages(rows: Sequence[dict[str, Any]]) -> None:
     header = ["stage", "kind", "steps", "wall s", "CPU s", "peak MiB"]
     print_table(header, [
         [row["stage"], row["kind"], f"{row['steps']:g}", f"{row['wall_seconds']:,.1f}", f"{row['cpu_seconds']:,.1f}",
-         f"{row['peak_rss_bytes'] / 2**20:,.0f}"]
+         f"{row['peak_rss_bytes'] / 2**20:,.0f}{' since start' * row['peak_since_start']}"]
         for row in rows
     ])  # fmt: skip
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..rl.cluster import wait
+from ..rl.memory import Span
 from ..rl.packing import Row, collate, plan
 from ..settings import FULL, Precision
 
@@ -18,6 +19,7 @@ class TeacherWorker:
 
         torch.set_num_threads(threads)
         self.device, self.precision, self.path, self.model = device, precision, "", None
+        self.memory = Span()
 
     def _load(self, path: str) -> Any:
         from ..model import load

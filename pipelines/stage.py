@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import resource
 import shutil
 import threading
 import time
@@ -22,9 +21,10 @@ from ..model.encoding import Encoding
 from ..model.template import Template
 from ..rewards.domains import Domain
 from ..rewards.grader import Grader
-from ..rl.cluster import usage
+from ..rl.cluster import Usage, usage
 from ..rl.fleet import Fleet
 from ..rl.learner import Learner
+from ..rl.memory import Span
 from ..rl.rollout import Rollouts
 from ..rl.settings import Optimization
 from ..rl.state import rewind
@@ -32,7 +32,9 @@ from .console import Console, StageLine
 from .recipe import BASE, Recipe
 from .tracking import StageLog, Tracker
 
-_NOTHING: Mapping[str, Any] = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "failures": {}}
+_NOTHING: Mapping[str, Any] = {
+    "wall_seconds": 0.0, "cpu_seconds": 0.0, "peak_rss_bytes": 0, "peak_since_start": False, "failures": {},
+}  # fmt: skip
 
 
 class Interrupted(Exception):
@@ -92,8 +94,9 @@ class StageRun:
     _began: float = field(default_factory=time.monotonic)
     _before: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)  # `spent` by the attempts before this one
     _failed: Callable[[], Counter[str]] = Counter  # failed grades of this attempt by kind
-    _meters: list[Callable[[], float]] = field(default_factory=list)  # CPU seconds of the actors at work
-    _cpu: float = 0.0  # of those that are done
+    _meters: list[Callable[[], Usage]] = field(default_factory=list)  # of the actors at work
+    _used: list[Usage] = field(default_factory=list)  # by those that are done
+    _memory: Span = field(default_factory=Span)  # of this process
     _peak: int = 0
 
     @property
@@ -132,25 +135,34 @@ class StageRun:
     @contextmanager
     def metered(self, workers: list[Any]) -> Iterator[None]:
         """Counts the CPU time and the memory of these actors as the stage's; what one that died had spent is lost."""
-        before = {worker: cpu for worker, (cpu, _) in zip(workers, usage(workers), strict=True)}
+        before = {worker: used.cpu_seconds for worker, used in zip(workers, usage(workers), strict=True)}
 
-        def meter() -> float:
-            now = zip(workers, usage(workers), strict=True)  # of other workers where some were replaced
-            return sum(max(cpu - before.get(worker, 0.0), 0.0) for worker, (cpu, _) in now)
+        def meter() -> Usage:
+            now = dict(zip(workers, usage(workers), strict=True))  # of other workers where some were replaced
+            cpu = sum(max(used.cpu_seconds - before.get(worker, 0.0), 0.0) for worker, used in now.items())
+            return Usage(cpu, *_held(list(now.values())))
 
         self._meters.append(meter)
         yield
         self._meters.remove(meter)
-        self._cpu += meter()
-        self._peak += sum(peak for _, peak in usage(workers))
+        self._used.append(meter())
 
     def spent(self) -> dict[str, Any]:
-        """Wall and CPU seconds and failed grades by kind: this attempt's, and those before it up to their last save."""
-        cpu = self._cpu + sum(meter() for meter in self._meters) + time.thread_time()
+        """Wall and CPU seconds and failed grades by kind: this attempt's, and those before it up to their last save.
+
+        "peak_rss_bytes": the sum of the peaks of the processes, the driver's and the metered actors', in the attempt
+        where it was highest; "peak_since_start" if some of them cannot tell a stage's peak from that of their life.
+        """
+        before, driver = self._before, Usage(time.thread_time(), self._memory.peak(), self._memory.since_start)
+        used = [*self._used, *(meter() for meter in self._meters), driver]
+        peak, since_start = _held(used)
+        self._peak = max(self._peak, peak)  # a worker that has died since has none
         return {
-            "wall_seconds": self._before["wall_seconds"] + time.monotonic() - self._began,
-            "cpu_seconds": self._before["cpu_seconds"] + cpu,
-            "failures": dict(Counter(self._before["failures"]) + self._failed()),
+            "wall_seconds": before["wall_seconds"] + time.monotonic() - self._began,
+            "cpu_seconds": before["cpu_seconds"] + sum(each.cpu_seconds for each in used),
+            "peak_rss_bytes": max(before["peak_rss_bytes"], self._peak),
+            "peak_since_start": before["peak_since_start"] or since_start,
+            "failures": dict(Counter(before["failures"]) + self._failed()),
         }
 
     def commit(self, learner: Learner, metrics: dict[str, float], shown: Mapping[str, float | str]) -> None:
@@ -202,8 +214,8 @@ class StageRun:
     def finish(self, summary: str, scratch: tuple[str, ...] = ()) -> None:
         """The checkpoint is in place: the stage is done, and its state and `scratch` folders are not needed any more.
 
-        If the stage was interrupted before, done.json counts the time and the failed grades of all its attempts, each
-        up to its last save (after a kill, what came later is lost); the peak of memory is the last attempt's.
+        If the stage was interrupted before, done.json counts what all its attempts spent, each up to its last save:
+        after a kill, what came later is lost.
         """
         self.log.artifact(self.folder / "checkpoint")
         write_json(
@@ -214,12 +226,16 @@ class StageRun:
                 "inputs": self.run.recipe.inputs(self.name),
                 "steps": self.step,
                 **self.spent(),
-                "peak_rss_bytes": self._peak + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             },
         )
         for name in ("state", *scratch):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self.line.done(summary)
+
+
+def _held(used: list[Usage]) -> tuple[int, bool]:
+    """The sum of the peaks, and whether one is its process's in its whole life."""
+    return sum(each.peak_rss_bytes for each in used), any(each.since_start for each in used)
 
 
 def speaker(run: Run, model: str) -> tuple[Encoding | Template, Any]:

@@ -5,9 +5,10 @@ import os
 import re
 import secrets
 import sys
+import time
 from contextlib import chdir
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Several actors share the cores: a thread pool in each would only make them wait for each other.
 _WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -101,8 +102,14 @@ def _object_store_bytes() -> int | None:
     return None if Path("/dev/nvidiactl").exists() else _CPU_OBJECT_STORE_BYTES
 
 
-def usage(workers: list[Any]) -> list[tuple[float, int]]:
-    """CPU seconds so far and peak resident bytes of each actor's process; zeros for one that died."""
+class Usage(NamedTuple):
+    cpu_seconds: float = 0.0  # so far
+    peak_rss_bytes: int = 0  # since the actor loaded its model
+    since_start: bool = False  # or, where Linux lets the mark not be set back, in the process's whole life
+
+
+def usage(workers: list[Any]) -> list[Usage]:
+    """What each actor's process used; `workers` have a `memory.Span` as `memory`. Zeros for one that died."""
     from ray.exceptions import RayActorError
 
     calls = [worker.__ray_call__.remote(_own_usage) for worker in workers]
@@ -111,12 +118,9 @@ def usage(workers: list[Any]) -> list[tuple[float, int]]:
         try:
             found.append(wait(call, "an actor's resource usage", 60.0))
         except RayActorError:  # whoever needs it next finds out, and replaces it where that can be done
-            found.append((0.0, 0))
+            found.append(Usage())
     return found
 
 
-def _own_usage(_actor: Any) -> tuple[float, int]:
-    import resource
-
-    own = resource.getrusage(resource.RUSAGE_SELF)
-    return own.ru_utime + own.ru_stime, own.ru_maxrss * 1024
+def _own_usage(actor: Any) -> Usage:
+    return Usage(time.process_time(), actor.memory.peak(), actor.memory.since_start)

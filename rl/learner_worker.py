@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..settings import Precision
 from .balance import Loads, figures
+from .memory import Span
 from .packing import Batch, tensors
 from .settings import Optimization
 from .state import Shapes, read_state, write_state
@@ -152,6 +153,7 @@ class LearnerWorker:
         from ..model import load
 
         self._unload()
+        self.memory = Span()
         self._optimization, self._total_steps, self._steps = optimization, total_steps, 0
         # One rank has nothing to shard, and is spared DeepSpeed's flat copy of the parameters.
         self._stage = optimization.zero_stage if self._ranks > 1 else 0

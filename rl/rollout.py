@@ -7,6 +7,7 @@ from typing import Any
 
 from ..settings import FULL, Precision
 from .cluster import wait
+from .memory import Span
 from .settings import Draft
 from .trajectory import Request, Trajectory
 
@@ -22,6 +23,7 @@ class RolloutWorker:
 
         torch.set_num_threads(threads)
         self.device, self.precision, self.version = device, precision, 0
+        self.engine: Any = None
 
     def load(self, path: str) -> None:
         """The policy of a checkpoint's folder, as version 0."""
@@ -31,6 +33,8 @@ class RolloutWorker:
         from ..model.precision import round_experts
         from .engine import Engine
 
+        self.engine = None  # the policy before goes before the next one comes
+        self.memory = Span()
         model = load(path, device=self.device, precision=self.precision)
         round_experts(model)
         self.tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))

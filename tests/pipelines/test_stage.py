@@ -16,6 +16,8 @@ import torch
 from amalgam.errors import UserError
 from amalgam.pipelines import stage as stage_module
 from amalgam.pipelines.stage import Interrupted, StageRun
+from amalgam.rl.cluster import Usage
+from amalgam.rl.memory import Span
 from amalgam.rl.state import read_state, write_state
 
 
@@ -199,14 +201,17 @@ def test_a_stage_that_is_asked_to_stop_saves_its_last_step(tmp_path: Path, unbro
 
 
 def test_done_says_what_all_attempts_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """CPU seconds of the stage's thread, of actors that other stages had before and that are replaced, failed grades.
+    """CPU seconds of the stage's thread, of actors that other stages had before and that are replaced, failed grades;
+    the attempt with the highest peak of memory.
 
     The grader counts for another stage once this one has given it back.
     """
     progress, cpu, failures = Progress(tmp_path, 3, monkeypatch), {"a": 100.0, "b": 0.0}, Counter(timeout=7)
+    memory = {"a": 1000, "b": 200}
     grader = SimpleNamespace(failures=failures)
     progress.run.fleet.lend, progress.run.new_grader = lambda *_: nullcontext(grader), None
-    monkeypatch.setattr(stage_module, "usage", lambda workers: [(cpu[worker], 0) for worker in workers])
+    monkeypatch.setattr(stage_module, "usage", lambda workers: [Usage(cpu[w], memory[w], w == "b") for w in workers])
+    monkeypatch.setattr(Span, "peak", lambda _: 5)
     monkeypatch.setattr(stage_module.time, "thread_time", lambda: 0.25)
 
     def attempt(workers: list[str]) -> StageRun:
@@ -227,15 +232,19 @@ def test_done_says_what_all_attempts_spent(tmp_path: Path, monkeypatch: pytest.M
     file = tmp_path / "stages" / "s" / "progress.json"
     (saved,) = json.loads(file.read_text())
     assert 0 < saved["spent"].pop("wall_seconds") < 60
-    assert saved["spent"] == {"cpu_seconds": 10.25, "failures": {"timeout": 2}}
+    assert saved["spent"] == {
+        "cpu_seconds": 10.25, "peak_rss_bytes": 1005, "peak_since_start": False, "failures": {"timeout": 2},
+    }  # fmt: skip
     saved["spent"]["wall_seconds"] = 1000.0
     file.write_text(json.dumps([saved]))
     progress.stop.clear()
+    memory["a"] = 100
     stage = attempt(["a"])
     failures["timeout"] += 100
     stage.finish("")
     done = json.loads((tmp_path / "stages" / "s" / "done.json").read_text())
     assert 1000 < done["wall_seconds"] < 1060
+    assert (done["peak_rss_bytes"], done["peak_since_start"]) == (1005, True)
     assert (done["cpu_seconds"], done["failures"]) == (10.25 + 3.25, {"timeout": 4, "raised": 1})
 
 
