@@ -8,6 +8,7 @@ import numpy as np
 from ..rl.cluster import wait
 from ..rl.memory import Span
 from ..rl.packing import Row, collate, plan
+from ..rl.settings import DEADLINE
 from ..settings import FULL, Precision
 
 
@@ -60,7 +61,7 @@ class Teachers:
         gpus_per_actor: float = 0.0,
         threads: int = 1,
         precision: Precision = FULL,
-        deadline: float = 600.0,
+        deadline: float = DEADLINE,
     ):
         import ray
 

@@ -9,7 +9,7 @@ from ..settings import FULL, Precision
 from .cluster import wait
 from .learner_worker import COMMON, LearnerWorker, Loss, add
 from .packing import Row, plan, stack
-from .settings import Optimization
+from .settings import DEADLINE, Optimization
 
 _STRAGGLER_SECONDS = 10.0
 
@@ -32,7 +32,7 @@ class Learner:
         gpus_per_actor: float = 0.0,
         threads: int = 1,
         precision: Precision = FULL,
-        deadline: float = 1800.0,
+        deadline: float = DEADLINE,
     ):
         self._gpus, self._threads, self._precision, self._deadline = gpus_per_actor, threads, precision, deadline
         self.workers: list[Any] = []

@@ -8,7 +8,7 @@ from typing import Any
 from ..settings import FULL, Precision
 from .cluster import wait
 from .memory import Span
-from .settings import Draft
+from .settings import DEADLINE, Draft
 from .trajectory import Request, Trajectory
 
 MAX_DEATHS = 3
@@ -81,7 +81,7 @@ class Rollouts:
         gpus_per_actor: float = 0.0,
         threads: int = 1,
         precision: Precision = FULL,
-        deadline: float = 900.0,
+        deadline: float = DEADLINE,
     ):
         self._gpus, self._threads, self._precision, self._deadline = gpus_per_actor, threads, precision, deadline
         self.workers = [self._start() for _ in range(workers)]

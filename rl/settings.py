@@ -6,6 +6,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Strict
 
 from ..settings import Settings
 
+DEADLINE = 1800.0
+"""Seconds that one call of an actor may take, unless the recipe says otherwise."""
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -21,7 +21,7 @@ from amalgam.errors import UserError
 from amalgam.model import load
 from amalgam.pipelines.cli import app
 from amalgam.pipelines.recipe import Recipe, load_recipe, resolved_yaml
-from amalgam.pipelines.run import run_recipe
+from amalgam.pipelines.run import _refuse_another, run_recipe
 from amalgam.pipelines.sft import demonstrations, weighted
 from amalgam.pipelines.sft import loss as sft_loss
 from amalgam.pipelines.stage import StageRun
@@ -308,6 +308,18 @@ def test_another_recipes_folder_is_refused_untouched(recipe_file: Path, recipe: 
     assert said.startswith(f"{folder / 'recipe.yaml'}:{line}: this folder holds a run of another recipe")
     assert (folder / "recipe.yaml").read_text() == kept
     assert {f.name for f in folder.iterdir()} <= {"recipe.yaml", ".lock"}
+
+
+def test_a_run_may_go_on_with_another_deadline(recipe_file: Path, tmp_path: Path):
+    """Also one that was begun before the key was there. Other resources are another recipe's."""
+    texts = [resolved_yaml(load_recipe(str(recipe_file), [f"resources.{o}"])) for o in ("deadline=5", "threads=2")]
+    kept = tmp_path / "recipe.yaml"
+    plain = resolved_yaml(load_recipe(str(recipe_file)))
+    for old in (plain, plain.replace(", deadline: 1800.0", "")):
+        kept.write_text(old)
+        _refuse_another(kept, texts[0])
+        with pytest.raises(UserError, match="another recipe"):
+            _refuse_another(kept, texts[1])
 
 
 def test_a_folder_in_use_is_refused(recipe_file: Path, recipe: Recipe, tmp_path: Path):
