@@ -47,7 +47,7 @@ def distillation_loss(
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor], shared: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """`distillation_loss` on a packed batch of `rows`; shared["head.I"] is teacher I's head."""
+    """`distillation_loss` on a packed batch of `rows`; shared["head.I"] (`Learner.share`) is teacher I's head."""
     hidden = model(batch["tokens"], batch["cu_seqlens"]).hidden
     heads = {int(name.removeprefix("head.")): head for name, head in shared.items()}
     # A token's distribution comes from the state before it; a document's first token has weight 0.

@@ -26,7 +26,7 @@ def distill(stage: StageRun, settings: Distill) -> None:
         Teachers(paths, **run.fleet.place) as teachers,
         stage.metered([teachers.worker]),
     ):
-        heads = teachers.heads()
+        learner.share(teachers.heads())
         while stage.step < stage.steps:
             began, step = time.monotonic(), stage.step
             rollouts.sync(learner.weights(step), step)
@@ -38,7 +38,7 @@ def distill(stage: StageRun, settings: Distill) -> None:
             teacher = [settings.domains.index(t.domain) for t in trajectories]
             documents = [t.row()["tokens"] for t in trajectories]
             hidden = teachers.hidden(documents, teacher, settings.optimizer.micro_batch_tokens)
-            metrics = learner.step(rows(trajectories, hidden, teacher), "distill.opd:loss", heads)
+            metrics = learner.step(rows(trajectories, hidden, teacher), "distill.opd:loss")
             metrics["kl"] = metrics.pop("loss")
             metrics |= length_metrics(trajectories)
             write_rollouts(stage.folder / "rollouts", step + 1, trajectories)
