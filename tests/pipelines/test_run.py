@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from amalgam.errors import UserError
 from amalgam.model import load
+from amalgam.pipelines import sft as sft_module
 from amalgam.pipelines.cli import app
 from amalgam.pipelines.recipe import Recipe, load_recipe, resolved_yaml
 from amalgam.pipelines.run import _refuse_another, run_recipe
@@ -87,6 +89,12 @@ def test_every_step_has_its_row_and_its_rollouts(whole: Path):
             assert all(len(r["response_ids"]) == len(r["logprobs"]) == r["tokens"] for r in table)
             requests += [r["request"] for r in table]
         assert requests == list(range(len(requests))), "every sample of a stage has noise of its own"
+
+
+def test_a_rate_counts_trained_tokens_and_no_prompts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sft_module.time, "monotonic", lambda: 12.0)
+    rows = [{"tokens": np.arange(n, dtype=np.int32), "trained": np.float32([0] * (n - 3) + [1] * 3)} for n in (9, 5)]
+    assert sft_module.rate(rows, began=10.0) == 3.0
 
 
 def test_rewards_in_the_rollouts_are_those_in_the_metrics(whole: Path):
