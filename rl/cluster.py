@@ -81,20 +81,25 @@ def wait(refs: Any, what: str, deadline: float) -> Any:
         raise error.cause from error
     except RayActorError as error:
         error.add_note(f"while waiting for {what}")
-        if words := _last_words(str(error)):
-            error.add_note(f"its log ended with:\n{words}")
+        if words := last_words(error):
+            error.add_note(words)
         raise
 
 
-def _last_words(death: str) -> str:
-    """The last lines that an actor wrote to stderr, found by the pid in Ray's text; empty for another machine's."""
-    place = dict(re.findall(r"^\t(pid|ip): (\S+)$", death, re.MULTILINE))
+def last_words(death: Exception) -> str:
+    """The last lines that a dead actor wrote to stderr, and their file, found by the pid in Ray's text.
+
+    Empty for one that wrote none (as one that was killed), or that ran on another machine.
+    """
+    place = dict(re.findall(r"^\t(pid|ip): (\S+)$", str(death), re.MULTILINE))
     if "pid" not in place or not _session or place.get("ip") != _session["node_ip_address"]:
         return ""
-    files = Path(_session["session_dir"], "logs").glob(f"worker-*-{place['pid']}.err")
-    lines = [line for file in files for line in file.read_text(errors="replace").splitlines()]
-    own = [line for line in lines if not re.match(r":(job_id|actor_name|task_name):", line)]  # the others are Ray's
-    return "\n".join(own[-_LAST_LINES:])
+    for file in Path(_session["session_dir"], "logs").glob(f"worker-*-{place['pid']}.err"):
+        lines = file.read_text(errors="replace").splitlines()
+        own = [line for line in lines if not re.match(r":(job_id|actor_name|task_name):", line)]  # the others are Ray's
+        if own:
+            return "\n".join([f"its log, {file}, ended with:", *own[-_LAST_LINES:]])
+    return ""
 
 
 def _object_store_bytes() -> int | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..settings import FULL, Precision
-from .cluster import wait
+from .cluster import last_words, wait
 from .memory import Span
 from .settings import DEADLINE, Draft
 from .trajectory import Request, Trajectory
@@ -145,7 +145,8 @@ class Rollouts:
 
         self.deaths += 1
         if self.deaths >= MAX_DEATHS:
-            raise RuntimeError(f"rollout workers died {self.deaths} times in this stage; the last: {death}") from death
+            why = last_words(death) or death  # Ray's text, which is that a process ended
+            raise RuntimeError(f"rollout workers died {self.deaths} times in this stage; the last: {why}") from death
         worker = self.workers[index] = self._start()
         try:
             wait(worker.load.remote(self._path), f"a new rollout worker to load {self._path}", self._deadline)
