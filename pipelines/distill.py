@@ -17,8 +17,7 @@ def distill(stage: StageRun, settings: Distill) -> None:
     run, model = stage.run, stage.run.model(settings.from_)
     encoding, tokenizer = speaker(run, settings.from_)
     domains = [run.domains[name] for name in settings.domains]
-    chosen = settings.sampling
-    limits = {"temperature": chosen.temperature, "max_new_tokens": chosen.max_new_tokens, "draft": chosen.draft}
+    limits = settings.sampling.model_dump()
     paths = [run.model(settings.teachers[name]) for name in settings.domains]
     with (
         stage.learner(model, settings.optimizer) as learner,

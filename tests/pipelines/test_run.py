@@ -93,7 +93,8 @@ def test_every_step_has_its_row_and_its_rollouts(whole: Path):
 
 def test_a_rate_counts_trained_tokens_and_no_prompts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sft_module.time, "monotonic", lambda: 12.0)
-    rows = [{"tokens": np.arange(n, dtype=np.int32), "trained": np.repeat(np.arange(2, dtype=np.float32), [n - 3, 3])} for n in (9, 5)]
+    mask = np.arange(2, dtype=np.float32)
+    rows = [{"tokens": np.zeros(n, np.int32), "trained": np.repeat(mask, [n - 3, 3])} for n in (9, 5)]
     assert sft_module.rate(rows, began=10.0) == 3.0
 
 
