@@ -198,13 +198,13 @@ class StageRun:
     def _go_back(self) -> None:
         """Forgets the saves after the last one whose state is whole, and says so if there are any.
 
-        The stage begins again if its only save is torn. UserError if both are.
+        The stage begins again if its only save is torn. UserError if there are two and no whole state.
         """
         file, state = self.folder / "progress.json", self.folder / "state"
         saves = json.loads(file.read_text()) if file.is_file() else []
         learned = rewind(state, [save["learned"] for save in saves]) if saves else None
         if learned is None and len(saves) > 1:
-            raise UserError(f"{state}: both states are torn or altered; remove {self.folder} to begin the stage again")
+            raise UserError(f"{state}: no state in it is whole; remove {self.folder} to begin the stage again")
         self._saves = [save for save in saves if learned is not None and save["learned"] <= learned]
         if len(self._saves) < len(saves):
             torn, step = saves[-1]["step"], self._saves[-1]["step"] if self._saves else 0

@@ -182,7 +182,7 @@ def test_a_stage_whose_states_are_both_torn_is_refused(tmp_path: Path, monkeypat
         progress.attempt(5)
     for file in (progress.folder / "state").glob("*.safetensors"):
         os.truncate(file, 50)
-    with pytest.raises(UserError, match=f"state: both states are torn or altered; remove {progress.folder} to begin"):
+    with pytest.raises(UserError, match=f"state: no state in it is whole; remove {progress.folder} to begin"):
         progress.attempt()
     assert progress.log.rows == [1, 2, 3, 4, 5]
 
