@@ -7,6 +7,7 @@ The runs are kept in runs/seeds. The exit code is 1 if a goal is missed. README.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -15,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from goals import verdicts
+from goals import Verdict, verdicts
 from processes import AMALGAM, ENVIRONMENT, Job
 from results import machine, print_table, write_result
 
@@ -69,8 +70,23 @@ def stages(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [
         {"stage": name, "kind": stage["kind"]}
         | {key: statistics.median(run.done[name][key] for run in runs) for key in MEDIANS}
+        | {"peak_since_start": any(run.done[name]["peak_since_start"] for run in runs)}
         for name, stage in runs[0].stages.items()
     ]
+
+
+def evaluations(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Each model and the median over the runs of what its evaluation took."""
+    return [
+        {"model": model, "wall_seconds": statistics.median(run.evaluation_times[model]["wall_seconds"] for run in runs)}
+        for model in runs[0].scores
+    ]
+
+
+def comparison(each: Verdict) -> dict[str, Any]:
+    """As JSON has it: null for an estimate that is not there, and for the high end of an interval without one."""
+    estimate = each.estimate and [value if math.isfinite(value) else None for value in each.estimate]
+    return {**asdict(each), "estimate": estimate, "goal": str(each.goal), "met": each.met}
 
 
 def show_run(run: dict[str, Any]) -> None:
@@ -83,7 +99,7 @@ def show_stages(rows: Sequence[dict[str, Any]]) -> None:
     header = ["stage", "kind", "steps", "wall s", "CPU s", "peak MiB"]
     print_table(header, [
         [row["stage"], row["kind"], f"{row['steps']:g}", f"{row['wall_seconds']:,.1f}", f"{row['cpu_seconds']:,.1f}",
-         f"{row['peak_rss_bytes'] / 2**20:,.0f}"]
+         f"{row['peak_rss_bytes'] / 2**20:,.0f}{' since start' * row['peak_since_start']}"]
         for row in rows
     ])  # fmt: skip
 
@@ -115,6 +131,7 @@ def main() -> int:
     medians, sums, found = stages(runs), pooled([each["rows"] for each in measured]), verdicts(runs)
     print("\nstages, medians over the seeds")
     show_stages(medians)
+    print_table(["evaluation of", "wall s"], [[e["model"], f"{e['wall_seconds']:,.1f}"] for e in evaluations(runs)])
     print("\nall seeds together")
     show_pooled(sums)
     print()
@@ -123,8 +140,9 @@ def main() -> int:
         "machine": where,
         "runs": measured,
         "stages": medians,
+        "evaluations": evaluations(runs),
         "pooled": sums,
-        "comparisons": [{**asdict(each), "goal": str(each.goal), "met": each.met} for each in found],
+        "comparisons": [comparison(each) for each in found],
     }
     print(write_result("seeds", result))
     return 0 if all(each.met for each in found) else 1

@@ -51,7 +51,7 @@ def loss(
     model: LanguageModel, batch: dict[str, Tensor], shared: dict[str, Tensor], *, indexer_weight: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`distillation_loss` on a packed batch of `rows`, plus `indexer_weight` times the indexers' ("indexer_loss"), if
-    above 0; shared["head.I"] is teacher I's head."""
+    above 0; shared["head.I"] (`Learner.share`) is teacher I's head."""
     output = model(batch["tokens"], batch["cu_seqlens"], index_loss=indexer_weight > 0)
     heads = {int(name.removeprefix("head.")): head for name, head in shared.items()}
     # A token's distribution comes from the state before it; a document's first token has weight 0.

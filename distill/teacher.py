@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 
 from ..rl.cluster import wait
+from ..rl.memory import Span
 from ..rl.packing import Row, collate, plan
+from ..rl.settings import DEADLINE
 from ..settings import FULL, Precision
 
 
@@ -18,6 +20,7 @@ class TeacherWorker:
 
         torch.set_num_threads(threads)
         self.device, self.precision, self.path, self.model = device, precision, "", None
+        self.memory = Span()
 
     def _load(self, path: str) -> Any:
         from ..model import load
@@ -58,7 +61,7 @@ class Teachers:
         gpus_per_actor: float = 0.0,
         threads: int = 1,
         precision: Precision = FULL,
-        deadline: float = 600.0,
+        deadline: float = DEADLINE,
     ):
         import ray
 

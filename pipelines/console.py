@@ -142,7 +142,11 @@ class StageLine:
         self._rate_from: tuple[int, float] | None = None
 
     def update(self, step: int, **shown: float | str) -> None:
-        """`step` steps are finished; `shown` stands beside it (`tokens_per_second` is written as tok/s)."""
+        """`step` steps are finished; `shown` stands beside it.
+
+        `tokens_per_second` is written as tok/s: sampled tokens, or trained ones where a stage does not sample. Prompts
+        count in neither.
+        """
         now = self._console._clock()
         if self._rate_from is None:  # the first step pays for warming up: time left is reckoned from its end
             self._rate_from = (step, now)

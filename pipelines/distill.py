@@ -17,8 +17,7 @@ def distill(stage: StageRun, settings: Distill) -> None:
     run, model = stage.run, stage.run.model(settings.from_)
     encoding, tokenizer = speaker(run, settings.from_)
     domains = [run.domains[name] for name in settings.domains]
-    chosen = settings.sampling
-    limits = {"temperature": chosen.temperature, "max_new_tokens": chosen.max_new_tokens, "draft": chosen.draft}
+    limits = settings.sampling.model_dump()
     terms = {"indexer_weight": settings.indexer.weight}
     paths = [run.model(settings.teachers[name]) for name in settings.domains]
     with (
@@ -27,7 +26,7 @@ def distill(stage: StageRun, settings: Distill) -> None:
         Teachers(paths, **run.fleet.place) as teachers,
         stage.metered([teachers.worker]),
     ):
-        heads = teachers.heads()
+        learner.share(teachers.heads())
         while stage.step < stage.steps:
             began, step = time.monotonic(), stage.step
             rollouts.sync(learner.weights(step), step)
@@ -39,7 +38,7 @@ def distill(stage: StageRun, settings: Distill) -> None:
             teacher = [settings.domains.index(t.domain) for t in trajectories]
             documents = [t.row()["tokens"] for t in trajectories]
             hidden = teachers.hidden(documents, teacher, settings.optimizer.micro_batch_tokens)
-            metrics = learner.step(rows(trajectories, hidden, teacher), "distill.opd:loss", heads, **terms)
+            metrics = learner.step(rows(trajectories, hidden, teacher), "distill.opd:loss", **terms)
             metrics["kl"] = metrics.pop("loss")
             metrics |= length_metrics(trajectories)
             write_rollouts(stage.folder / "rollouts", step + 1, trajectories)

@@ -1,5 +1,6 @@
 """Evaluation: every model answers the same held-out problems of every domain, greedily."""
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -12,8 +13,10 @@ from .stage import Run, speaker, write_json
 def evaluate(run: Run, model: str) -> list[dict[str, Any]]:
     """Writes evaluations/MODEL.json and returns its rows {"model", "domain", "correct", "total"}.
 
-    Raises Interrupted, and writes nothing, if the run is asked to stop: between two batches of the engine.
+    What it took is evaluations/times/MODEL.json, so that equal models have equal evaluations. Raises Interrupted, and
+    writes nothing, if the run is asked to stop: between two batches of the engine.
     """
+    began = time.monotonic()
     settings = run.recipe.evaluate
     encoding, tokenizer = speaker(run, model)
     problems = [(d, p) for d in run.domains.values() for p in d.problems("heldout", 0, settings.problems)]
@@ -48,7 +51,8 @@ def evaluate(run: Run, model: str) -> list[dict[str, Any]]:
         for name, found in outcomes.items()
     ]
     folder = run.folder / "evaluations"
-    folder.mkdir(exist_ok=True)
+    (folder / "times").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "times" / f"{model}.json", {"wall_seconds": time.monotonic() - began})
     write_json(folder / f"{model}.json", {"model": model, "rows": rows, "failures": failures, "domains": outcomes})
     return rows
 

@@ -20,8 +20,7 @@ def grpo(stage: StageRun, settings: Grpo) -> None:
     run, model = stage.run, stage.run.model(settings.from_)
     encoding, tokenizer = speaker(run, settings.from_)
     domains = [run.domains[name] for name in settings.domains]
-    chosen = settings.sampling
-    limits = {"temperature": chosen.temperature, "max_new_tokens": chosen.max_new_tokens, "draft": chosen.draft}
+    limits = settings.sampling.model_dump()
     loss = {
         "clip_low": settings.clip_low, "clip_high": settings.clip_high, "temperature": limits["temperature"],
         "indexer_weight": settings.indexer.weight,

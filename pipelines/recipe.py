@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from ..errors import UserError
-from ..rl.settings import IndexerLoss, MtpLoss, Optimization, Sampling
+from ..rl.settings import DEADLINE, IndexerLoss, MtpLoss, Optimization, Sampling
 from ..settings import FULL, Precision, Settings
 from .base_check import base_problem, has_mtp, preset_problem
 from .recipe_errors import explain, message, suggest
@@ -236,6 +236,9 @@ class ResourceSettings(Settings):
     """GPUs; 0.5 lets two actors share one, 0 runs on the CPU."""
     threads: PositiveInt = 1
     """CPU threads."""
+    deadline: PositiveFloat = DEADLINE
+    """Seconds that one call of an actor may take (starting it, a step, the samples of a step) before the run stops;
+    it may be another when the run goes on."""
 
 
 class Recipe(Settings):

@@ -258,15 +258,22 @@ def visible(text: str) -> str:
 
 
 def _timings(run: Run) -> list[dict[str, Any]]:
-    longest = max((done["wall_seconds"] for done in run.done.values()), default=0) or 1
+    """A row a stage, and one for the evaluation of each model whose time is there."""
+    took = [*run.done.values(), *run.evaluation_times.values()]
+    longest = max((record["wall_seconds"] for record in took), default=0) or 1
     rows = []
     for name, stage in run.stages.items():
         done = run.done.get(name)
         rows.append({
-            "stage": name, "kind": stage["kind"],
+            "stage": name, "kind": stage["kind"], "evaluation": None,
             "done": done, "share": done and done["wall_seconds"] / longest,
             "step": run.metrics[name][-1]["step"] if name in run.metrics else None,
         })  # fmt: skip
+    for model in run.scores:
+        if model in run.evaluation_times:
+            seconds = run.evaluation_times[model]["wall_seconds"]
+            row = {"stage": f"evaluation of {model}", "kind": run.kind(model), "share": seconds / longest}
+            rows.append({**row, "evaluation": seconds})
     return rows
 
 

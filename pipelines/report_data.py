@@ -27,6 +27,9 @@ class Run:
         self.recipe_text, self.recipe = _yaml(folder / "recipe.yaml")
         self.versions = _json(folder / "versions.json") or {}
         self.evaluations = {path.stem: _json(path) for path in sorted(folder.glob("evaluations/*.json"))}
+        self.evaluation_times: dict[str, Any] = {
+            path.stem: _json(path) for path in sorted(folder.glob("evaluations/times/*.json"))
+        }
         self.done = {path.parent.name: _json(path) for path in sorted(folder.glob("stages/*/done.json"))}
         self.metrics = _metrics(folder / "metrics.jsonl")
         self.stages: dict[str, dict[str, Any]] = dict(self.recipe.get("stages", {}))

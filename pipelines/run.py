@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ STAGES: dict[str, Callable[[StageRun, Any], None]] = {
     "pretrain": pretrain,
 }
 _STOP_SECONDS = 120.0  # how long the stages beside one that failed, or was interrupted, may take for their step
+_DEADLINE = re.compile(r"^(resources: \{.*), deadline: [^,}]+(?=\}$)", re.MULTILINE)
 _PACKAGES = ("torch", "deepspeed", "ray", "transformers", "tokenizers", "reasoning-gym", "numpy")
 
 Task = tuple[str, str]  # ("stage" | "evaluation", name)
@@ -65,7 +67,7 @@ def run_recipe(recipe: Recipe, runs: Path) -> Path:
         write_json(folder / "versions.json", versions())
         start_ray()
         resources = recipe.resources
-        with Fleet(resources.gpus_per_actor, resources.threads, recipe.precision) as fleet:
+        with Fleet(resources.gpus_per_actor, resources.threads, recipe.precision, resources.deadline) as fleet:
             run = Run(recipe, folder, fleet, tracker, console, domains)
             _walk(run)
         tracker.close()
@@ -130,8 +132,9 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 
 def _refuse_another(kept: Path, text: str) -> None:
-    """UserError if the folder holds the run of another recipe than `text`."""
-    if not kept.exists() or (old := kept.read_text()) == text:
+    """UserError if the folder holds the run of another recipe than `text`. A deadline changes no result."""
+    old, text = (_DEADLINE.sub(r"\1", each) for each in (kept.read_text() if kept.exists() else text, text))
+    if old == text:
         return
     pairs = enumerate(zip_longest(old.splitlines(), text.splitlines()), 1)
     line = next(number for number, (before, now) in pairs if before != now)

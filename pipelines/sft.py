@@ -67,8 +67,8 @@ def loss_settings(settings: Sft | Pretrain) -> dict[str, Any]:
 
 
 def rate(rows: list[Row], began: float) -> float:
-    """Tokens a second of a step on `rows` that began at that monotonic time."""
-    return sum(len(row["tokens"]) for row in rows) / (time.monotonic() - began)
+    """Trained tokens a second of a step on `rows` that began at that monotonic time; prompts have no loss."""
+    return float(sum(row["trained"].sum() for row in rows)) / (time.monotonic() - began)
 
 
 def shown(metrics: dict[str, float]) -> dict[str, float]:

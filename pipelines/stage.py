@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import resource
 import shutil
 import threading
 import time
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..model import template
 from ..model.checkpoint import flush
 from ..model.config import resolve
@@ -21,16 +21,20 @@ from ..model.encoding import Encoding
 from ..model.template import Template
 from ..rewards.domains import Domain
 from ..rewards.grader import Grader
-from ..rl.cluster import usage
+from ..rl.cluster import Usage, usage
 from ..rl.fleet import Fleet
 from ..rl.learner import Learner
+from ..rl.memory import Span
 from ..rl.rollout import Rollouts
 from ..rl.settings import Optimization
+from ..rl.state import rewind
 from .console import Console, StageLine
 from .recipe import BASE, Recipe
 from .tracking import StageLog, Tracker
 
-_NOTHING: Mapping[str, Any] = {"wall_seconds": 0.0, "cpu_seconds": 0.0, "failures": {}}
+_NOTHING: Mapping[str, Any] = {
+    "wall_seconds": 0.0, "cpu_seconds": 0.0, "peak_rss_bytes": 0, "peak_since_start": False, "failures": {},
+}  # fmt: skip
 
 
 class Interrupted(Exception):
@@ -72,7 +76,10 @@ class Run:
 
 @dataclass
 class StageRun:
-    """One stage of a run, while it runs. Its progress is one file, renamed into place after everything it points to."""
+    """One stage of a run, while it runs. Its progress is one file, renamed into place after everything it points to.
+
+    It lists the last two saves, as many as the learner's state holds.
+    """
 
     run: Run
     name: str
@@ -82,12 +89,14 @@ class StageRun:
     step: int = 0  # finished steps
     facts: dict[str, Any] = field(default_factory=dict)  # what the stage itself has to remember
     _learned: int = 0  # optimizer steps up to the saved state: GRPO takes none for a batch without advantages
+    _saves: list[dict[str, Any]] = field(default_factory=list)  # that progress.json lists, the newest last
     line: StageLine = field(init=False)
     _began: float = field(default_factory=time.monotonic)
     _before: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)  # `spent` by the attempts before this one
     _failed: Callable[[], Counter[str]] = Counter  # failed grades of this attempt by kind
-    _meters: list[Callable[[], float]] = field(default_factory=list)  # CPU seconds of the actors at work
-    _cpu: float = 0.0  # of those that are done
+    _meters: list[Callable[[], Usage]] = field(default_factory=list)  # of the actors at work
+    _used: list[Usage] = field(default_factory=list)  # by those that are done
+    _memory: Span = field(default_factory=Span)  # of this process
     _peak: int = 0
 
     @property
@@ -126,25 +135,34 @@ class StageRun:
     @contextmanager
     def metered(self, workers: list[Any]) -> Iterator[None]:
         """Counts the CPU time and the memory of these actors as the stage's; what one that died had spent is lost."""
-        before = {worker: cpu for worker, (cpu, _) in zip(workers, usage(workers), strict=True)}
+        before = {worker: used.cpu_seconds for worker, used in zip(workers, usage(workers), strict=True)}
 
-        def meter() -> float:
-            now = zip(workers, usage(workers), strict=True)  # of other workers where some were replaced
-            return sum(max(cpu - before.get(worker, 0.0), 0.0) for worker, (cpu, _) in now)
+        def meter() -> Usage:
+            now = dict(zip(workers, usage(workers), strict=True))  # of other workers where some were replaced
+            cpu = sum(max(used.cpu_seconds - before.get(worker, 0.0), 0.0) for worker, used in now.items())
+            return Usage(cpu, *_held(list(now.values())))
 
         self._meters.append(meter)
         yield
         self._meters.remove(meter)
-        self._cpu += meter()
-        self._peak += sum(peak for _, peak in usage(workers))
+        self._used.append(meter())
 
     def spent(self) -> dict[str, Any]:
-        """Wall and CPU seconds and failed grades by kind: this attempt's, and those before it up to their last save."""
-        cpu = self._cpu + sum(meter() for meter in self._meters) + time.thread_time()
+        """Wall and CPU seconds and failed grades by kind: this attempt's, and those before it up to their last save.
+
+        "peak_rss_bytes": the sum of the peaks of the processes, the driver's and the metered actors', in the attempt
+        where it was highest; "peak_since_start" if some of them cannot tell a stage's peak from that of their life.
+        """
+        before, driver = self._before, Usage(time.thread_time(), self._memory.peak(), self._memory.since_start)
+        used = [*self._used, *(meter() for meter in self._meters), driver]
+        peak, since_start = _held(used)
+        self._peak = max(self._peak, peak)  # a worker that has died since has none
         return {
-            "wall_seconds": self._before["wall_seconds"] + time.monotonic() - self._began,
-            "cpu_seconds": self._before["cpu_seconds"] + cpu,
-            "failures": dict(Counter(self._before["failures"]) + self._failed()),
+            "wall_seconds": before["wall_seconds"] + time.monotonic() - self._began,
+            "cpu_seconds": before["cpu_seconds"] + sum(each.cpu_seconds for each in used),
+            "peak_rss_bytes": max(before["peak_rss_bytes"], self._peak),
+            "peak_since_start": before["peak_since_start"] or since_start,
+            "failures": dict(Counter(before["failures"]) + self._failed()),
         }
 
     def commit(self, learner: Learner, metrics: dict[str, float], shown: Mapping[str, float | str]) -> None:
@@ -160,26 +178,44 @@ class StageRun:
             raise Interrupted(f"{self.name} step {self.step}")
 
     def save(self, learner: Learner) -> None:
-        # The state's folder keeps the step before, so that a kill between the two writes leaves a pair that fits.
+        # The state's folder keeps the one before, so that a kill between the two writes leaves a pair that fits.
         self._learned = learner.save_state(self.folder / "state")
-        progress = {"step": self.step, "learned": self._learned, "facts": self.facts, "spent": self.spent()}
-        write_json(self.folder / "progress.json", progress)
+        before = [save for save in self._saves if save["learned"] < self._learned]
+        save = {"step": self.step, "learned": self._learned, "facts": dict(self.facts), "spent": self.spent()}
+        self._saves = [*before[-1:], save]
+        write_json(self.folder / "progress.json", self._saves)
 
     def start(self) -> None:
-        """From the beginning, or from the last saved step if there is one."""
-        file = self.folder / "progress.json"
-        if file.is_file():
-            saved = json.loads(file.read_text())
-            self.step, self._learned, self.facts = saved["step"], saved["learned"], saved["facts"]
+        """From the beginning, or from the last save whose state is whole if there is one."""
+        self._go_back()
+        if self._saves:
+            saved = self._saves[-1]
+            self.step, self._learned, self.facts = saved["step"], saved["learned"], dict(saved["facts"])
             self._before = saved["spent"]
         self.log.rewind(self.step)
         self.line = self.run.console.stage(self.name, self.settings.kind, self.steps, self.step)
 
+    def _go_back(self) -> None:
+        """Forgets the saves after the last one whose state is whole, and says so if there are any.
+
+        The stage begins again if its only save is torn. UserError if there are two and no whole state.
+        """
+        file, state = self.folder / "progress.json", self.folder / "state"
+        saves = json.loads(file.read_text()) if file.is_file() else []
+        learned = rewind(state, [save["learned"] for save in saves]) if saves else None
+        if learned is None and len(saves) > 1:
+            raise UserError(f"{state}: no state in it is whole; remove {self.folder} to begin the stage again")
+        self._saves = [save for save in saves if learned is not None and save["learned"] <= learned]
+        if len(self._saves) < len(saves):
+            torn, step = saves[-1]["step"], self._saves[-1]["step"] if self._saves else 0
+            self.run.console.print(f"{self.name}: the state of step {torn} is torn; going back to step {step}")
+            write_json(file, self._saves)  # a state that fits the torn save may come before the next save does
+
     def finish(self, summary: str, scratch: tuple[str, ...] = ()) -> None:
         """The checkpoint is in place: the stage is done, and its state and `scratch` folders are not needed any more.
 
-        If the stage was interrupted before, done.json counts the time and the failed grades of all its attempts, each
-        up to its last save (after a kill, what came later is lost); the peak of memory is the last attempt's.
+        If the stage was interrupted before, done.json counts what all its attempts spent, each up to its last save:
+        after a kill, what came later is lost.
         """
         self.log.artifact(self.folder / "checkpoint")
         write_json(
@@ -190,12 +226,16 @@ class StageRun:
                 "inputs": self.run.recipe.inputs(self.name),
                 "steps": self.step,
                 **self.spent(),
-                "peak_rss_bytes": self._peak + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             },
         )
         for name in ("state", *scratch):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self.line.done(summary)
+
+
+def _held(used: list[Usage]) -> tuple[int, bool]:
+    """The sum of the peaks, and whether one is its process's in its whole life."""
+    return sum(each.peak_rss_bytes for each in used), any(each.since_start for each in used)
 
 
 def speaker(run: Run, model: str) -> tuple[Encoding | Template, Any]:

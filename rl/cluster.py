@@ -5,9 +5,10 @@ import os
 import re
 import secrets
 import sys
+import time
 from contextlib import chdir
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Several actors share the cores: a thread pool in each would only make them wait for each other.
 _WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -80,20 +81,25 @@ def wait(refs: Any, what: str, deadline: float) -> Any:
         raise error.cause from error
     except RayActorError as error:
         error.add_note(f"while waiting for {what}")
-        if words := _last_words(str(error)):
-            error.add_note(f"its log ended with:\n{words}")
+        if words := last_words(error):
+            error.add_note(words)
         raise
 
 
-def _last_words(death: str) -> str:
-    """The last lines that an actor wrote to stderr, found by the pid in Ray's text; empty for another machine's."""
-    place = dict(re.findall(r"^\t(pid|ip): (\S+)$", death, re.MULTILINE))
+def last_words(death: Exception) -> str:
+    """The last lines that a dead actor wrote to stderr, and their file, found by the pid in Ray's text.
+
+    Empty for one that wrote none (as one that was killed), or that ran on another machine.
+    """
+    place = dict(re.findall(r"^\t(pid|ip): (\S+)$", str(death), re.MULTILINE))
     if "pid" not in place or not _session or place.get("ip") != _session["node_ip_address"]:
         return ""
-    files = Path(_session["session_dir"], "logs").glob(f"worker-*-{place['pid']}.err")
-    lines = [line for file in files for line in file.read_text(errors="replace").splitlines()]
-    own = [line for line in lines if not re.match(r":(job_id|actor_name|task_name):", line)]  # the others are Ray's
-    return "\n".join(own[-_LAST_LINES:])
+    for file in Path(_session["session_dir"], "logs").glob(f"worker-*-{place['pid']}.err"):
+        lines = file.read_text(errors="replace").splitlines()
+        own = [line for line in lines if not re.match(r":(job_id|actor_name|task_name):", line)]  # the others are Ray's
+        if own:
+            return "\n".join([f"its log, {file}, ended with:", *own[-_LAST_LINES:]])
+    return ""
 
 
 def _object_store_bytes() -> int | None:
@@ -101,8 +107,14 @@ def _object_store_bytes() -> int | None:
     return None if Path("/dev/nvidiactl").exists() else _CPU_OBJECT_STORE_BYTES
 
 
-def usage(workers: list[Any]) -> list[tuple[float, int]]:
-    """CPU seconds so far and peak resident bytes of each actor's process; zeros for one that died."""
+class Usage(NamedTuple):
+    cpu_seconds: float = 0.0  # so far
+    peak_rss_bytes: int = 0  # since the actor loaded its model
+    since_start: bool = False  # or, where Linux lets the mark not be set back, in the process's whole life
+
+
+def usage(workers: list[Any]) -> list[Usage]:
+    """What each actor's process used; `workers` have a `memory.Span` as `memory`. Zeros for one that died."""
     from ray.exceptions import RayActorError
 
     calls = [worker.__ray_call__.remote(_own_usage) for worker in workers]
@@ -111,12 +123,9 @@ def usage(workers: list[Any]) -> list[tuple[float, int]]:
         try:
             found.append(wait(call, "an actor's resource usage", 60.0))
         except RayActorError:  # whoever needs it next finds out, and replaces it where that can be done
-            found.append((0.0, 0))
+            found.append(Usage())
     return found
 
 
-def _own_usage(_actor: Any) -> tuple[float, int]:
-    import resource
-
-    own = resource.getrusage(resource.RUSAGE_SELF)
-    return own.ru_utime + own.ru_stime, own.ru_maxrss * 1024
+def _own_usage(actor: Any) -> Usage:
+    return Usage(time.process_time(), actor.memory.peak(), actor.memory.since_start)

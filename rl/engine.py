@@ -19,7 +19,8 @@ from .settings import Draft
 from .trajectory import Request, Trajectory
 
 MAX_BATCH = 512
-"""Requests that decode at once."""
+"""Requests that are prefilled and decode at once; the others wait. It bounds the engine's memory, whose cache has room
+for so many of the longest prompt and response, and changes no response."""
 
 
 class Engine:

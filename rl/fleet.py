@@ -13,17 +13,21 @@ from typing import Any
 from ..settings import FULL, Precision
 from .learner import Learner
 from .rollout import Rollouts
-from .settings import Optimization
+from .settings import DEADLINE, Optimization
 
 
 class Fleet:
     """A context manager that ends all its processes, also where ending one fails.
 
-    `gpus_per_actor`, `threads` and `precision` are those of every process.
+    `gpus_per_actor`, `threads`, `precision` and `deadline` (seconds of one call) are those of every process.
     """
 
-    def __init__(self, gpus_per_actor: float = 0.0, threads: int = 1, precision: Precision = FULL):
-        self.place: dict[str, Any] = {"gpus_per_actor": gpus_per_actor, "threads": threads, "precision": precision}
+    def __init__(
+        self, gpus_per_actor: float = 0.0, threads: int = 1, precision: Precision = FULL, deadline: float = DEADLINE
+    ):
+        self.place: dict[str, Any] = {
+            "gpus_per_actor": gpus_per_actor, "threads": threads, "precision": precision, "deadline": deadline,
+        }  # fmt: skip
         self._idle: dict[Any, list[Any]] = {}
         self._all: list[Any] = []
         self._lock = threading.Lock()

@@ -9,7 +9,7 @@ from ..settings import FULL, Precision
 from .cluster import wait
 from .learner_worker import COMMON, LearnerWorker, Loss, add
 from .packing import Row, plan, stack
-from .settings import Optimization
+from .settings import DEADLINE, Optimization
 
 _STRAGGLER_SECONDS = 10.0
 
@@ -32,7 +32,7 @@ class Learner:
         gpus_per_actor: float = 0.0,
         threads: int = 1,
         precision: Precision = FULL,
-        deadline: float = 1800.0,
+        deadline: float = DEADLINE,
     ):
         self._gpus, self._threads, self._precision, self._deadline = gpus_per_actor, threads, precision, deadline
         self.workers: list[Any] = []
@@ -67,27 +67,29 @@ class Learner:
         what = f"the learner to load {path}"
         self._all("load", what, folder, optimization, total_steps, self._precision, unfreeze)
 
-    def step(
-        self, rows: list[Row], loss: str | Loss, shared: dict[str, np.ndarray] | None = None, **settings: Any
-    ) -> dict[str, float]:
+    def share(self, arrays: dict[str, np.ndarray]) -> None:
+        """Sends every rank arrays that losses get as `shared`, in place of those before; `load` forgets them."""
+        import ray
+
+        self._all("share", f"the learner to take {', '.join(arrays)}", ray.put(arrays))
+
+    def step(self, rows: list[Row], loss: str | Loss, **settings: Any) -> dict[str, float]:
         """One optimizer step on `rows`.
 
         `loss` names a function of the package ("rl.grpo:loss"), or is one that Ray can send. For each
-        micro-batch, it is called as loss(model, batch, shared, **settings) with `collate`'s batch, and
-        returns a scalar and metrics. The scalar is divided by a denominator of the whole optimizer batch
-        (rows carry weights for that), so that gradients add up over micro-batches and ranks. Metrics are sums
-        over tokens, and add up the same way; "grad_norm" (before clipping), "lr" and, of a model with experts,
-        "load_max" and "load_idle" (`balance.figures`) join them. `shared` reaches every micro-batch as
-        tensors. Trained parameters that the loss does not reach get a gradient of zero. Raises
-        FloatingPointError, and changes nothing, if it is not finite.
+        micro-batch, it is called as loss(model, batch, shared, **settings) with `collate`'s batch and the
+        tensors of `share`, which it must not change, and returns a scalar and metrics. The scalar is divided by
+        a denominator of the whole optimizer batch (rows carry weights for that), so that gradients add up over
+        micro-batches and ranks. Metrics are sums over tokens, and add up the same way; "grad_norm" (before
+        clipping), "lr" and, of a model with experts, "load_max" and "load_idle" (`balance.figures`) join them.
+        Trained parameters that the loss does not reach get a gradient of zero. Raises FloatingPointError, and
+        changes nothing, if it is not finite.
         """
-        return self._on_rows("step", rows, loss, shared, settings)
+        return self._on_rows("step", rows, loss, settings)
 
-    def evaluate(
-        self, rows: list[Row], loss: str | Loss, shared: dict[str, np.ndarray] | None = None, **settings: Any
-    ) -> dict[str, float]:
+    def evaluate(self, rows: list[Row], loss: str | Loss, **settings: Any) -> dict[str, float]:
         """The sums of the metrics that `step` would return, without a gradient."""
-        return self._on_rows("evaluate", rows, loss, shared, settings)
+        return self._on_rows("evaluate", rows, loss, settings)
 
     def weights(self, version: int) -> Any:
         """A Ray reference to the `sync.Bundle` of the current weights, which stay in the object store."""
@@ -137,19 +139,10 @@ class Learner:
             self.close()
             raise
 
-    def _on_rows(
-        self,
-        method: str,
-        rows: list[Row],
-        loss: str | Loss,
-        shared: dict[str, np.ndarray] | None,
-        settings: dict[str, Any],
-    ) -> dict[str, float]:
-        import ray
-
+    def _on_rows(self, method: str, rows: list[Row], loss: str | Loss, settings: dict[str, Any]) -> dict[str, float]:
         lengths = [len(row["tokens"]) for row in rows]
         batches = plan(lengths, self._optimization.micro_batch_tokens, self._optimization.ranks)
-        arguments = (stack([rows[int(np.argmin(lengths))]]), loss, ray.put(shared or {}), settings)
+        arguments = (stack([rows[int(np.argmin(lengths))]]), loss, settings)
         calls = []
         for worker, own in zip(self.workers, batches, strict=bool(self.workers)):
             packed = [stack([rows[i] for i in batch]) if batch else None for batch in own]

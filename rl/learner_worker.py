@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..settings import Precision
 from .balance import Loads, figures
+from .memory import Span
 from .packing import Batch, tensors
 from .settings import Optimization
 from .state import Shapes, read_state, write_state
@@ -109,6 +110,7 @@ class LearnerWorker:
         self._trained: dict[str, nn.Parameter] = {}
         self._biases: dict[str, Tensor] = {}
         self._loads: Any = None
+        self._shared: dict[str, Tensor] = {}
 
     def host(self) -> str:
         import ray
@@ -152,6 +154,7 @@ class LearnerWorker:
         from ..model import load
 
         self._unload()
+        self.memory = Span()
         self._optimization, self._total_steps, self._steps = optimization, total_steps, 0
         # One rank has nothing to shard, and is spared DeepSpeed's flat copy of the parameters.
         self._stage = optimization.zero_stage if self._ranks > 1 else 0
@@ -180,7 +183,7 @@ class LearnerWorker:
             return
         self._engine.destroy()
         self._engine = self._model = None
-        self._trained, self._biases, self._loads = {}, {}, None
+        self._trained, self._biases, self._loads, self._shared = {}, {}, None, {}
         if self._stage == 3:
             _clear_stage_3()
         gc.collect()  # engine, optimizer and hooks refer to each other
@@ -219,16 +222,18 @@ class LearnerWorker:
         if self._stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
+    def share(self, arrays: dict[str, np.ndarray]) -> None:
+        self._shared = tensors(arrays, self._device)
+
     def step(
         self,
         batches: list[Batch | None],
         spare: Batch,
         loss: str | Loss,
-        shared: dict[str, np.ndarray],
         settings: dict[str, Any],
     ) -> dict[str, float]:
         """An optimizer step on this rank's micro-batches: the sums of their metrics, "grad_norm" and "lr"."""
-        engine, objective, common = self._engine, named(loss), tensors(shared, self._device)
+        engine, objective = self._engine, named(loss)
         lr = lr_at(self._steps, self._optimization, self._total_steps)
         for group in engine.basic_optimizer.param_groups:
             group["lr"] = lr
@@ -240,7 +245,7 @@ class LearnerWorker:
             for batch in batches:
                 # A rank without rows takes part with a weight of zero: at stage 3 the others wait for it.
                 self._loads.counting = batch is not None
-                value = engine(objective, tensors(batch or spare, self._device), common, settings)
+                value = engine(objective, tensors(batch or spare, self._device), self._shared, settings)
                 engine.backward(value * (self._ranks if batch else 0.0), scale_wrt_gas=False)
                 if batch:
                     add(totals, engine.module.metrics)
@@ -277,15 +282,14 @@ class LearnerWorker:
         batches: list[Batch | None],
         spare: Batch,
         loss: str | Loss,
-        shared: dict[str, np.ndarray],
         settings: dict[str, Any],
     ) -> dict[str, float]:
         """The sums of the metrics of this rank's micro-batches."""
-        objective, common = named(loss), tensors(shared, self._device)
+        objective = named(loss)
         totals: dict[str, Any] = {}
         self._engine.eval()
         for batch in batches:
-            self._engine(objective, tensors(batch or spare, self._device), common, settings)
+            self._engine(objective, tensors(batch or spare, self._device), self._shared, settings)
             if batch:
                 add(totals, self._engine.module.metrics)
         return {name: float(total) for name, total in totals.items()}

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..settings import FULL, Precision
-from .cluster import wait
-from .settings import Draft
+from .cluster import last_words, wait
+from .memory import Span
+from .settings import DEADLINE, Draft
 from .trajectory import Request, Trajectory
 
 MAX_DEATHS = 3
@@ -22,6 +23,7 @@ class RolloutWorker:
 
         torch.set_num_threads(threads)
         self.device, self.precision, self.version = device, precision, 0
+        self.engine: Any = None
 
     def load(self, path: str) -> None:
         """The policy of a checkpoint's folder, as version 0."""
@@ -31,6 +33,8 @@ class RolloutWorker:
         from ..model.precision import round_experts
         from .engine import Engine
 
+        self.engine = None  # the policy before goes before the next one comes
+        self.memory = Span()
         model = load(path, device=self.device, precision=self.precision)
         round_experts(model)
         self.tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
@@ -77,7 +81,7 @@ class Rollouts:
         gpus_per_actor: float = 0.0,
         threads: int = 1,
         precision: Precision = FULL,
-        deadline: float = 900.0,
+        deadline: float = DEADLINE,
     ):
         self._gpus, self._threads, self._precision, self._deadline = gpus_per_actor, threads, precision, deadline
         self.workers = [self._start() for _ in range(workers)]
@@ -141,7 +145,8 @@ class Rollouts:
 
         self.deaths += 1
         if self.deaths >= MAX_DEATHS:
-            raise RuntimeError(f"rollout workers died {self.deaths} times in this stage; the last: {death}") from death
+            why = last_words(death) or death  # Ray's text, which is that a process ended
+            raise RuntimeError(f"rollout workers died {self.deaths} times in this stage; the last: {why}") from death
         worker = self.workers[index] = self._start()
         try:
             wait(worker.load.remote(self._path), f"a new rollout worker to load {self._path}", self._deadline)

@@ -9,6 +9,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from ..settings import Settings
 
+DEADLINE = 1800.0
+"""Seconds that one call of an actor may take, unless the recipe says otherwise."""
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 

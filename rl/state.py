@@ -2,14 +2,15 @@
 
 A folder holds the last two states saved, in two files that are written in turn. The index is replaced in one
 rename after its file is complete and on the disk, so a process that is killed at any moment, or a machine that
-loses power, leaves a whole state. A file that was torn later is found by its crc32. Overwriting a file in place
-is also faster than making one, and this may happen after every step. Nothing is pickled.
+loses power, leaves a whole state. A file that was torn later is found by its crc32, and the state before it is
+still there (`rewind`). Overwriting a file in place is also faster than making one, and this may happen after
+every step. Nothing is pickled.
 """
 
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -45,11 +46,21 @@ def write_state(folder: Path, step: int, shapes: Shapes, tensors: Iterable[Tenso
             crc = zlib.crc32(part, crc)
         out.truncate()
     flush(file)
-    beside = folder / f".{_INDEX}"
-    beside.write_text(json.dumps([*kept, {"step": step, "file": file.name, "crc32": crc}], indent=1) + "\n")
-    flush(beside)
-    os.replace(beside, index)
-    flush(folder)
+    _write_index(folder, [*kept, {"step": step, "file": file.name, "crc32": crc}])
+
+
+def rewind(folder: Path, steps: Sequence[int]) -> int | None:
+    """The last of `steps` after which a state is there and whole; None, and nothing is changed, if there is none.
+
+    The states after it are dropped: their steps are about to be taken again, and what is saved then must not take the
+    place of this one before it is complete.
+    """
+    entries = _entries(folder / _INDEX)
+    wanted = sorted((entry for entry in entries if entry["step"] in steps), key=lambda entry: -entry["step"])
+    found = next((entry["step"] for entry in wanted if _is_whole(folder, entry)), None)
+    if found is not None:
+        _write_index(folder, [entry for entry in entries if entry["step"] <= found])
+    return found
 
 
 def read_state(folder: Path, shapes: Shapes, step: int | None = None) -> tuple[int, dict[str, Tensor]]:
@@ -62,8 +73,8 @@ def read_state(folder: Path, shapes: Shapes, step: int | None = None) -> tuple[i
     if step not in entries:
         raise UserError(f"{folder / _INDEX}: no state of step {step}; it holds {sorted(entries)}")
     file = folder / entries[step]["file"]
-    if not file.is_file() or _crc32(file) != entries[step]["crc32"]:
-        raise UserError(f"{file}: missing, torn or altered; remove {folder} to start from the beginning")
+    if not _is_whole(folder, entries[step]):
+        raise UserError(f"{file}: missing, torn or altered; remove the stage's folder to begin it again")
     tensors = load_file(file)
     if stray := sorted(tensors.keys() ^ shapes.keys()):
         owner = "the model" if stray[0] in shapes else "this state"
@@ -92,14 +103,24 @@ def _entries(index: Path) -> list[dict]:
     try:
         return json.loads(index.read_text())
     except FileNotFoundError as error:
-        raise UserError(f"{index}: missing; the folder of a learner's state holds one") from error
+        raise UserError(f"{index}: missing; restore it, or remove the stage's folder to begin it again") from error
     except ValueError as error:
-        raise UserError(f"{index}: torn; remove {index.parent} to start from the beginning") from error
+        raise UserError(f"{index}: torn; remove the stage's folder to begin it again") from error
 
 
-def _crc32(file: Path) -> int:
-    crc = 0
+def _write_index(folder: Path, entries: list[dict]) -> None:
+    beside = folder / f".{_INDEX}"
+    beside.write_text(json.dumps(entries, indent=1) + "\n")
+    flush(beside)
+    os.replace(beside, folder / _INDEX)
+    flush(folder)
+
+
+def _is_whole(folder: Path, entry: dict) -> bool:
+    file, crc = folder / entry["file"], 0
+    if not file.is_file():
+        return False
     with file.open("rb") as data:
         while chunk := data.read(_CHUNK_BYTES):
             crc = zlib.crc32(chunk, crc)
-    return crc
+    return crc == entry["crc32"]

@@ -1,5 +1,7 @@
 """The benchmarks' own instruments: a wrong model breaks a bound, every process's CPU is counted, goals are missed."""
 
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +194,20 @@ def test_a_goal_is_missed_where_nothing_was_compared(goals, tmp_path):
     *others, last = goals.verdicts(runs_of(tmp_path, {m: n for m, n in RIGHT.items() if m != "average"}))
     assert all(each.met for each in others)
     assert last.cells() == ["merged over average on the mean of the domains", "-", "-", "interval above 0", "MISSED"]
+
+
+def test_a_verdict_is_strict_json(goals, seeds):
+    """Without a high end, as where the other model is nearly never right, and without an estimate."""
+    estimates = ((2.0, 1.0, math.inf), None)
+    found = [seeds.comparison(goals.Verdict("x of y", each, goals.KEEPS)) for each in estimates]
+    assert [each["estimate"] for each in json.loads(json.dumps(found, allow_nan=False))] == [[2.0, 1.0, None], None]
+
+
+def test_evaluations_are_medians_over_the_runs(seeds, tmp_path):
+    runs = runs_of(tmp_path, {"base": 20})
+    for run, seconds in zip(runs, (3.0, 5.0), strict=True):
+        run.evaluation_times = {"base": {"wall_seconds": seconds}}
+    assert seeds.evaluations(runs) == [{"model": "base", "wall_seconds": 4.0}]
 
 
 def test_a_verdict_is_told_in_the_goals_unit(goals):

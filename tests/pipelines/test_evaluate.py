@@ -69,6 +69,8 @@ def test_requests_are_numbered_through_the_batches_and_rows_count_by_domain(run:
         ("base", "numbers", 1, PROBLEMS),
         ("base", "words", 0, PROBLEMS),
     ]
+    took = json.loads((run.folder / "evaluations" / "times" / "base.json").read_text())
+    assert 0 < took["wall_seconds"] < 60
     written = json.loads((run.folder / "evaluations" / "base.json").read_text())
     assert [o["question"] for o in written["domains"]["words"]] == [
         p.question for p in run.domains["words"].problems("heldout", 0, PROBLEMS)

@@ -12,7 +12,7 @@ import pytest
 from amalgam.pipelines import grpo as module
 from amalgam.pipelines.rollout import length_metrics, sampled_rate
 from amalgam.rewards.problem import Score
-from amalgam.rl.settings import IndexerLoss
+from amalgam.rl.settings import IndexerLoss, Sampling
 from amalgam.rl.trajectory import Trajectory
 
 PROMPT, RESPONSE = 5, 3
@@ -49,7 +49,7 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, updates: int, groups: 
     )  # fmt: skip
     settings: Any = SimpleNamespace(
         from_="m", domains=[], prompts=groups, group_size=2, updates=updates, optimizer=None, rollout_workers=1,
-        clip_low=0.2, clip_high=0.28, sampling=SimpleNamespace(temperature=1.0, max_new_tokens=4, draft="off"),
+        clip_low=0.2, clip_high=0.28, sampling=Sampling(temperature=1.0, max_new_tokens=4, draft="off"),
         indexer=IndexerLoss(),
     )  # fmt: skip
     monkeypatch.setattr(module, "speaker", lambda *_: (None, None))

@@ -372,22 +372,17 @@ def broken(how: str) -> str:
 
 
 NOT_SAFETENSORS = (
-    "c/model.safetensors is not a safetensors file; save the model with save_pretrained or amalgam.model.save"
+    r"c/model\.safetensors: cut short or not safetensors \(Error while .+\); "
+    r"copy it again, or save the model with save_pretrained or amalgam\.model\.save"
 )
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (
-            "cut short",
-            "c/model.safetensors is cut short: {} bytes, its header says {}; copy or save it again",
-        ),
-        ("too long", "c/model.safetensors is too long: {} bytes, its header says {}; copy or save it again"),
-        (
-            "cut inside the header",
-            "c/model.safetensors is cut short inside its header; copy or save the checkpoint again",
-        ),
+        ("cut short", NOT_SAFETENSORS),
+        ("too long", NOT_SAFETENSORS),
+        ("cut inside the header", NOT_SAFETENSORS),
         ("empty", NOT_SAFETENSORS),
         ("a pickle", NOT_SAFETENSORS),
         ("no JSON inside", NOT_SAFETENSORS),
@@ -408,9 +403,7 @@ NOT_SAFETENSORS = (
     ],
 )
 def test_a_broken_checkpoint_is_refused(how: str, message: str):
-    line = broken(how)
-    sizes = (Path("c/model.safetensors").stat().st_size, len(whole_checkpoint())) if "{}" in message else ()
-    assert line == message.format(*sizes)
+    assert re.fullmatch(message, broken(how))
 
 
 @pytest.mark.parametrize(
@@ -419,7 +412,7 @@ def test_a_broken_checkpoint_is_refused(how: str, message: str):
         ("model-1.safetensors", None),
         ("model-2.safetensors", "index.json names 'model-2.safetensors', which is no file in that folder"),
         ("../c/model-1.safetensors", "names '../c/model-1.safetensors', which is no file in that folder"),
-        ("config.json", NOT_SAFETENSORS.replace("model.safetensors", "config.json")),
+        ("config.json", "c/config.json: cut short or not safetensors"),
         (None, "c/model.safetensors.index.json is no index of shards"),
     ],
 )
@@ -433,7 +426,3 @@ def test_shards_are_a_base(shard: str | None, message: str | None):
     else:
         (line,) = errors(SMALL.replace("base: tiny", "base: c"))
         assert message in line
-
-
-def whole_checkpoint() -> bytes:
-    return (write_checkpoint(Path("whole")) / "model.safetensors").read_bytes()

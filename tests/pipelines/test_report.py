@@ -225,6 +225,20 @@ def test_a_partial_run_shows_what_is_there(tmp_path):
     assert missing == ["not finished yet", "not started yet", "not started yet", "not started yet"]
 
 
+def test_timings_name_evaluations_and_peaks_that_are_not_a_stages_own(tmp_path):
+    run = fake_run(tmp_path)
+    write(run / "evaluations" / "times" / "merged.json", json.dumps({"wall_seconds": 83.0}))
+    write(run / "evaluations" / "times" / "not-done.json", json.dumps({"wall_seconds": 1.0}))
+    file = run / "stages" / "merged" / "done.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "peak_since_start": True}))
+    parsed = page(run)
+    cells = parsed.of("td")
+    assert "evaluation of merged" in cells
+    assert "1 min 23 s" in parsed.of("span")
+    assert "evaluation of not-done" not in cells
+    assert [cell for cell in cells if "GiB" in cell].count("1.30 GiB since start") == 1
+
+
 def test_a_folder_with_nothing_in_it_yet(tmp_path):
     parsed = page(tmp_path)
     assert parsed.of("span", "state") == ["nothing done yet"]

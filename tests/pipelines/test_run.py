@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,15 +20,17 @@ from typer.testing import CliRunner
 
 from amalgam.errors import UserError
 from amalgam.model import load
+from amalgam.pipelines import sft as sft_module
 from amalgam.pipelines.cli import app
 from amalgam.pipelines.recipe import Recipe, load_recipe, resolved_yaml
-from amalgam.pipelines.run import run_recipe
+from amalgam.pipelines.run import _refuse_another, run_recipe
 from amalgam.pipelines.sft import demonstrations, weighted
 from amalgam.pipelines.sft import loss as sft_loss
 from amalgam.pipelines.stage import StageRun
 from amalgam.rewards.domains import Domain
 from amalgam.rl.packing import collate
 
+from .test_stage import tear
 from .tiny_run import RECIPE, STEPS, driver, make_base, metrics, outcome
 
 MODELS = ["base", "sft-numbers", "sft-words", "grpo-numbers", "grpo-words", "average", "merged"]
@@ -86,6 +89,13 @@ def test_every_step_has_its_row_and_its_rollouts(whole: Path):
             assert all(len(r["response_ids"]) == len(r["logprobs"]) == r["tokens"] for r in table)
             requests += [r["request"] for r in table]
         assert requests == list(range(len(requests))), "every sample of a stage has noise of its own"
+
+
+def test_a_rate_counts_trained_tokens_and_no_prompts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sft_module.time, "monotonic", lambda: 12.0)
+    mask = np.arange(2, dtype=np.float32)
+    rows = [{"tokens": np.zeros(n, np.int32), "trained": np.repeat(mask, [n - 3, 3])} for n in (9, 5)]
+    assert sft_module.rate(rows, began=10.0) == 3.0
 
 
 def test_rewards_in_the_rollouts_are_those_in_the_metrics(whole: Path):
@@ -220,7 +230,7 @@ def test_no_interruption_changes_a_bit(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """One run, cut off by an error in SFT, kill -9 in GRPO, and Ctrl-C in distillation."""
+    """One run, cut off by an error in SFT, kill -9 in GRPO that also tears its last state, Ctrl-C in distillation."""
     run = tmp_path / recipe.name
     with before_commit(monkeypatch, "sft-numbers", 4, fail), pytest.raises(ZeroDivisionError, match="a bug in a stage"):
         run_recipe(recipe, tmp_path)
@@ -242,13 +252,18 @@ def test_no_interruption_changes_a_bit(
         other.kill()
     assert list(run.glob("stages/sft-*/done.json"))
     cut = [s for s in ("grpo-numbers", "grpo-words") if (run / "stages" / s / "progress.json").exists()]
-    assert any(not (run / "stages" / s / "done.json").exists() for s in cut)
+    cut = [s for s in cut if not (run / "stages" / s / "done.json").exists()]
+    saves = {s: [save["step"] for save in json.loads((run / "stages" / s / "progress.json").read_text())] for s in cut}
+    stage = next(s for s in cut if len(saves[s]) == 2)
+    tear(run / "stages" / stage / "state")
 
     capsys.readouterr()
     with before_commit(monkeypatch, "merged", 2, press_ctrl_c), pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, tmp_path)
     said = capsys.readouterr().out
-    assert "going on after" in said
+    before, torn = saves[stage]
+    assert f"{stage}: the state of step {torn} is torn; going back to step {before}" in said
+    assert f"{stage} (grpo) starts: 12 steps, going on after {before}" in said
     assert "the same command goes on from merged step 2" in said
     assert "(sft) starts" not in said, "what is done is not started again"
 
@@ -312,6 +327,18 @@ def test_another_recipes_folder_is_refused_untouched(recipe_file: Path, recipe: 
     assert said.startswith(f"{folder / 'recipe.yaml'}:{line}: this folder holds a run of another recipe")
     assert (folder / "recipe.yaml").read_text() == kept
     assert {f.name for f in folder.iterdir()} <= {"recipe.yaml", ".lock"}
+
+
+def test_a_run_may_go_on_with_another_deadline(recipe_file: Path, tmp_path: Path):
+    """Also one that was begun before the key was there. Other resources are another recipe's."""
+    texts = [resolved_yaml(load_recipe(str(recipe_file), [f"resources.{o}"])) for o in ("deadline=5", "threads=2")]
+    kept = tmp_path / "recipe.yaml"
+    plain = resolved_yaml(load_recipe(str(recipe_file)))
+    for old in (plain, plain.replace(", deadline: 1800.0", "")):
+        kept.write_text(old)
+        _refuse_another(kept, texts[0])
+        with pytest.raises(UserError, match="another recipe"):
+            _refuse_another(kept, texts[1])
 
 
 def test_a_folder_in_use_is_refused(recipe_file: Path, recipe: Recipe, tmp_path: Path):

@@ -1,10 +1,14 @@
 """Lending processes to stages: who gets which, and who ends them. No process is started here."""
 
 import threading
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
+from amalgam.rl import fleet as fleet_module
 from amalgam.rl.fleet import Fleet
+from amalgam.rl.settings import Optimization
 
 
 class Member:
@@ -24,6 +28,16 @@ def test_an_idle_member_of_the_key_is_lent_again():
             assert len({id(first), id(other), id(second)}) == 3
         assert [m.closed for m in (first, other, second)] == [0, 0, 0]
     assert [m.closed for m in (first, other, second)] == [1, 1, 1]
+
+
+def test_the_deadline_is_every_process_s(monkeypatch: pytest.MonkeyPatch):
+    given = {}
+    for name in ("Learner", "Rollouts"):
+        made = lambda *_, name=name, **place: given.update({name: place["deadline"]}) or MagicMock()  # noqa: E731
+        monkeypatch.setattr(fleet_module, name, made)
+    with Fleet(deadline=7.0) as fleet, fleet.learner(Path(), Optimization(lr=1.0), 1), fleet.rollouts(Path(), 1):
+        assert given == {"Learner": 7.0, "Rollouts": 7.0}
+        assert fleet.place["deadline"] == 7.0
 
 
 def test_only_what_was_lent_before_is_made_ready_again():

@@ -336,13 +336,21 @@ def test_evaluation_adds_up_and_changes_nothing(learner, checkpoint, ranks, stag
     assert sent(ours).manifest == before
 
 
-def test_settings_and_shared_arrays_reach_the_loss(learner):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_settings_and_shared_arrays_reach_the_loss(learner, ranks):
+    """What is shared stays for every step until the next load."""
     (rows,) = batches(1)
-    norms = [
-        learner(1, 1).step(rows, nll, {"one": np.array(shared, np.float32)}, scale=scale)["grad_norm"]
-        for shared, scale in ((1.0, 1.0), (3.0, 1.0), (1.0, 3.0))
-    ]
-    assert norms == pytest.approx([norms[0], 3 * norms[0], 3 * norms[0]], rel=1e-5)
+
+    def norms(shared: float | None, scale: float) -> list[float]:
+        ours = learner(ranks, 1, lr=1e-30)
+        if shared is not None:
+            ours.share({"one": np.array(shared, np.float32)})
+        return [ours.step(rows, nll, scale=scale)["grad_norm"] for _ in range(2)]
+
+    plain = norms(None, 1.0)
+    assert plain == pytest.approx([plain[0]] * 2, rel=1e-5)
+    for shared, scale, factor in ((3.0, 1.0, 3), (1.0, 3.0, 3), (None, 1.0, 1)):
+        assert norms(shared, scale) == pytest.approx([factor * plain[0]] * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 2), (2, 3)])

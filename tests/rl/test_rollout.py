@@ -1,6 +1,7 @@
 """The rollout pool: order, text, versions, two updates in a row, and workers that die."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -136,6 +137,16 @@ def test_weights_of_two_updates_in_a_row_are_what_generate_uses(pool: Rollouts, 
     assert [t.text for t in pool.generate(requests(), **LIMITS)] == texts[0]
 
 
+def test_the_peak_of_memory_counts_from_the_load(pool: Rollouts, checkpoint: Path):
+    call = pool.workers[0].__ray_call__.remote(lambda _: len(bytearray(300 << 20)))
+    assert wait(call, "memory to be used", 60.0)
+    before = [used.peak_rss_bytes for used in usage(pool.workers)]
+    pool.load(checkpoint)
+    after = [used.peak_rss_bytes for used in usage(pool.workers)]
+    assert after[0] < before[0] - (200 << 20)
+    assert abs(after[1] - before[1]) < 100 << 20
+
+
 def test_another_version_is_refused(pool: Rollouts):
     pool.sync(ray.put(sync.pack(tiny.model(0), 4)), 4)
     call = pool.workers[0].generate.remote(requests(), 1.0, 5, 0, 3)
@@ -166,8 +177,9 @@ def test_dead_workers_are_replaced_until_the_third(pool: Rollouts, monkeypatch: 
     assert pool.deaths == 1
     monkeypatch.setattr(pool, "_start", lambda: ray.remote(Dying).options(num_cpus=0).remote())
     kill(pool.workers[1])
-    assert [cpu > 0 for cpu, _ in usage(pool.workers)] == [True, False]
-    with pytest.raises(RuntimeError, match="rollout workers died 3 times in this stage; the last: .*died") as caught:
+    assert [used.cpu_seconds > 0 for used in usage(pool.workers)] == [True, False]
+    words = r"its log, /\S+/worker-\w+-\w+-\d+\.err, ended with:\none\nno memory left$"
+    with pytest.raises(RuntimeError, match=f"^rollout workers died 3 times in this stage; the last: {words}") as caught:
         pool.generate(requests(), **LIMITS)
     assert caught.value.__cause__ is not None
-    assert caught.value.__cause__.__notes__[-1] == "its log ended with:\none\nno memory left"
+    assert re.match(words, caught.value.__cause__.__notes__[-1])
