@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .upcast import upcast
+
 
 def attend(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) -> Tensor:
     """Multi-query attention with K = V over blocks of queries that share a set of rows (paper 2.3; DeepSeek's code).
@@ -18,11 +20,11 @@ def attend(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) -> Tensor:
 def reference_attend(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) -> Tensor:
     """The definition, for any device: fp32 scores and softmax, reduced over all S rows at once."""
     n, m, heads, dim = q.shape
-    keys = rows.float()
-    queries = (q.float() * dim**-0.5).reshape(n, m * heads, dim)
+    keys = upcast(rows)
+    queries = (upcast(q) * dim**-0.5).reshape(n, m * heads, dim)
     scores = torch.bmm(queries, keys.transpose(1, 2)).view(n, m, heads, -1)
     scores = scores.masked_fill(~visible.unsqueeze(2), float("-inf"))
-    sinks = sinks.float().view(1, 1, heads, 1)
+    sinks = upcast(sinks).view(1, 1, heads, 1)
     # The sink keeps the maximum finite where no row is visible; the result does not depend on the shift.
     shift = torch.maximum(scores.detach().amax(-1, keepdim=True), sinks.detach())
     weights = torch.exp(scores - shift)
