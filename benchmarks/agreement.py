@@ -1,11 +1,12 @@
-"""Do transformers, our forward and our decoding give the same log-probs? In fp32, every checkpoint of a finished run:
+"""Do transformers, our forward and our decoding give the same log-probs? In fp32, a model or all models of a run:
 
 (a) `AutoModelForCausalLM.from_pretrained` on each sequence alone and unpadded, against ours on all of them in one pack;
-(b) our decoding over the cache, token by token in ragged batches, against our forward.
+(b) our decoding over the cache, token by token in ragged batches, against our forward; the same again in float64.
 
     .venv/bin/python benchmarks/agreement.py runs/quickstart
 
-The exit code is 1 if a bound is broken. README.md says what is bounded.
+A checkpoint's folder or a preset's name will do too. The exit code is 1 if a bound is broken. README.md says what is
+bounded.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from amalgam.pipelines.corpus import document as corpus_document
 from amalgam.pipelines.recipe import Recipe, load_recipe
 from amalgam.rewards.domains import Domain
 
-TRANSFORMERS_BOUND, DECODE_BOUND = 1e-4, 1e-5
+TRANSFORMERS_BOUND, DECODE_BOUND, FLOAT64_BOUND = 1e-4, 1e-5, 1e-11
 PROBLEMS, LONGER = 20, 8
 SHORTEST, LONGEST = 128, 300  # tokens of the longer ones; above 128, the tiny model's indexer has to choose
 RANDOM = (2, 64, 257, LONGEST)
@@ -51,14 +52,18 @@ class Agreement:
     vocabulary_max: float  # of every token of the vocabulary at every position
     decode_max: float
     decode_mean: float
-    packing_max: float  # of our forward alone against in a pack: how much is rounding
+    packing_max: float  # of our forward alone against in a pack
+    rounding_max: float  # of our forward alone against itself in float64: how far off fp32 is, on any machine
+    float64_max: float  # of decoding and of packing in float64, near-ties or not: what is left without fp32's rounding
     beyond_max: float  # transformers and decoding from the first near-tie on
     transformers_scaled: float  # largest difference / max(1, |log-prob|), for the bounds: rounding grows with the value
     decode_scaled: float
 
     @property
     def verdict(self) -> str:
-        """`absolute`: both bounds hold as they are. `relative`: over max(1, |log-prob|) they do. Else `BROKEN`."""
+        """`absolute`: the bounds hold as they are. `relative`: over max(1, |log-prob|) they do. Else `BROKEN`."""
+        if self.float64_max > FLOAT64_BOUND:
+            return "BROKEN"
         if self.transformers_max <= TRANSFORMERS_BOUND and self.decode_max <= DECODE_BOUND:
             return "absolute"
         held = self.transformers_scaled <= TRANSFORMERS_BOUND and self.decode_scaled <= DECODE_BOUND
@@ -94,26 +99,32 @@ def cu_seqlens_of(documents: list[Tensor]) -> Tensor:
 @torch.inference_mode()
 def agreement(name: str, checkpoint: Path, kinds: dict[str, list[Tensor]]) -> list[Agreement]:
     """One model's, for each kind of sequences."""
-    ours = load(checkpoint)
+    ours, exact = load(checkpoint), load(checkpoint, dtype=torch.float64)
     documents = [d for found in kinds.values() for d in found]
     lengths = [len(d) for d in documents]
     tokens, cu_seqlens = torch.cat(documents), cu_seqlens_of(documents)
     forward = list(ours.logprobs(tokens, cu_seqlens).split(lengths))
     theirs, vocabulary = transformers_differences(ours, checkpoint, documents, forward)
-    alone = [(ours.logprobs(d, cu_seqlens_of([d])) - f).abs() for d, f in zip(documents, forward, strict=True)]
-    decode = [torch.zeros(0)] * len(documents)
-    for pack in (range(i, len(documents), PACKS) for i in range(PACKS)):
-        found = decode_differences(ours, [documents[i] for i in pack], [forward[i] for i in pack])
-        for i, differences in zip(pack, found, strict=True):
-            decode[i] = differences
+    packing, decode, alone = our_differences(ours, documents, forward)
+    forward64 = list(exact.logprobs(tokens, cu_seqlens).split(lengths))
+    packing64, decode64, alone64 = our_differences(exact, documents, forward64)
     near = near_ties(ours, tokens, cu_seqlens).split(lengths)
     # A token's log-prob comes from the states of the tokens before it: a near-tie at t concerns t + 1 and what follows.
     clean = [_padded(n[:-1].cumsum(0)) == 0 for n in near]
+    columns = {
+        "clean": clean,
+        "forward": forward,
+        "theirs": theirs,
+        "vocabulary": vocabulary,
+        "decode": decode,
+        "packing": packing,
+        "rounding": [(a - b).abs() for a, b in zip(alone, alone64, strict=True)],
+        "float64": [torch.maximum(a, b) for a, b in zip(packing64, decode64, strict=True)],
+    }
     results, first = [], 0
     for kind, count in ((kind, len(found)) for kind, found in kinds.items()):
-        mine = slice(first, first + count)
-        tensors = (torch.cat(x[mine]) for x in (clean, forward, theirs, vocabulary, decode, alone))
-        results.append(summary(name, kind, *tensors))
+        mine = {column: torch.cat(values[first : first + count]) for column, values in columns.items()}
+        results.append(summary(name, kind, **mine))
         first += count
     return results
 
@@ -126,7 +137,9 @@ def summary(
     theirs: Tensor,
     vocabulary: Tensor,
     decode: Tensor,
-    alone: Tensor,
+    packing: Tensor,
+    rounding: Tensor,
+    float64: Tensor,
 ) -> Agreement:
     """All [tokens of the kind]; `clean` bool: before the first near-tie, `decode` may be _PREFILLED."""
     scale = forward.abs().clamp(min=1.0)
@@ -142,7 +155,9 @@ def summary(
         vocabulary_max=float(vocabulary[clean].max()),
         decode_max=float(decode[decoded].max()),
         decode_mean=float(decode[decoded].mean()),
-        packing_max=float(alone[clean].max()),
+        packing_max=float(packing[clean].max()),
+        rounding_max=float(rounding[clean].max()),
+        float64_max=float(float64.max()),
         beyond_max=float(beyond.max()) if len(beyond) else 0.0,
         transformers_scaled=float((theirs / scale)[clean].max()),
         decode_scaled=float((decode / scale)[decoded].max()),
@@ -163,6 +178,17 @@ def transformers_differences(
     return own, vocabulary
 
 
+def our_differences(model: DeepseekV4, documents: list[Tensor], forward: list[Tensor]) -> tuple[list[Tensor], ...]:
+    """For each document against `forward`: |difference| [n] alone, and decoded; and the log-probs alone."""
+    alone = [model.logprobs(d, cu_seqlens_of([d])) for d in documents]
+    decoded = [torch.zeros(0)] * len(documents)
+    for pack in (range(i, len(documents), PACKS) for i in range(PACKS)):
+        found = decode_differences(model, [documents[i] for i in pack], [forward[i] for i in pack])
+        for i, differences in zip(pack, found, strict=True):
+            decoded[i] = differences
+    return [(a - f).abs() for a, f in zip(alone, forward, strict=True)], decoded, alone
+
+
 def _padded(values: Tensor) -> Tensor:
     """A zero for a document's first token, which has no log-prob."""
     return torch.nn.functional.pad(values, (1, 0))
@@ -178,7 +204,7 @@ def decode_differences(model: DeepseekV4, documents: list[Tensor], forward: list
     cu_seqlens = cu_seqlens_of(prompts)
     output, cache = model.prefill(torch.cat(prompts), cu_seqlens, LONGEST)
     hidden = output.hidden[cu_seqlens[1:].long() - 1]
-    found = [torch.full((len(d),), _PREFILLED) for d in documents]
+    found = [torch.full_like(scores, _PREFILLED) for scores in forward]
     running = list(range(len(documents)))
     while running:
         tokens = torch.stack([documents[i][at[i]] for i in running])
@@ -194,10 +220,14 @@ def decode_differences(model: DeepseekV4, documents: list[Tensor], forward: list
     return found
 
 
-def checkpoints(folder: Path) -> tuple[Recipe, dict[str, Path]]:
-    """The run's recipe and its models: the base, and every stage's. UserError if the run is not finished."""
+def checkpoints(given: str) -> tuple[Recipe, dict[str, Path]]:
+    """A recipe and models by name: a run's own, base and every stage; for a single model the quickstart's recipe.
+
+    UserError if the run is not finished, or `given` is neither a folder of one of these kinds nor a preset.
+    """
+    folder = Path(given)
     if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{folder}: no recipe.yaml; give the folder of a finished run, such as runs/quickstart")
+        return load_recipe("quickstart"), {folder.name: resolve(given)}
     recipe = load_recipe(str(folder / "recipe.yaml"))
     for name in recipe.stages:
         if not (folder / "stages" / name / "done.json").is_file():
@@ -208,29 +238,30 @@ def checkpoints(folder: Path) -> tuple[Recipe, dict[str, Path]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="the folder of a finished run")
-    folder = parser.parse_args().run
+    parser.add_argument("given", metavar="MODELS", help="the folder of a finished run or a checkpoint, or a preset")
+    given = parser.parse_args().given
     where = machine()
     disable_progress_bar()
-    recipe, models = checkpoints(folder)
+    recipe, models = checkpoints(given)
     kinds = sequences(recipe, next(iter(models.values())))
     found = [each for name, path in models.items() for each in agreement(name, path, kinds)]
     print(f"{where['cpu']}, torch {where['versions']['torch']}, transformers {where['versions']['transformers']}, fp32")
     print("largest (mean) absolute difference of log-probs, up to each sequence's first near-tie")
-    header = "model sequences tokens compared transformers vocabulary decoding packing beyond holds".split()
+    print("rounding: fp32 against float64; float64: decoding and packing there, at every token")
+    columns = "model sequences tokens compared transformers vocabulary decoding packing rounding float64 beyond holds"
     print_table(
-        header,
+        columns.split(),
         [
             [
                 each.model, f"{len(kinds[each.sequences])} {each.sequences}", str(each.tokens), str(each.compared),
                 f"{each.transformers_max:.1e} ({each.transformers_mean:.0e})", f"{each.vocabulary_max:.1e}",
-                f"{each.decode_max:.1e} ({each.decode_mean:.0e})", f"{each.packing_max:.1e}", f"{each.beyond_max:.0e}",
-                each.verdict,
+                f"{each.decode_max:.1e} ({each.decode_mean:.0e})", f"{each.packing_max:.1e}",
+                f"{each.rounding_max:.1e}", f"{each.float64_max:.1e}", f"{each.beyond_max:.0e}", each.verdict,
             ]
             for each in found
         ],
     )  # fmt: skip
-    bounds = {"transformers": TRANSFORMERS_BOUND, "decode": DECODE_BOUND}
+    bounds = {"transformers": TRANSFORMERS_BOUND, "decode": DECODE_BOUND, "float64": FLOAT64_BOUND}
     results = [{**asdict(each), "holds": each.verdict} for each in found]
     print(write_result("agreement", {"machine": where, "bounds": bounds, "results": results}))
     return 0 if all(each.verdict == "absolute" for each in found) else 1

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amalgam.kernels.indexer import select
+from amalgam.kernels.upcast import upcast
 from amalgam.model import DeepseekV4
 
 NEAR = 1e-5  # of the largest score; choices that rounding flipped had gaps of 5e-8 to 3e-7 of it
@@ -28,14 +29,16 @@ def near_ties(model: DeepseekV4, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 @contextmanager
 def _recorded(model: DeepseekV4, near: Tensor) -> Iterator[None]:
-    def index(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, topk: int, dtype: torch.dtype) -> Tensor:
-        dots = torch.einsum("nmhd,nsd->nmhs", q.float(), keys.float()).relu()
-        scores = (dots * weights.float().unsqueeze(-1)).sum(2).masked_fill(~visible, float("-inf"))
+    def index(
+        q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, topk: int, dtype: torch.dtype | None
+    ) -> Tensor:
+        dots = torch.einsum("nmhd,nsd->nmhs", upcast(q), upcast(keys)).relu()
+        scores = (dots * upcast(weights).unsqueeze(-1)).sum(2).masked_fill(~visible, float("-inf"))
         near.logical_or_(_near_border(scores.flatten(0, 1)[: near.numel()], topk))
         return select(q, weights, keys, visible, topk, dtype)
 
     def routed(router: torch.nn.Module, inputs: tuple[Tensor, ...], _: object) -> None:
-        scores = F.softplus(F.linear(inputs[0].float(), router.weight.float())).sqrt()  # pyright: ignore
+        scores = F.softplus(F.linear(upcast(inputs[0]), upcast(router.weight))).sqrt()  # pyright: ignore
         if not router.hashed:
             near.logical_or_(_near_border(scores + router.e_score_correction_bias, router.topk))  # pyright: ignore
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .upcast import upcast
+
 
 def attend(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) -> Tensor:
     """Multi-query attention with K = V over blocks of queries that share a set of rows (paper 2.3; DeepSeek's code).
@@ -27,24 +29,24 @@ def head_mass(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) -> Tensor
 def reference_attend(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) -> Tensor:
     """The definition, for any device: fp32 scores and softmax, reduced over all S rows at once."""
     n, m, heads, dim = q.shape
-    keys = rows.float()
+    keys = upcast(rows)
     weights, total = _weights(q, keys, visible, sinks)
     values = torch.bmm(weights.view(n, m * heads, -1), keys).view(n, m, heads, dim)
     return (values / total).to(q.dtype)
 
 
 def reference_head_mass(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) -> Tensor:
-    weights, total = _weights(q, rows.float(), visible, sinks)
+    weights, total = _weights(q, upcast(rows), visible, sinks)
     return (weights / total).sum(2)
 
 
 def _weights(q: Tensor, keys: Tensor, visible: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """The softmax before its division: numerators [N, M, H, S] and denominators [N, M, H, 1], fp32 as `keys`."""
     n, m, heads, dim = q.shape
-    queries = (q.float() * dim**-0.5).reshape(n, m * heads, dim)
+    queries = (upcast(q) * dim**-0.5).reshape(n, m * heads, dim)
     scores = torch.bmm(queries, keys.transpose(1, 2)).view(n, m, heads, -1)
     scores = scores.masked_fill(~visible.unsqueeze(2), float("-inf"))
-    sinks = sinks.float().view(1, 1, heads, 1)
+    sinks = upcast(sinks).view(1, 1, heads, 1)
     # The sink keeps the maximum finite where no row is visible; the result does not depend on the shift.
     shift = torch.maximum(scores.detach().amax(-1, keepdim=True), sinks.detach())
     weights = torch.exp(scores - shift)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .upcast import upcast
+
 
 def pool(values: Tensor, scores: Tensor) -> Tensor:
     """values, scores [N, slots, C] -> [N, C]: sum over slots of softmax(scores) * values, fp32 (paper 2.3.1, 2.3.2).
@@ -13,4 +15,4 @@ def pool(values: Tensor, scores: Tensor) -> Tensor:
 
 
 def reference_pool(values: Tensor, scores: Tensor) -> Tensor:
-    return (torch.softmax(scores.float(), dim=1) * values.float()).sum(1).to(values.dtype)
+    return (torch.softmax(upcast(scores), dim=1) * upcast(values)).sum(1).to(values.dtype)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .upcast import upcast
+
 
 def attend_causal(
     q: Tensor,
@@ -43,15 +45,15 @@ def reference_attend_causal(
     """The definition: fp32 scores and softmax; the result in q's dtype."""
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    scores = q.float() @ k.float().transpose(2, 3) * scaling
+    scores = upcast(q) @ upcast(k).transpose(2, 3) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~_visible(position, q, k, window), float("-inf"))
     if sinks is not None:
-        column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        column = upcast(sinks).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], -1)
     weights = torch.softmax(scores, -1)[..., : k.shape[2]]
-    return (weights @ v.float()).to(q.dtype)
+    return (weights @ upcast(v)).to(q.dtype)
 
 
 def _visible(position: Tensor | None, q: Tensor, k: Tensor, window: int | None) -> Tensor:

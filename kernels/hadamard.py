@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .upcast import upcast
+
 
 def hadamard(x: Tensor) -> Tensor:
     """x [..., n] -> x H / sqrt(n), H in Sylvester's order, n a power of two (ValueError otherwise); orthogonal.
@@ -13,7 +15,7 @@ def hadamard(x: Tensor) -> Tensor:
     n = x.shape[-1]
     if n & (n - 1) or n == 0:
         raise ValueError(f"the Hadamard rotation needs a power of two, got {n} channels")
-    y = x.float()
+    y = upcast(x)
     half = 1
     while half < n:
         pairs = y.unflatten(-1, (-1, 2, half))

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .upcast import upcast
+
 
 def mixing(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iterations: int, norm_eps: float, eps: float):
     """pre [n, T], post [n, T], comb [n, n, T] of one site, fp32, from streams [T, n, d] (paper 2.2, eq. 8).
@@ -14,8 +16,8 @@ def mixing(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iteratio
     n = streams.shape[1]
     logits = _projected(streams, fn, norm_eps)
     pre, post, comb = logits.split([n, n, n * n])
-    bias_pre, bias_post, bias_comb = base.float().unsqueeze(-1).split([n, n, n * n])
-    gate_pre, gate_post, gate_comb = scale.float().unbind()
+    bias_pre, bias_post, bias_comb = upcast(base).unsqueeze(-1).split([n, n, n * n])
+    gate_pre, gate_post, gate_comb = upcast(scale).unbind()
     pre = torch.sigmoid(pre * gate_pre + bias_pre) + eps
     post = 2 * torch.sigmoid(post * gate_post + bias_post)
     comb = torch.softmax((comb * gate_comb + bias_comb).view(n, n, -1), dim=1) + eps
@@ -29,12 +31,12 @@ def mixing(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iteratio
 def head_mixing(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float) -> Tensor:
     """pre [n, T] of the final collapse (no Sinkhorn): fn [n, n d], base [n], scale [1]."""
     logits = _projected(streams, fn, norm_eps)
-    return torch.sigmoid(logits * scale.float() + base.float().unsqueeze(-1)) + eps
+    return torch.sigmoid(logits * upcast(scale) + upcast(base).unsqueeze(-1)) + eps
 
 
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:
     """sum_j pre[j] * streams[:, j]: [T, n, d], [n, T] -> [T, d] in streams' dtype."""
-    return torch.bmm(pre.t().contiguous().unsqueeze(1), streams.float()).squeeze(1).to(streams.dtype)
+    return torch.bmm(pre.t().contiguous().unsqueeze(1), upcast(streams)).squeeze(1).to(streams.dtype)
 
 
 def expand(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -43,12 +45,12 @@ def expand(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tenso
     One small product a token over its n streams and the sublayer's output as a fifth.
     """
     weights = torch.cat([comb, post.unsqueeze(0)]).permute(2, 1, 0).contiguous()
-    rows = torch.cat([streams, output.unsqueeze(1)], dim=1).float()
+    rows = upcast(torch.cat([streams, output.unsqueeze(1)], dim=1))
     return torch.bmm(weights, rows).to(streams.dtype)
 
 
 def _projected(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
     """fn times the RMS-normalized, flattened streams: [rows of fn, T], fp32; the norm is applied after the product."""
-    flat = streams.float().flatten(1)
+    flat = upcast(streams).flatten(1)
     rms = torch.rsqrt(flat.square().mean(1) + norm_eps)
-    return torch.mm(fn.float(), flat.t()) * rms
+    return torch.mm(upcast(fn), flat.t()) * rms

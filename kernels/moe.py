@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .upcast import upcast
+
 
 def route(
     x: Tensor, gate: Tensor, *, topk: int, scaling: float, bias: Tensor | None = None, chosen: Tensor | None = None
@@ -14,10 +16,10 @@ def route(
     [T, k] (hash layers, replay), where a row that holds -1 falls back to the learned choice. Weights never see the
     bias: s / (sum of the chosen s + 1e-20) * scaling; with replayed ids they are recomputed, so the gate gets gradient.
     """
-    logits = F.linear(x.float(), gate.float())
+    logits = F.linear(upcast(x), upcast(gate))
     if chosen is None or bool((chosen < 0).any()):
         scores = _affinity(logits.detach())
-        order = (scores if bias is None else scores + bias.float()).sort(dim=-1, descending=True, stable=True)
+        order = (scores if bias is None else scores + upcast(bias)).sort(dim=-1, descending=True, stable=True)
         ids = order.indices[:, :topk]
         if chosen is not None:
             ids = torch.where((chosen < 0).any(-1, keepdim=True), ids, chosen)
@@ -29,7 +31,7 @@ def route(
 
 def _affinity(logits: Tensor) -> Tensor:
     """sqrt(softplus(logits)), with a finite gradient where softplus underflows (logits below about -100)."""
-    return F.softplus(logits).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+    return F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
 
 
 def swiglu(gate_up: Tensor, limit: float) -> Tensor:
@@ -59,7 +61,7 @@ def reference_experts(
     up_weights, down_weights = gate_up_weights.unbind(0), down.unbind(0)
     inputs = x.index_select(0, order // k).split(sizes)
     gate_up = torch.cat([F.linear(rows, up_weights[e]) for e, rows in zip(used, inputs, strict=True)])
-    hidden = (swiglu(gate_up.float(), limit) * weights.flatten()[order].unsqueeze(-1)).to(x.dtype).split(sizes)
+    hidden = (swiglu(upcast(gate_up), limit) * weights.flatten()[order].unsqueeze(-1)).to(x.dtype).split(sizes)
     outputs = torch.cat([F.linear(rows, down_weights[e]) for e, rows in zip(used, hidden, strict=True)])
     slots = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return outputs.index_select(0, slots).view(tokens, k, -1).float().sum(1)
+    return upcast(outputs.index_select(0, slots).view(tokens, k, -1)).sum(1)

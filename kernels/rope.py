@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .upcast import upcast
+
 
 def inverse_frequencies(rope_dim: int, parameters: Mapping[str, Any]) -> Tensor:
     """fp32 [rope_dim / 2] for one entry of `config.rope_parameters` ("main" or "compress").
@@ -37,7 +39,7 @@ def inverse_frequencies(rope_dim: int, parameters: Mapping[str, Any]) -> Tensor:
 
 def rotations(positions: Tensor, frequencies: Tensor) -> Tensor:
     """complex64 [..., rope_dim / 2]: the rotation of each pair at integer `positions` [...]."""
-    angles = positions.unsqueeze(-1).float() * frequencies
+    angles = positions.unsqueeze(-1).to(frequencies.dtype) * frequencies
     return torch.polar(torch.ones_like(angles), angles)
 
 
@@ -50,5 +52,7 @@ def apply_rope(x: Tensor, rotation: Tensor, *, inverse: bool = False) -> Tensor:
     rotation = rotation.conj() if inverse else rotation
     rotation = rotation[(slice(None), *[None] * (x.dim() - 2))]
     plain, turned = x.split([x.shape[-1] - rope_dim, rope_dim], dim=-1)
-    pairs = torch.view_as_complex(turned.float().unflatten(-1, (-1, 2)).contiguous())
+    # A copy: one row of an odd width counts as contiguous, but has no even offset and strides, as complex views need.
+    turned = upcast(turned.clone(memory_format=torch.contiguous_format))
+    pairs = torch.view_as_complex(turned.unflatten(-1, (-1, 2)))
     return torch.cat([plain, torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)], dim=-1)

@@ -15,6 +15,7 @@ from ..kernels.compress import pool
 from ..kernels.indexer import highest, index_kl, index_scores, select
 from ..kernels.norm import rms_norm
 from ..kernels.rope import apply_rope
+from ..kernels.upcast import upcast
 from .cache import LayerCache, kept
 from .layout import Chunk, Entries, Finished, Packed
 
@@ -62,9 +63,9 @@ class Compressor(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Values and scores [T, C] of tokens x [T, d] at `position` [T], in fp32: DeepSeek's code casts up here."""
-        x = x.float()
-        scores = F.linear(x, self.gate_proj.weight.float()) + self.position_bias[position % self.ratio]
-        return F.linear(x, self.kv_proj.weight.float()), scores
+        x = upcast(x)
+        scores = F.linear(x, upcast(self.gate_proj.weight)) + self.position_bias[position % self.ratio]
+        return F.linear(x, upcast(self.kv_proj.weight)), scores
 
     def entries(self, values: Tensor, scores: Tensor, layout: Entries) -> Tensor:
         """All entries [N, dim] of a pack."""
@@ -106,7 +107,7 @@ class IndexerScorer(nn.Module):
         self.scale = config.index_head_dim**-0.5 * config.index_n_heads**-0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weights_proj(x).float() * self.scale
+        return upcast(self.weights_proj(x)) * self.scale
 
 
 class Indexer(Compressor):
@@ -118,7 +119,7 @@ class Indexer(Compressor):
         self.heads = config.index_n_heads
         self.q_b_proj = linear(config.q_lora_rank, self.heads * self.dim)
         self.scorer = IndexerScorer(config)
-        self.score_dtype = torch.float32
+        self.score_dtype: torch.dtype | None = None  # what its scores are rounded to
 
     def queries(self, x: Tensor, latent: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """[T, Hi, Di] and head weights [T, Hi]."""

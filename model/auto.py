@@ -25,6 +25,7 @@ def load(
 ) -> LanguageModel:
     """The model of a checkpoint's folder or a preset, in `dtype` (what has to stay fp32 does), on `device`.
 
+    V4 in float64 computes everything in float64; in other models what transformers' code casts to fp32 stays fp32.
     `numerics` and `precision` are V4's: see model/numerics.py and `settings.Precision`; for another model any but the
     defaults is a UserError.
     Every tensor of the file is used and every tensor of the model filled, or a UserError names the first that is not.

@@ -33,6 +33,7 @@ def load(
 ) -> DeepseekV4:
     """The model of a checkpoint's folder or a preset, in `dtype` (V4's fp32 islands stay fp32), on `device`.
 
+    In float64 all of it computes in float64, islands too, and log-probs are float64.
     Transformers' names or the official ones, one file or shards; FP8 and FP4 are dequantized. Every tensor of the files
     is used and every tensor of the model filled, or a UserError names the first that is not. One exception, as in
     transformers: the MTP block's tensors are left out where the model has no such block. Memory: the model's own, and

@@ -16,6 +16,7 @@ from transformers import DeepseekV4Config
 from ..kernels.hyper import collapse, expand, head_mixing, mixing
 from ..kernels.moe import experts, route, swiglu
 from ..kernels.rope import inverse_frequencies
+from ..kernels.upcast import upcast
 from ..settings import FULL
 from .attention import Attention, CSACompressor, Indexer, RMSNorm, as_is, linear
 from .cache import Cache, LayerCache
@@ -113,7 +114,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = F.linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight]))
-        return self.down_proj(swiglu(gate_up.float(), self.limit).to(x.dtype))
+        return self.down_proj(swiglu(upcast(gate_up), self.limit).to(x.dtype))
 
 
 class MoE(nn.Module):
@@ -128,7 +129,7 @@ class MoE(nn.Module):
         """[T, d] -> [T, d] and the expert ids [T, k]; the routed sum and the shared expert are added in fp32."""
         ids, weights = self.gate(x, tokens, replay)
         routed = experts(x, ids, weights, *self.experts.weights(), self.limit)
-        return (routed + self.shared_experts(x).float()).to(x.dtype), ids
+        return (routed + upcast(self.shared_experts(x))).to(x.dtype), ids
 
 
 class Block(nn.Module):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.losses import packed_logprobs
+from ..kernels.upcast import upcast
 from ..settings import FULL, Precision
 
 
@@ -49,8 +50,8 @@ class LanguageModel(nn.Module):
         """The next token of each of B requests, tokens int64 [B]; updates `cache` in place. hidden [B, d]."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., d] -> fp32 [..., V]."""
-        return F.linear(hidden.float(), self.lm_head.weight.float())
+        """[..., d] -> fp32 [..., V]; float64 of a model in float64, as all that is called fp32 here."""
+        return F.linear(upcast(hidden), upcast(self.lm_head.weight))
 
     def logprobs(
         self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None, temperature: float = 1.0

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..kernels.moe import swiglu
 from ..kernels.rope import apply_rope
+from ..kernels.upcast import upcast
 from .attention import Attention, Compressor, CSACompressor, Indexer, RMSNorm
 from .deepseek_v4 import DeepseekV4, HyperConnection, HyperHead, MoE, Router, SharedExpert
 from .language_model import Output
@@ -41,16 +42,16 @@ def with_numerics(model: DeepseekV4, numerics: Numerics) -> DeepseekV4:
 
 
 def _rounded(rotation: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.complex(rotation.real.to(dtype).float(), rotation.imag.to(dtype).float())
+    return torch.complex(upcast(rotation.real.to(dtype)), upcast(rotation.imag.to(dtype)))
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps).to(x.dtype)
+    return x * torch.rsqrt(upcast(x).square().mean(-1, keepdim=True) + eps).to(x.dtype)
 
 
 class _RMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = upcast(x)
         return (self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps))).to(x.dtype)
 
 
@@ -59,7 +60,7 @@ class _Compressor(Compressor):
         return self.kv_proj(x), self.gate_proj(x) + self.position_bias[position % self.ratio]
 
     def _pool(self, values: Tensor, scores: Tensor) -> Tensor:
-        return (values * scores.softmax(1, dtype=torch.float32).to(values.dtype)).sum(1)
+        return (values * upcast(scores).softmax(1).to(values.dtype)).sum(1)
 
     def _pooled(self, own: tuple[Tensor, Tensor], previous: tuple[Tensor, Tensor], rotation: Tensor) -> Tensor:
         return super()._pooled(own, previous, _rounded(rotation, own[0].dtype))
@@ -96,7 +97,7 @@ class _Attention(Attention):
 class _HyperConnection(HyperConnection):
     def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c, n = self.config, self.config.hc_mult
-        logits = F.linear(_normalized(streams.flatten(1).float(), c.rms_norm_eps), self.fn)
+        logits = F.linear(_normalized(upcast(streams.flatten(1)), c.rms_norm_eps), self.fn)
         pre, post, comb = logits.split([n, n, n * n], dim=-1)
         bias_pre, bias_post, bias_comb = self.base.split([n, n, n * n])
         pre = torch.sigmoid(pre * self.scale[0] + bias_pre) + c.hc_eps
@@ -118,7 +119,7 @@ class _HyperConnection(HyperConnection):
 class _HyperHead(HyperHead):
     def forward(self, streams: Tensor) -> Tensor:
         c = self.config
-        logits = F.linear(_normalized(streams.flatten(1).float(), c.rms_norm_eps), self.hc_fn)
+        logits = F.linear(_normalized(upcast(streams.flatten(1)), c.rms_norm_eps), self.hc_fn)
         pre = torch.sigmoid(logits * self.hc_scale + self.hc_base) + c.hc_eps
         return (pre.unsqueeze(-1) * streams).sum(1).to(streams.dtype)
 
@@ -158,7 +159,7 @@ class _DeepseekV4(DeepseekV4):
     numerics = "transformers"
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden).float()
+        return upcast(self.lm_head(hidden))
 
     def logprobs_of(self, output: Output, tokens: Tensor, cu_seqlens: Tensor, temperature: float = 1.0) -> Tensor:
         scores = torch.log_softmax(self.logits(output.hidden[:-1]) / temperature, -1)

@@ -45,7 +45,7 @@ def set_precision(model: DeepseekV4, precision: Precision) -> None:
             module.stored = experts
         elif isinstance(module, Indexer):
             module.stored = index
-            module.score_dtype = torch.bfloat16 if precision.indexer == "fp4" else torch.float32
+            module.score_dtype = torch.bfloat16 if precision.indexer == "fp4" else None
         elif isinstance(module, Attention | Compressor):
             module.stored = rows
     model.precision = precision

@@ -22,7 +22,7 @@ _OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False
 _LAYERS = ("full_attention", "sliding_attention")
 _ROPE_OF_THE_LONGEST = ("dynamic", "longrope")
 _PROBE = (5, 3)  # lengths of the probe's documents
-_PROBE_TOLERANCE = {torch.float32: 1e-3}  # of the largest logit; other dtypes round more: 0.1
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the largest logit; other dtypes round more: 0.1
 _BESIDE = (".json", ".jinja", ".model", ".txt")  # the tokenizer's files, among others
 
 
@@ -131,7 +131,7 @@ def _probe(model: CausalLM) -> None:
     device, vocabulary = model.lm_head.weight.device, model.lm_head.weight.shape[0]
     tokens = torch.arange(1, sum(_PROBE) + 1, device=device) * (vocabulary - 1) // (sum(_PROBE) + 1)
     cu_seqlens = torch.tensor([0, _PROBE[0], sum(_PROBE)], device=device)
-    own = torch.cat([model.lm(t[None], use_cache=False).logits[0] for t in tokens.split(_PROBE)]).float()
+    own = torch.cat([model.lm(t[None], use_cache=False).logits[0] for t in tokens.split(_PROBE)])
     model.lm.set_attn_implementation(_ATTENTION)
     hidden, layers = model.states(tokens, cu_seqlens, None)
     if sorted(layers) != list(range(model.config.num_hidden_layers)):

@@ -1,5 +1,6 @@
 """The benchmarks' own instruments: a wrong model breaks a bound, every process's CPU is counted, goals are missed."""
 
+import copy
 import json
 import math
 import subprocess
@@ -53,6 +54,8 @@ def test_what_a_cache_forgets_breaks_the_bound_of_packing(monkeypatch, broken):
     assert all(each.positions == 70 and each.compared > 20 for each in found.values())
     assert all(each.largest <= packing.BOUND for each in found.values() if each.way != "rolled back")
     assert (found["rolled back"].largest > packing.BOUND) == broken
+    assert (found["rolled back"].float64 > packing.FLOAT64_BOUND) == broken
+    assert [each.holds for each in found.values()] == [True, True, True, not broken]
 
 
 def _lax(cache: Cache) -> Cache:
@@ -63,6 +66,7 @@ def _lax(cache: Cache) -> Cache:
 def test_a_right_model_holds_the_bounds(agreement, checkpoint, kinds):
     (found,) = agreement.agreement("model", checkpoint, kinds)
     assert found.verdict == "absolute"
+    assert 0 < found.float64_max < 1e-12 < found.rounding_max < 1e-5
     assert found.tokens == 290 and found.compared > 200
 
 
@@ -82,9 +86,18 @@ def test_a_forward_that_differs_breaks_the_bound(agreement, checkpoint, kinds, m
     ours = load(checkpoint)
     with torch.no_grad():
         ours.lm_head.weight[7] += 0.1
-    monkeypatch.setattr(agreement, "load", lambda _: ours)
+    monkeypatch.setattr(agreement, "load", lambda _, dtype=torch.float32: copy.deepcopy(ours).to(dtype))
     (found,) = agreement.agreement("model", checkpoint, kinds)
     assert found.transformers_scaled > agreement.TRANSFORMERS_BOUND and found.verdict == "BROKEN"
+    assert found.float64_max < 1e-12  # the model itself is as exact as before
+
+
+def test_models_come_from_a_run_a_checkpoint_or_a_preset(agreement, checkpoint, tmp_path):
+    for given in ("tiny", str(checkpoint)):
+        recipe, models = agreement.checkpoints(given)
+        assert list(models) == [Path(given).name] and set(recipe.domains) == {"arithmetic", "strings"}
+    with pytest.raises(UserError, match="neither a checkpoint's folder"):
+        agreement.checkpoints(str(tmp_path))
 
 
 def test_near_ties_are_found_where_scores_are_equal(agreement, checkpoint, kinds):

@@ -11,18 +11,19 @@ from amalgam.kernels import attention, compress, hyper, indexer, losses, moe, no
 
 
 def compare(ours, naive, *inputs: Tensor, rtol: float = 2e-5, atol: float = 2e-6) -> None:
-    """ours in fp32 against naive in float64: value and the gradient of every floating-point input."""
-    low = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
-    high = [x.double().requires_grad_() if x.is_floating_point() else x for x in inputs]
-    ours_out, naive_out = ours(*low), naive(*high)
-    torch.testing.assert_close(ours_out.double(), naive_out, rtol=rtol, atol=atol)
-    weight = torch.randn_like(ours_out)
-    (ours_out * weight).sum().backward()
-    (naive_out * weight.double()).sum().backward()
-    for a, b in zip(low, high, strict=True):
-        if a.is_floating_point():
-            assert a.grad is not None and b.grad is not None
-            torch.testing.assert_close(a.grad.double(), b.grad, rtol=rtol, atol=atol * 10)
+    """ours, in fp32 and in float64, against naive in float64: value and gradient of every floating-point input."""
+
+    def run(function, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype, copy=True).requires_grad_() if x.is_floating_point() else x for x in inputs]
+        out = function(*leaves)
+        assert out.dtype == dtype
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+        return [out, *torch.autograd.grad((out * weight).sum(), [x for x in leaves if x.is_floating_point()])]
+
+    expected = run(naive, torch.float64)
+    for dtype, r, a in ((torch.float32, rtol, atol), (torch.float64, 1e-10, 1e-12)):
+        for i, (found, want) in enumerate(zip(run(ours, dtype), expected, strict=True)):
+            torch.testing.assert_close(found.double(), want, rtol=r, atol=a * (10 if i else 1))
 
 
 def test_rms_norm():
@@ -45,6 +46,14 @@ def test_rope_rotates_interleaved_pairs_and_back():
             torch.testing.assert_close(y[t, :, 5 + 2 * pair], a * math.sin(angle) + b * math.cos(angle))
     back = rope.apply_rope(y, rope.rotations(positions, frequencies), inverse=True)
     torch.testing.assert_close(back, x)
+
+
+def test_rope_of_one_row_of_an_odd_width():
+    """A single row counts as contiguous wherever its parts begin; pairs of channels may then lie at an odd place."""
+    rotation = rope.rotations(torch.tensor([0, 3]), rope.inverse_frequencies(4, {"rope_theta": 100.0}))
+    x = torch.randn(2, 7)
+    rows = [rope.apply_rope(x[i : i + 1], rotation[i : i + 1]) for i in range(2)]
+    assert torch.equal(torch.cat(rows), rope.apply_rope(x, rotation))
 
 
 def test_yarn_has_v4s_correction_range():
@@ -260,11 +269,14 @@ def test_losses_over_the_vocabulary(pieces: bool, monkeypatch: pytest.MonkeyPatc
 
     compare(lambda h, w: losses.token_logprobs(h, w, targets, 0.7), naive_logprob, hidden, head)
 
+    def kl(h, w):
+        return losses.reverse_kl(h, w, teacher_hidden.to(h.dtype), teacher_head.to(h.dtype))
+
     def naive_kl(h, w):
         p, q = torch.softmax(h @ w.t(), 1), torch.softmax(teacher_hidden.double() @ teacher_head.double().t(), 1)
         return (p * (p / q).log()).sum(1)
 
-    compare(lambda h, w: losses.reverse_kl(h, w, teacher_hidden, teacher_head), naive_kl, hidden, head)
+    compare(kl, naive_kl, hidden, head)
 
 
 def test_philox_known_answers():

@@ -12,15 +12,19 @@ from .. import tiny
 from ..tiny import CSA, HCA, SWA
 
 VOCABULARY = 61
+LARGEST = {torch.float32: 1e-5, torch.float64: 1e-12}
+"""Differences of log-probs: fp32 is what V4 computes in, and float64 shows that only rounding differs."""
 
 
-def made(seed: int, layers: tuple[str, ...], csa: int = 4, hca: int = 7, **changes) -> DeepseekV4:
+def made(
+    seed: int, layers: tuple[str, ...], dtype: torch.dtype = torch.float32, csa: int = 4, hca: int = 7, **changes
+) -> DeepseekV4:
     """Many heads for the indexer, so that its ties are rare."""
     fields = {
         "num_hidden_layers": len(layers), "layer_types": list(layers), "compress_rates": {CSA: csa, HCA: hca},
         "mlp_layer_types": ["hash_moe", *["moe"] * (len(layers) - 1)], "vocab_size": VOCABULARY, "index_n_heads": 16,
     }  # fmt: skip
-    return tiny.model(seed, **(fields | changes)).eval()
+    return tiny.model(seed, **(fields | changes)).to(dtype).eval()
 
 
 def random_documents(lengths: list[int]) -> list[Tensor]:
@@ -34,6 +38,10 @@ def borders(parts: list[Tensor]) -> Tensor:
 
 def distributions(model: DeepseekV4, hidden: Tensor) -> Tensor:
     return torch.log_softmax(model.logits(hidden), -1)
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=LARGEST[expected.dtype])
 
 
 @torch.no_grad()
@@ -67,7 +75,7 @@ class Reader:
         found = zip(distributions(self.model, output.hidden).split(sizes), output.experts.split(sizes), strict=True)
         for i, (logprobs, experts) in enumerate(found):
             own = slice(at[i], at[i] + counts[i])
-            torch.testing.assert_close(logprobs[: counts[i]], self.logprobs[i][own], rtol=0, atol=1e-5)
+            same(logprobs[: counts[i]], self.logprobs[i][own])
             assert torch.equal(experts[: counts[i]], self.experts[i][own])
         self.cache.rollback(self.cache.length - torch.tensor(wrong))
 
@@ -77,10 +85,13 @@ MODELS = st.builds(
     made,
     seed=st.integers(0, 9),
     layers=st.lists(KINDS, min_size=1, max_size=3).map(tuple),
+    dtype=st.sampled_from([*LARGEST]),
     csa=st.integers(2, 6),
     hca=st.integers(2, 9),
     sliding_window=st.integers(1, 9),
     index_topk=st.integers(1, 5),
+    head_dim=st.integers(8, 17),
+    index_head_dim=st.integers(8, 11),
 )
 
 
@@ -102,12 +113,13 @@ def test_any_chunks_and_any_rollback(model: DeepseekV4, lengths: list[int], slac
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [*LARGEST], ids=str)
 @pytest.mark.parametrize(
     "layers", [(SWA,), (CSA, CSA), (HCA, HCA), (HCA, CSA, SWA)], ids=["SWA", "CSA", "HCA", "mixed"]
 )
-def test_more_than_a_thousand_tokens(layers: tuple[str, ...]):
+def test_more_than_a_thousand_tokens(layers: tuple[str, ...], dtype: torch.dtype):
     """In large chunks, then by two, one of which is wrong, then by one; the indexer chooses 20 of up to 270."""
-    model = made(3, layers, hca=13, sliding_window=32, index_topk=20, index_n_heads=32)
+    model = made(3, layers, dtype, hca=13, sliding_window=32, index_topk=20, index_n_heads=32)
     reader = Reader(model, random_documents([1, 31, 332, 1087]), 1)
     while max(reader.left) > 60:
         reader.feed([min(n, size) for n, size in zip(reader.left, (1, 7, 100, 257), strict=True)])
@@ -118,16 +130,17 @@ def test_more_than_a_thousand_tokens(layers: tuple[str, ...]):
 
 
 @torch.no_grad()
-def test_packed_at_any_place():
+@pytest.mark.parametrize("dtype", [*LARGEST], ids=str)
+def test_packed_at_any_place(dtype: torch.dtype):
     """Documents of 1 to 1,100 tokens in one pack, in two orders."""
-    model = made(4, (HCA, CSA, SWA), sliding_window=11, index_topk=20, index_n_heads=32)
+    model = made(4, (HCA, CSA, SWA), dtype, sliding_window=11, index_topk=20, index_n_heads=32)
     documents = random_documents([1100, 1, 12, 57, 2, 408])
     expected, _ = alone(model, documents)
     for order in ([0, 1, 2, 3, 4, 5], [3, 1, 5, 0, 4, 2]):
         pack = [documents[i] for i in order]
         found = distributions(model, model(torch.cat(pack), borders(pack)).hidden).split([len(d) for d in pack])
         for i, logprobs in zip(order, found, strict=True):
-            torch.testing.assert_close(logprobs, expected[i], rtol=0, atol=1e-5)
+            same(logprobs, expected[i])
 
 
 @torch.no_grad()
