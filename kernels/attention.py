@@ -1,6 +1,7 @@
 """Attention of V4's three layer kinds: one softmax over window rows, compressed rows and a sink."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .upcast import upcast
@@ -28,6 +29,6 @@ def reference_attend(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) ->
     # The sink keeps the maximum finite where no row is visible; the result does not depend on the shift.
     shift = torch.maximum(scores.detach().amax(-1, keepdim=True), sinks.detach())
     weights = torch.exp(scores - shift)
-    total = weights.sum(-1, keepdim=True) + torch.exp(sinks - shift)
-    values = torch.bmm(weights.view(n, m * heads, -1), keys).view(n, m, heads, dim)
-    return (values / total).to(q.dtype)
+    # A further channel of ones sums the weights in the values' order: one after another, whatever zeros lie between.
+    sums = torch.bmm(weights.view(n, m * heads, -1), F.pad(keys, (0, 1), value=1.0)).view(n, m, heads, dim + 1)
+    return (sums[..., :dim] / (sums[..., dim:] + torch.exp(sinks - shift))).to(q.dtype)
