@@ -1,6 +1,7 @@
 """Attention of V4's three layer kinds: one softmax over window rows, compressed rows and a sink."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .upcast import upcast
@@ -30,18 +31,19 @@ def reference_attend(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) ->
     """The definition, for any device: fp32 scores and softmax, reduced over all S rows at once."""
     n, m, heads, dim = q.shape
     keys = upcast(rows)
-    weights, total = _weights(q, keys, visible, sinks)
-    values = torch.bmm(weights.view(n, m * heads, -1), keys).view(n, m, heads, dim)
-    return (values / total).to(q.dtype)
+    weights, sink = _weights(q, keys, visible, sinks)
+    # A further channel of ones sums the weights in the values' order: one after another, whatever zeros lie between.
+    sums = torch.bmm(weights.view(n, m * heads, -1), F.pad(keys, (0, 1), value=1.0)).view(n, m, heads, dim + 1)
+    return (sums[..., :dim] / (sums[..., dim:] + sink)).to(q.dtype)
 
 
 def reference_head_mass(q: Tensor, rows: Tensor, visible: Tensor, sinks: Tensor) -> Tensor:
-    weights, total = _weights(q, upcast(rows), visible, sinks)
-    return (weights / total).sum(2)
+    weights, sink = _weights(q, upcast(rows), visible, sinks)
+    return (weights / (weights.sum(-1, keepdim=True) + sink)).sum(2)
 
 
 def _weights(q: Tensor, keys: Tensor, visible: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax before its division: numerators [N, M, H, S] and denominators [N, M, H, 1], fp32 as `keys`."""
+    """The softmax before its division: the rows' weights [N, M, H, S] and the sinks' [N, M, H, 1], fp32 as `keys`."""
     n, m, heads, dim = q.shape
     queries = (upcast(q) * dim**-0.5).reshape(n, m * heads, dim)
     scores = torch.bmm(queries, keys.transpose(1, 2)).view(n, m, heads, -1)
@@ -49,5 +51,4 @@ def _weights(q: Tensor, keys: Tensor, visible: Tensor, sinks: Tensor) -> tuple[T
     sinks = upcast(sinks).view(1, 1, heads, 1)
     # The sink keeps the maximum finite where no row is visible; the result does not depend on the shift.
     shift = torch.maximum(scores.detach().amax(-1, keepdim=True), sinks.detach())
-    weights = torch.exp(scores - shift)
-    return weights, weights.sum(-1, keepdim=True) + torch.exp(sinks - shift)
+    return torch.exp(scores - shift), torch.exp(sinks - shift)

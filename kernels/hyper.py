@@ -1,8 +1,10 @@
 """Manifold-constrained hyper-connections: the residual as `n` streams, mixed by a doubly stochastic matrix."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .project import LANES, filled
 from .upcast import upcast
 
 
@@ -13,7 +15,7 @@ def mixing(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iteratio
     `iterations` - 1 rounds of row and column passes follow the first column pass, each with `eps` in its divisor, as in
     DeepSeek's code. Tokens are the last dimension here: sums over four numbers are then vector additions.
     """
-    n = streams.shape[1]
+    tokens, n, _ = streams.shape
     logits = _projected(streams, fn, norm_eps)
     pre, post, comb = logits.split([n, n, n * n])
     bias_pre, bias_post, bias_comb = upcast(base).unsqueeze(-1).split([n, n, n * n])
@@ -25,13 +27,13 @@ def mixing(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iteratio
     for _ in range(iterations - 1):
         comb = comb / (comb.sum(1, keepdim=True) + eps)
         comb = comb / (comb.sum(0, keepdim=True) + eps)
-    return pre, post, comb
+    return pre[:, :tokens], post[:, :tokens], comb[:, :, :tokens]
 
 
 def head_mixing(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, norm_eps: float, eps: float) -> Tensor:
     """pre [n, T] of the final collapse (no Sinkhorn): fn [n, n d], base [n], scale [1]."""
     logits = _projected(streams, fn, norm_eps)
-    return torch.sigmoid(logits * upcast(scale) + upcast(base).unsqueeze(-1)) + eps
+    return torch.sigmoid(logits * upcast(scale) + upcast(base).unsqueeze(-1))[:, : streams.shape[0]] + eps
 
 
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:
@@ -50,7 +52,11 @@ def expand(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tenso
 
 
 def _projected(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
-    """fn times the RMS-normalized, flattened streams: [rows of fn, T], fp32; the norm is applied after the product."""
+    """fn times the RMS-normalized, flattened streams: [rows of fn, T up to a multiple of LANES], fp32, the rest zeros.
+
+    The norm is applied after the product.
+    """
     flat = upcast(streams).flatten(1)
     rms = torch.rsqrt(flat.square().mean(1) + norm_eps)
-    return torch.mm(upcast(fn), flat.t()) * rms
+    logits = torch.mm(upcast(fn), filled(flat, LANES).t())[:, : flat.shape[0]] * rms
+    return F.pad(logits, (0, -flat.shape[0] % LANES))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .project import project
 from .upcast import upcast
 
 _LOGITS_AT_ONCE = 1 << 22  # elements of one piece of logits (16 MiB in fp32)
@@ -16,7 +17,7 @@ def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: f
     """log p(targets) [T] fp32 under softmax(hidden head^T / temperature); hidden [T, d], head [V, d], targets [T]."""
 
     def piece(h: Tensor, t: Tensor) -> Tensor:
-        logits = F.linear(upcast(h), upcast(head)) / temperature
+        logits = project(upcast(h), upcast(head)) / temperature
         return torch.log_softmax(logits, -1).gather(1, t.unsqueeze(1)).squeeze(1)
 
     return _in_pieces(piece, head.shape[0], hidden, targets)
@@ -44,9 +45,9 @@ def reverse_kl(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_hea
     """
 
     def piece(h: Tensor, h_teacher: Tensor) -> Tensor:
-        student = torch.log_softmax(F.linear(upcast(h), upcast(head)), -1)
+        student = torch.log_softmax(project(upcast(h), upcast(head)), -1)
         with torch.no_grad():
-            teacher = torch.log_softmax(F.linear(upcast(h_teacher), upcast(teacher_head)), -1)
+            teacher = torch.log_softmax(project(upcast(h_teacher), upcast(teacher_head)), -1)
         return (student.exp() * (student - teacher)).sum(-1)
 
     return _in_pieces(piece, head.shape[0], hidden, teacher_hidden)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .project import LANES, project
 from .upcast import upcast
 
 
@@ -16,7 +17,7 @@ def route(
     [T, k] (hash layers, replay), where a row that holds -1 falls back to the learned choice. Weights never see the
     bias: s / (sum of the chosen s + 1e-20) * scaling; with replayed ids they are recomputed, so the gate gets gradient.
     """
-    logits = F.linear(upcast(x), upcast(gate))
+    logits = project(upcast(x), upcast(gate))
     if chosen is None or bool((chosen < 0).any()):
         scores = _affinity(logits.detach())
         order = (scores if bias is None else scores + upcast(bias)).sort(dim=-1, descending=True, stable=True)
@@ -30,8 +31,9 @@ def route(
 
 
 def _affinity(logits: Tensor) -> Tensor:
-    """sqrt(softplus(logits)), with a finite gradient where softplus underflows (logits below about -100)."""
-    return F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
+    """sqrt(softplus(logits [T, N])), with a finite gradient where softplus underflows (logits below about -100)."""
+    rows = F.pad(logits, (0, 0, 0, -logits.shape[0] % LANES))
+    return F.softplus(rows).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()[: logits.shape[0]]
 
 
 def swiglu(gate_up: Tensor, limit: float) -> Tensor:
@@ -60,8 +62,8 @@ def reference_experts(
     sizes = [counts[e] for e in used]
     up_weights, down_weights = gate_up_weights.unbind(0), down.unbind(0)
     inputs = x.index_select(0, order // k).split(sizes)
-    gate_up = torch.cat([F.linear(rows, up_weights[e]) for e, rows in zip(used, inputs, strict=True)])
+    gate_up = torch.cat([project(rows, up_weights[e]) for e, rows in zip(used, inputs, strict=True)])
     hidden = (swiglu(upcast(gate_up), limit) * weights.flatten()[order].unsqueeze(-1)).to(x.dtype).split(sizes)
-    outputs = torch.cat([F.linear(rows, down_weights[e]) for e, rows in zip(used, hidden, strict=True)])
+    outputs = torch.cat([project(rows, down_weights[e]) for e, rows in zip(used, hidden, strict=True)])
     slots = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return upcast(outputs.index_select(0, slots).view(tokens, k, -1)).sum(1)

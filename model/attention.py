@@ -6,7 +6,6 @@ Module and parameter names are transformers'. Shapes: T tokens, H heads, D head 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
@@ -14,6 +13,7 @@ from ..kernels.attention import attend, head_mass
 from ..kernels.compress import pool
 from ..kernels.indexer import highest, index_kl, index_scores, select
 from ..kernels.norm import rms_norm
+from ..kernels.project import filled, project
 from ..kernels.rope import apply_rope
 from ..kernels.upcast import upcast
 from .cache import LayerCache, kept
@@ -35,8 +35,13 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def linear(size_in: int, size_out: int) -> nn.Linear:
-    return nn.Linear(size_in, size_out, bias=False)
+class Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return project(input, self.weight)
+
+
+def linear(size_in: int, size_out: int) -> Linear:
+    return Linear(size_in, size_out, bias=False)
 
 
 class Compressor(nn.Module):
@@ -64,8 +69,8 @@ class Compressor(nn.Module):
     def forward(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Values and scores [T, C] of tokens x [T, d] at `position` [T], in fp32: DeepSeek's code casts up here."""
         x = upcast(x)
-        scores = F.linear(x, upcast(self.gate_proj.weight)) + self.position_bias[position % self.ratio]
-        return F.linear(x, upcast(self.kv_proj.weight)), scores
+        scores = project(x, upcast(self.gate_proj.weight)) + self.position_bias[position % self.ratio]
+        return project(x, upcast(self.kv_proj.weight)), scores
 
     def entries(self, values: Tensor, scores: Tensor, layout: Entries) -> Tensor:
         """All entries [N, dim] of a pack."""
@@ -142,7 +147,8 @@ class GroupedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         blocks = self.weight.unflatten(0, (self.groups, -1))
-        return torch.bmm(input.transpose(0, 1), blocks.transpose(1, 2)).transpose(0, 1)
+        out = torch.bmm(filled(input).transpose(0, 1), blocks.transpose(1, 2)).transpose(0, 1)
+        return out[: input.shape[0]]
 
 
 class Attention(nn.Module):
@@ -196,18 +202,13 @@ class Attention(nn.Module):
         latent, q, kv = self._project(x, rotation)
         slots = self.window + chunk.slack
         room = chunk.room // self.ratio if self.ratio else 0
-        rows, visible = kept(cache, "rows", kv, chunk.past.numel(), slots + room), chunk.visible
-        ring, entries = rows.split([slots, room], dim=1)
-        window = chunk.remember(ring, kv)
-        count = 0
+        kept_rows = kept(cache, "rows", kv, chunk.past.numel(), slots + room)
+        ring, entries = kept_rows.split([slots, room], dim=1)
+        rows, visible = chunk.remember(ring, kv)[chunk.rows], chunk.visible
         if self.compressor is not None:
             done = self.compressor.extend(x, chunk, cache, "", entries)
-            count = done.visible.shape[2]
+            rows = torch.cat([rows, chunk.of_blocks(entries, done.visible.shape[2])], dim=1)
             visible = torch.cat([visible, self._chosen_in_cache(x, latent, chunk, done, cache)], dim=2)
-        if chunk.short:
-            rows = rows[:, : slots + count]
-        else:
-            rows = torch.cat([window[chunk.rows], chunk.of_blocks(entries, count)], dim=1)
         out = self._attend(chunk.in_blocks(q), rows, visible)
         return self._output(chunk.from_blocks(out), rotation)
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
 from ..kernels.hyper import collapse, expand, head_mixing, mixing
 from ..kernels.moe import experts, route, swiglu
+from ..kernels.project import project
 from ..kernels.rope import inverse_frequencies
 from ..kernels.upcast import upcast
 from ..settings import FULL
@@ -113,7 +113,7 @@ class SharedExpert(nn.Module):
         self.limit = config.swiglu_limit
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_up = F.linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight]))
+        gate_up = project(x, torch.cat([self.gate_proj.weight, self.up_proj.weight]))
         return self.down_proj(swiglu(upcast(gate_up), self.limit).to(x.dtype))
 
 

@@ -4,10 +4,10 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.losses import packed_logprobs
+from ..kernels.project import project
 from ..kernels.upcast import upcast
 from ..settings import FULL, Precision
 
@@ -51,7 +51,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> fp32 [..., V]; float64 of a model in float64, as all that is called fp32 here."""
-        return F.linear(upcast(hidden), upcast(self.lm_head.weight))
+        return project(upcast(hidden), upcast(self.lm_head.weight))
 
     def logprobs(
         self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None, temperature: float = 1.0

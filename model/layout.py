@@ -121,7 +121,7 @@ class Chunk:
 
     Q blocks of M queries, each of one request: its tokens in a row. A short chunk (no request has more than `slack` + 1
     tokens) has one block for each request, and fits into the rings beside all that its queries need. So they are
-    written first and then read as they lie. A long one is read from the rings and the chunk, and then written.
+    written first and then read from there. A long one is read from the rings and the chunk, and then written.
     """
 
     cu_seqlens: Tensor  # int64 [B + 1]
@@ -135,8 +135,8 @@ class Chunk:
     owner: Tensor  # int64 [Q]: the request of each block
     size: int  # M
     slot: Tensor | None  # int64 [T]: each token's place among Q * M queries; None where it is its own number
-    rows: Index  # a long chunk's window rows [Q, M + W - 1], among those that `remember` returns
-    visible: Tensor  # bool [Q, M, S]: S window rows as above, or as they lie in a short chunk's ring
+    rows: Index  # window rows [Q, M + W - 1] in the order of their positions, among those that `remember` returns
+    visible: Tensor  # bool [Q, M, M + W - 1]
     finished: dict[tuple[int, int], Finished] = field(default_factory=dict)  # by ratio and ring's size without slack
 
     def find(self, request: Tensor, position: Tensor, slots: int) -> Index:
@@ -206,11 +206,7 @@ def chunk(
     owner = torch.repeat_interleave(torch.arange(requests, device=device), blocks)
     start = past[owner] + (torch.arange(owner.numel(), device=device) - first[owner]) * size
     query = start.unsqueeze(1) + torch.arange(size, device=device)
-    if short:  # a slot holds the last position that falls on it
-        last = (past + lengths - 1).unsqueeze(1)
-        key = last - (last - torch.arange(window + slack, device=device)) % (window + slack)
-    else:
-        key = start.unsqueeze(1) + torch.arange(1 - window, size, device=device)
+    key = start.unsqueeze(1) + torch.arange(1 - window, size, device=device)
     age = query.unsqueeze(2) - key.unsqueeze(1)
     result = Chunk(
         cu_seqlens=cu,
@@ -227,9 +223,8 @@ def chunk(
         rows=(),
         visible=(age >= 0) & (age < window) & (key >= 0).unsqueeze(1),
     )
-    if not short:
-        end = (past + lengths)[owner].unsqueeze(1)  # a block may end after it, with queries that are none
-        result.rows = result.find(owner.unsqueeze(1), torch.minimum(key, end - 1), window + slack)
+    end = (past + lengths)[owner].unsqueeze(1)  # a block may end after it, with queries that are none
+    result.rows = result.find(owner.unsqueeze(1), torch.minimum(key, end - 1), window + slack)
     for ratio, tokens in compressors:
         result.finished[ratio, tokens] = _finished(result, query, ratio, tokens + slack, frequencies["compress"])
     return result
