@@ -174,7 +174,7 @@ def test_index_kl():
         return total
 
     assert int(chosen[1, 0].sum()) > 1 and int(chosen[1, 1].sum()) > 1
-    compare(lambda s: indexer.index_kl(s, chosen, mass), naive, scores)
+    compare(lambda s: indexer.index_kl(s, chosen, mass.to(s.dtype)), naive, scores)
     found = indexer.index_kl(scores, chosen, mass)
     assert (found >= -1e-6).all() and (found[0, :2] == 0).all() and found[1, 0] == 0
     torch.testing.assert_close(indexer.index_kl(mass.log(), mass > 0, 7 * mass), torch.zeros(2, 4), rtol=0, atol=1e-6)

@@ -241,27 +241,27 @@ def test_no_interruption_changes_a_bit(
     half.mkdir()
     (half / "config.json").write_text("{")
 
-    def in_the_middle_of_grpo() -> bool:
-        return any(r["step"] >= 3 for s, rows in metrics(run).items() if s.startswith("grpo") for r in rows)
+    def saves() -> dict[str, list[int]]:
+        """The steps of the two states that each GRPO stage in its middle could go on from."""
+        stages = [run / "stages" / name for name in ("grpo-numbers", "grpo-words")]
+        going = [s for s in stages if (s / "progress.json").exists() and not (s / "done.json").exists()]
+        steps = {s.name: [save["step"] for save in json.loads((s / "progress.json").read_text())] for s in going}
+        return {name: found for name, found in steps.items() if len(found) == 2}
 
     with driver(recipe_file, tmp_path) as other:
         other.wait_until(lambda: (run / "stages" / "grpo-numbers").exists(), "the first GRPO stage", 300)
         with pytest.raises(UserError, match=f"^{run}: another process is running this"):
             run_recipe(recipe, tmp_path)
-        other.wait_until(in_the_middle_of_grpo, "three steps of GRPO", 300)
+        other.wait_until(lambda: bool(saves()), "two states of a GRPO stage", 300)
         other.kill()
     assert list(run.glob("stages/sft-*/done.json"))
-    cut = [s for s in ("grpo-numbers", "grpo-words") if (run / "stages" / s / "progress.json").exists()]
-    cut = [s for s in cut if not (run / "stages" / s / "done.json").exists()]
-    saves = {s: [save["step"] for save in json.loads((run / "stages" / s / "progress.json").read_text())] for s in cut}
-    stage = next(s for s in cut if len(saves[s]) == 2)
+    stage, (before, torn) = next(iter(saves().items()))
     tear(run / "stages" / stage / "state")
 
     capsys.readouterr()
     with before_commit(monkeypatch, "merged", 2, press_ctrl_c), pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, tmp_path)
     said = capsys.readouterr().out
-    before, torn = saves[stage]
     assert f"{stage}: the state of step {torn} is torn; going back to step {before}" in said
     assert f"{stage} (grpo) starts: 12 steps, going on after {before}" in said
     assert "the same command goes on from merged step 2" in said
