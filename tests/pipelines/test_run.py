@@ -241,21 +241,25 @@ def test_no_interruption_changes_a_bit(
     half.mkdir()
     (half / "config.json").write_text("{")
 
-    def saves() -> dict[str, list[int]]:
-        """The steps of the two states that each GRPO stage in its middle could go on from."""
-        stages = [run / "stages" / name for name in ("grpo-numbers", "grpo-words")]
-        going = [s for s in stages if (s / "progress.json").exists() and not (s / "done.json").exists()]
-        steps = {s.name: [save["step"] for save in json.loads((s / "progress.json").read_text())] for s in going}
-        return {name: found for name, found in steps.items() if len(found) == 2}
+    def going_on() -> dict[str, tuple[int, int]]:
+        """The steps of the two saves of each GRPO stage in its middle, unless it was just between a state and its save."""
+        found: dict[str, tuple[int, int]] = {}
+        for folder in (run / "stages" / name for name in ("grpo-numbers", "grpo-words")):
+            if (folder / "progress.json").exists() and not (folder / "done.json").exists():
+                saves = json.loads((folder / "progress.json").read_text())
+                states = json.loads((folder / "state" / "state.json").read_text())
+                if len(saves) == 2 and {s["learned"] for s in saves} == {s["step"] for s in states}:
+                    found[folder.name] = saves[0]["step"], saves[1]["step"]
+        return found
 
     with driver(recipe_file, tmp_path) as other:
         other.wait_until(lambda: (run / "stages" / "grpo-numbers").exists(), "the first GRPO stage", 300)
         with pytest.raises(UserError, match=f"^{run}: another process is running this"):
             run_recipe(recipe, tmp_path)
-        other.wait_until(lambda: bool(saves()), "two states of a GRPO stage", 300)
+        other.wait_until(lambda: bool(going_on()), "two states of a GRPO stage", 300)
         other.kill()
     assert list(run.glob("stages/sft-*/done.json"))
-    stage, (before, torn) = next(iter(saves().items()))
+    stage, (before, torn) = next(iter(going_on().items()))
     tear(run / "stages" / stage / "state")
 
     capsys.readouterr()
