@@ -242,7 +242,7 @@ def test_no_interruption_changes_a_bit(
     (half / "config.json").write_text("{")
 
     def going_on() -> dict[str, tuple[int, int]]:
-        """The steps of the two saves of each GRPO stage in its middle, unless it was just between a state and its save."""
+        """The steps of the two saves of each GRPO stage in its middle, unless it was between the two writes."""
         found: dict[str, tuple[int, int]] = {}
         for folder in (run / "stages" / name for name in ("grpo-numbers", "grpo-words")):
             if (folder / "progress.json").exists() and not (folder / "done.json").exists():
