@@ -4,6 +4,7 @@ transformers reads the file (with the packages of the extra `gguf`): dequantized
 will not save what it read so; we put the weights into a new model of the same config.
 """
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) 
     for package in ("gguf", "accelerate"):
         if find_spec(package) is None:
             raise UserError(f"reading GGUF files needs the package {package}: pip install 'amalgam[gguf]'")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which else warns of a missing GPU
     with one_line(str(file)), quiet():
         tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         read: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
