@@ -4,6 +4,7 @@ Left out: the sequence-wise balance loss, a schedule of sequence lengths.
 """
 
 import time
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def batch(stage: StageRun, settings: Pretrain, tokens: np.ndarray, borders: np.n
     if per_step > count:
         raise UserError(f"stages.{stage.name}.batch_tokens: {settings.batch_tokens} is more than the corpus has")
     epoch, place = divmod(stage.step, count // per_step)
-    order = np.random.default_rng([stage.run.seed(stage.name), epoch]).permutation(count)
+    order = shuffled(stage.run.seed(stage.name), epoch, count)
     rows = []
     for i in order[place * per_step : (place + 1) * per_step]:
         ids = tokens[borders[i] : borders[i] + lengths[i]].astype(np.int32)
@@ -72,3 +73,9 @@ def batch(stage: StageRun, settings: Pretrain, tokens: np.ndarray, borders: np.n
         trained[0] = 0.0  # nothing precedes the first token
         rows.append({"tokens": ids, "trained": trained})
     return rows
+
+
+@lru_cache(maxsize=1)  # an epoch's, which every step of it asks for
+def shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The numbers below `count` in an order that seed and epoch alone decide."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
