@@ -19,6 +19,7 @@ test: lint
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check --quiet .
 	$(VENV)/bin/basedpyright
 
 setup: $(READY)

@@ -182,9 +182,7 @@ def _next(ended: "queue.Queue[tuple[Task, BaseException | None]]") -> tuple[Task
             continue
 
 
-def _drain(
-    running: set[Task], ended: "queue.Queue[tuple[Task, BaseException | None]]", console: Console
-) -> list[str]:
+def _drain(running: set[Task], ended: "queue.Queue[tuple[Task, BaseException | None]]", console: Console) -> list[str]:
     """Waits for the running tasks to stop; where those stand that stopped in the middle."""
     stopped = []
     try:

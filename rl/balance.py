@@ -48,7 +48,7 @@ class Loads:
 
 
 def figures(taken: dict[str, Tensor]) -> dict[str, float]:
-    """"load_max": the busiest expert's load over the mean load; "load_idle": the share of experts without a token.
+    """For the logs: "load_max", the busiest expert's load over the mean, and "load_idle", the share without a token.
 
     Both are means over the layers; 1 and 0 are a perfect balance.
     """
