@@ -58,7 +58,7 @@ def save(model: LanguageModel, path: str | Path) -> None:
 
 
 def is_v4(folder: Path) -> bool:
-    return _config(folder, "config.json").get("model_type") == "deepseek_v4"
+    return read_object(folder / "config.json").get("model_type") == "deepseek_v4"
 
 
 def check_config(folder: Path, precision: Precision = FULL) -> int:
@@ -92,18 +92,18 @@ def context_length(folder: Path) -> int | None:
 def end_ids(folder: Path) -> tuple[int, ...]:
     """The tokens that end a response: eos_token_id of generation_config.json, or where it has none, of config.json."""
     name = "generation_config.json"
-    found: Any = _config(folder, name).get("eos_token_id") if (folder / name).is_file() else None
+    found: Any = read_object(folder / name).get("eos_token_id") if (folder / name).is_file() else None
     if found is None:
         name = "config.json"
-        found = _config(folder, name).get("eos_token_id")
+        found = read_object(folder / name).get("eos_token_id")
     ids = tuple(found) if isinstance(found, list) else (found,)
     if not ids or not all(type(i) is int for i in ids):
         raise UserError(f"{folder / name}: eos_token_id: {found!r}; it must be a token's id, or a list of them")
     return ids
 
 
-def _config(folder: Path, name: str) -> dict[str, Any]:
-    file = folder / name
+def read_object(file: Path) -> dict[str, Any]:
+    """What a JSON file holds. UserError if that is no object."""
     try:
         values = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:

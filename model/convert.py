@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .config import Weights
-from .shards import INDEX, Planned, checksum, flush, tensors_in, write_file, write_index
+from .shards import INDEX, Planned, checksum, flush, tensors_in, write_file, write_index, write_text
 from .source import Checkpoint
 from .write import BESIDE, SHARD_BYTES, Format, Target, bytes_of, config_json, plan
 
@@ -76,7 +76,7 @@ def convert(
                 shutil.copyfile(checkpoint.folder / name, target / name)
         if (checkpoint.folder / "encoding").is_dir():  # DeepSeek's own, with the published wordings; never executed
             shutil.copytree(checkpoint.folder / "encoding", target / "encoding", dirs_exist_ok=True)
-        _replace(target / "config.json", config)
+        write_text(target / "config.json", config)
         Checkpoint(target)
     return Converted(target, len(shards), kept, total)
 
@@ -133,7 +133,7 @@ class _Journal:
         self._save()
 
     def _save(self) -> None:
-        _replace(self.file, json.dumps({**self.asked, "shards": self.shards}, indent=1) + "\n")
+        write_text(self.file, json.dumps({**self.asked, "shards": self.shards}, indent=1) + "\n")
 
 
 def _state(folder: Path, shards: dict[str, list[Target]]) -> str:
@@ -168,12 +168,3 @@ def _alone(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: another conversion is writing there") from error
     finally:
         os.close(descriptor)
-
-
-def _replace(file: Path, text: str) -> None:
-    """The whole new content or the old, whatever happens."""
-    beside = file.with_name(f".{file.name}")
-    beside.write_text(text)
-    flush(beside)
-    os.rename(beside, file)
-    flush(file.parent)

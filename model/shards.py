@@ -219,6 +219,15 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_text(path: Path, text: str) -> None:
+    """The whole new content or the old, whatever happens: written beside, to the disk, and renamed."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text, "utf-8")
+    flush(beside)
+    os.rename(beside, path)
+    flush(path.parent)
+
+
 def checksum(file: Path) -> str:
     """The SHA-256 of a file as it is on the disk: what the system remembers of it is dropped first."""
     digest = hashlib.sha256()

@@ -11,6 +11,8 @@ from typing import Any
 import typer
 
 from ..errors import UserError
+from ..model.auto import read_object
+from ..model.shards import write_text
 from ..rl.trajectory import Request, Trajectory
 from .speak import ROWS_AT_ONCE, Speaker, check_mode, check_temperature, parse_precision
 
@@ -140,9 +142,7 @@ def _resumed(out: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) ->
             done = _answered(out, data, rows)
             os.truncate(out, len(data))
             return done
-        new = beside.with_name(f"{beside.name}.new")
-        new.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        new.replace(beside)
+        write_text(beside, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         out.touch()
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror}") from None
@@ -153,12 +153,7 @@ def _compare(out: Path, beside: Path, settings: dict[str, Any]) -> None:
     """UserError unless `beside`, the settings that the rows of `out` were made with, are these."""
     if not beside.exists():
         raise UserError(f"{out}: it exists, without the {beside.name} that a run to go on with has; give another --out")
-    try:
-        before = json.loads(beside.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{beside}: not JSON: {error}") from None
-    if not isinstance(before, dict):
-        raise UserError(f"{beside}: want an object of settings")
+    before = read_object(beside)
     for key, now in settings.items():
         was = before.get(key)
         if key == "checkpoint" or was == now:  # its files count, and not where they lie

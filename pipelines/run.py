@@ -20,6 +20,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import UserError
+from ..model.shards import write_text
 from ..rewards.domains import Domain
 from ..rl.cluster import start_ray
 from ..rl.fleet import Fleet
@@ -33,7 +34,7 @@ from .pretrain import pretrain
 from .recipe import BASE, Average, Recipe, Sft, resolved_yaml
 from .report import write_report
 from .sft import sft
-from .stage import Interrupted, Run, StageRun, write_json, write_text
+from .stage import Interrupted, Run, StageRun, write_json
 from .tracking import Tracker
 
 STAGES: dict[str, Callable[[StageRun, Any], None]] = {

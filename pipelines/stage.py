@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 import time
@@ -15,9 +14,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..model import template
-from ..model.checkpoint import flush
 from ..model.config import resolve
 from ..model.encoding import Encoding
+from ..model.shards import write_text
 from ..model.template import Template
 from ..rewards.domains import Domain
 from ..rewards.grader import Grader
@@ -245,12 +244,3 @@ def speaker(run: Run, model: str) -> tuple[Encoding | Template, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Written beside, to the disk, and renamed."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text)
-    flush(beside)
-    os.replace(beside, path)
-    flush(path.parent)

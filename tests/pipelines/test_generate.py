@@ -161,7 +161,7 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ([], ("in", '{"prompt": "b", "id": 1}\n', ""), "out: 2 answers to 1 prompts"),
         ([], ("out", '"prompt": "b"', '"prompt": b'), "out:2: not JSON: Expecting value: line 1 column 12 (char 11)"),
         ([], ("out.settings.json", "{", ""), "out.settings.json: not JSON: Extra data: line 2 column 15 (char 15)"),
-        ([], ("out.settings.json", "", "null"), "out.settings.json: want an object of settings"),
+        ([], ("out.settings.json", "", "null"), "out.settings.json: not a JSON object"),
     ],
 )
 def test_what_an_output_cannot_go_on_with(answered: Path, tmp_path: Path, flags: list, change: Any, message: str):
