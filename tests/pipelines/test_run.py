@@ -263,6 +263,7 @@ def test_no_interruption_changes_a_bit(
     tear(run / "stages" / stage / "state")
 
     capsys.readouterr()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell script's background has it ignored
     with before_commit(monkeypatch, "merged", 2, press_ctrl_c), pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, tmp_path)
     said = capsys.readouterr().out
