@@ -240,7 +240,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("given", metavar="MODELS", help="the folder of a finished run or a checkpoint, or a preset")
     given = parser.parse_args().given
-    torch.set_num_threads(1)  # as an actor has: with more, a product's sums are split by the number of its rows
+    torch.set_num_threads(1)  # as an actor has: with two, rounding depends on how many rows there are
     where = machine()
     disable_progress_bar()
     recipe, models = checkpoints(given)

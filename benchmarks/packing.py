@@ -169,7 +169,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, default=8, help="random models of each kind (8)")
     models = parser.parse_args().models
-    torch.set_num_threads(1)  # as an actor has: with more, a product's sums are split by the number of its rows
+    torch.set_num_threads(1)  # as an actor has: with two, rounding depends on how many rows there are
     where = machine()
     found = [each for kind in KINDS for each in measure(kind, models)]
     print(f"{where['cpu']}, torch {where['versions']['torch']}; {models} random models of each kind")

@@ -31,7 +31,8 @@ def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) 
     for package in ("gguf", "accelerate"):
         if find_spec(package) is None:
             raise UserError(f"reading GGUF files needs the package {package}: pip install 'amalgam[gguf]'")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which else warns of a missing GPU
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which else warns of it
     with one_line(str(file)), quiet():
         tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         read: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
