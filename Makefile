@@ -8,6 +8,9 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 
+# torch's CUDA build brings its own. Where there is none, the tests interpret our kernels with it, and compile them.
+TRITON := triton==3.6.0
+
 # One thread a process: several actors share the cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -36,6 +39,7 @@ $(READY): pyproject.toml constraints.txt
 		"install a C compiler and Python's headers (Debian: apt-get install gcc python3-dev)" >&2; exit 1; }
 	@echo "Installing into $(VENV): some 2 GB, a few minutes ..."
 	@$(VENV)/bin/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(VENV)/bin/pip install -qq --disable-pip-version-check $(TRITON)
 	@mkdir -p $(VENV)/typing && ln -sfn ../.. $(VENV)/typing/amalgam
 	@touch $@
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..rl.cluster import wait
+from ..rl.cluster import log_to_stderr, wait
 from ..rl.memory import Span
 from ..rl.packing import Row, collate, plan
 from ..rl.settings import DEADLINE
@@ -18,6 +18,7 @@ class TeacherWorker:
     def __init__(self, device: str, threads: int, precision: Precision = FULL):
         import torch
 
+        log_to_stderr()
         torch.set_num_threads(threads)
         self.device, self.precision, self.path, self.model = device, precision, "", None
         self.memory = Span()

@@ -1,7 +1,11 @@
 """Products with a weight, in which a row's result does not depend on how many other rows there are."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .dispatch import fused
+from .upcast import upcast
 
 FEW = 4
 LANES = 16  # fp32 numbers of the widest vector registers: an elementwise loop may treat a rest in another way
@@ -17,7 +21,35 @@ def filled(x: Tensor, rows: int = FEW) -> Tensor:
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., i] times weight [o, i] -> [..., o]."""
+    """x [..., i] times weight [o, i] -> [..., o], in x's dtype."""
+    if fused(x):
+        from .fused.linear import Linear
+
+        return Linear.apply(x.flatten(0, -2), weight, 1, False).unflatten(0, x.shape[:-1])  # pyright: ignore
+    return reference_project(x, weight)
+
+
+def project_wide(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, i] times weight [o, i] -> [T, o] in fp32: the products of bf16 operands are exact, and none is rounded."""
+    if fused(x):
+        from .fused.linear import Linear
+
+        return Linear.apply(x, weight, 1, True)  # pyright: ignore[reportReturnType]
+    return reference_project(upcast(x), upcast(weight))
+
+
+def project_groups(x: Tensor, weight: Tensor) -> Tensor:
+    """Block-diagonal: x [T, G, i] times a block of weight [G o, i] for each group -> [T, G, o]."""
+    if fused(x):
+        from .fused.linear import Linear
+
+        groups = x.shape[1]
+        return Linear.apply(x.flatten(1), weight, groups, False).unflatten(1, (groups, -1))  # pyright: ignore
+    blocks = weight.unflatten(0, (x.shape[1], -1))
+    return torch.bmm(filled(x).transpose(0, 1), blocks.transpose(1, 2)).transpose(0, 1)[: x.shape[0]]
+
+
+def reference_project(x: Tensor, weight: Tensor) -> Tensor:
     if x.shape[:-1].numel() >= FEW:
         return F.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch import fused
 from .upcast import upcast
 
 
@@ -48,6 +49,10 @@ def apply_rope(x: Tensor, rotation: Tensor, *, inverse: bool = False) -> Tensor:
 
     `inverse` rotates back (V4 does so to attention's output, as values carry their keys' rotation). Returns x's dtype.
     """
+    if fused(x):
+        from .fused.norm import NormRope
+
+        return NormRope.apply(x, None, rotation, None, inverse)  # pyright: ignore[reportReturnType]
     rope_dim = 2 * rotation.shape[-1]
     rotation = rotation.conj() if inverse else rotation
     rotation = rotation[(slice(None), *[None] * (x.dim() - 2))]

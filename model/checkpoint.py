@@ -13,7 +13,7 @@ from transformers import DeepseekV4Config
 from ..errors import UserError
 from ..settings import FULL, Precision
 from .config import PRESETS, Weights, resolve
-from .deepseek_v4 import DeepseekV4
+from .deepseek_v4 import DeepseekV4, check_kernels
 from .encoding import Encoding
 from .names import Spec
 from .numerics import Numerics, with_numerics
@@ -48,6 +48,7 @@ def load(
         raise UserError(f"{folder / 'config.json'}: {wrong}")
     if numerics != "deepseek" and precision != FULL:
         raise UserError(f"{folder}: low precision is DeepSeek's; with numerics {numerics!r} it is not built")
+    check_kernels(checkpoint.config, torch.device(device))
     with torch.device("meta"):
         model = cast(DeepseekV4(checkpoint.config), dtype)
     wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}

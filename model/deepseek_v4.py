@@ -13,19 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
+from ..kernels.dispatch import wants_triton
 from ..kernels.hyper import collapse, expand, head_mixing, mixing
 from ..kernels.moe import experts, route, swiglu
 from ..kernels.project import project
 from ..kernels.rope import inverse_frequencies
 from ..kernels.upcast import upcast
 from ..settings import FULL
-from .attention import Attention, CSACompressor, Indexer, RMSNorm, as_is, linear
+from .attention import Attention, CSACompressor, Indexer, RMSNorm, linear
 from .cache import Cache, LayerCache
 from .language_model import LanguageModel, Output
-from .layout import Chunk, Packed, chunk, packed
+from .layout import Chunk, Packed, chunk, packed, step
 
 # What V4 keeps in fp32 whatever the model's dtype, by part of the name (transformers keeps the same parameters).
 FP32_ISLANDS = ("_hc.", "hc_head.", ".sinks", "position_bias", "e_score_correction_bias", "norm.weight", "_frequencies")
+
+
+def as_is(x: Tensor) -> Tensor:
+    """What is kept of a weight at full precision: all of it (model/precision.py has the other way)."""
+    return x
 
 
 class HyperConnection(nn.Module):
@@ -181,6 +187,14 @@ class Backbone(nn.Module):
         self.mtp = nn.ModuleList([MTP(config) for _ in range(config.num_nextn_predict_layers)])
 
 
+def check_kernels(config: DeepseekV4Config, device: torch.device) -> None:
+    """ValueError where the kernels that would run on `device` do not take such a model."""
+    if device.type != "meta" and wants_triton(device):
+        from ..kernels.fused.limits import check_model
+
+        check_model(config, device)
+
+
 class DeepseekV4(LanguageModel):
     """The model. `precision` says what is rounded as deployment stores it (`precision.set_precision` sets it).
 
@@ -206,6 +220,7 @@ class DeepseekV4(LanguageModel):
             self.register_buffer(f"{kind}_frequencies", table, persistent=False)
         for module in (*self._indexers(), self.model.mtp):
             module.requires_grad_(False)
+        check_kernels(config, self.lm_head.weight.device)
 
     def unfreeze(self, part: str) -> None:
         """Lets gradients reach a part of the model that only a loss of its own trains: "indexer" or "mtp"."""
@@ -230,7 +245,9 @@ class DeepseekV4(LanguageModel):
             narrower = moved.dtype.itemsize < tensor.dtype.itemsize
             return tensor.to(moved.device) if id(tensor) in kept and narrower else moved
 
-        return super()._apply(widest, recurse)  # pyright: ignore[reportReturnType]
+        super()._apply(widest, recurse)
+        check_kernels(self.config, self.lm_head.weight.device)
+        return self
 
     def _attentions(self) -> list[Attention]:
         return [block.self_attn for block in self.model.layers]  # pyright: ignore
@@ -262,26 +279,13 @@ class DeepseekV4(LanguageModel):
         length = torch.zeros(requests, dtype=torch.int64, device=self.main_frequencies.device)
         return Cache(length, capacity, slack, [{} for _ in self.model.layers])
 
-    @torch.no_grad()
     def extend(self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache) -> Output:
         """Further tokens int64 [T] of the cache's B requests, cu_seqlens [B + 1]; updates `cache` in place.
 
         A request may get any number of tokens, 0 too. The borders between such chunks change no token's result. No
         gradient: what a cache holds has none.
         """
-        layout = chunk(
-            cu_seqlens,
-            cache.length,
-            window=self.config.sliding_window,
-            slack=cache.slack,
-            room=cache.capacity,
-            compressors=self.compressors,
-            frequencies=self.frequencies(),
-        )
-        _check(tokens, layout.position)
-        output = self._run(tokens, layout, cache.layers, None)
-        cache.advance(layout.cu_seqlens.diff())
-        return output
+        return self._extend(tokens, chunk(cu_seqlens, cache.length, **self.places(cache)), cache)
 
     def prefill(self, tokens: Tensor, cu_seqlens: Tensor, capacity: int, slack: int = 0) -> tuple[Output, Cache]:
         """`extend` on a new cache."""
@@ -289,8 +293,26 @@ class DeepseekV4(LanguageModel):
         return self.extend(tokens, cu_seqlens, cache), cache
 
     def decode(self, tokens: Tensor, cache: Cache) -> Output:
-        """`extend` by the next token of each request: tokens int64 [B]."""
-        return self.extend(tokens, torch.arange(tokens.numel() + 1, device=tokens.device), cache)
+        """`extend` by the next token of each request: tokens int64 [B]. What it computes with has shapes that follow
+        from B, `cache.longest` and `cache.capacity`, and laying it out waits for no device (model/graph.py)."""
+        return self._extend(tokens, step(cache.length, cache.longest, **self.places(cache)), cache)
+
+    def places(self, cache: Cache) -> dict[str, Any]:
+        """What the layouts of chunks (layout.py) are told about the model and a cache of it."""
+        return {
+            "window": self.config.sliding_window,
+            "slack": cache.slack,
+            "room": cache.capacity,
+            "compressors": self.compressors,
+            "frequencies": self.frequencies(),
+        }
+
+    @torch.no_grad()
+    def _extend(self, tokens: Tensor, layout: Chunk, cache: Cache) -> Output:
+        _check(tokens, layout.position)
+        output = self._run(tokens, layout, cache.layers, None)
+        cache.advance(layout.lengths, layout.most)
+        return output
 
     def _run(
         self,

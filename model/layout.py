@@ -1,16 +1,17 @@
 """Where every token sits: packed documents for training, and chunks of further tokens for sampling from a cache.
 
-Shapes: T packed tokens, B documents or requests, N compressed entries of the pack, W the sliding window, Q blocks of
-queries (of W tokens of a pack), E entries that a block of queries may see. Everything here is index arithmetic, done
-once for all layers.
+Shapes: T tokens, B documents or requests, N compressed entries, W the sliding window, Q blocks of M queries (W tokens
+of a pack), E entries that a block of queries may see. Everything here is index arithmetic, done once for all layers.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.places import Seen, Windows
 from ..kernels.rope import rotations
 
 Frequencies = dict[str, Tensor]  # "main" and "compress": fp32 [rope_dim / 2]
@@ -18,101 +19,106 @@ Frequencies = dict[str, Tensor]  # "main" and "compress": fp32 [rope_dim / 2]
 
 @dataclass
 class Entries:
-    """Compressed entries of a pack for one ratio: entry w of a document covers its tokens w * ratio ... + ratio - 1."""
+    """Compressed entries of a pack for one ratio, in the order of the documents: entry n of a document covers its
+    tokens n ratio ... + ratio - 1."""
 
-    ratio: int
-    tokens: Tensor  # int64 [N, ratio]: pack indices of the entry's own tokens
-    first: Tensor  # bool [N]: the document's first entry, which has no predecessor
-    rotation: Tensor  # complex64 [N, R] at the entry's first token
-    block: Tensor  # int64 [Q, E]: the entries each block of queries may see
-    visible: Tensor  # bool [Q, W, E]: entry's document is the query's, and its window is complete at the query
-    most: int  # the largest number of entries that one query sees
+    windows: Windows
+    first: Tensor  # int64 [T]: the first entry of the token's document
+    count: Tensor  # int64 [T]: how many of its document's entries are complete at the token
+    most: int  # the largest of these counts
 
 
 @dataclass
 class Packed:
     """T tokens of B documents in a row; every document is on its own, at any place in the pack."""
 
-    position: Tensor  # int64 [T]: place in its document
+    start: Tensor  # int64 [T]: where the token's document begins
     window: int
-    visible: Tensor  # bool [Q, W, 2W]: the block's queries against the tokens of the block before it and its own
     rotation: dict[str, Tensor]  # complex64 [T, R] by rope type
-    entries: dict[int, Entries]  # by ratio
+    entries: dict[int, Entries] = field(default_factory=dict)  # by ratio
+    _complete: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def position(self) -> Tensor:
+        """int64 [T]: place in its document."""
+        return torch.arange(self.start.numel(), device=self.start.device) - self.start
+
+    def seen(self, ratio: int = 0) -> Seen:
+        return Seen(self, self.window, *self._places[ratio])
+
+    @cached_property
+    def _places(self) -> dict[int, tuple]:
+        """What `Seen` says, by ratio. Not the `Seen` itself: it points here, and a cycle outlives its users."""
+        position, start = self.position.int(), self.start.int()
+        found = {ratio: (position, start, 0, ratio, e.first.int(), e.most) for ratio, e in self.entries.items()}
+        return {0: (position, start)} | found
+
+    # --- blocks of W queries, whatever their documents (kernels/places.py says what each method returns)
 
     @property
-    def blocks(self) -> int:
-        return self.visible.shape[0]
+    def count(self) -> int:
+        return -(-self.start.numel() // self.window)
 
     def in_blocks(self, x: Tensor) -> Tensor:
-        """[T, ...] -> [Q, W, ...], zeros past the end."""
-        padding = self.blocks * self.window - x.shape[0]
+        padding = self.count * self.window - x.shape[0]
         return F.pad(x, [0, 0] * (x.dim() - 1) + [0, padding]).unflatten(0, (-1, self.window))
 
-    def window_rows(self, rows: Tensor) -> Tensor:
-        """[T, D] -> [Q, 2W, D]: the tokens of the block before (zeros for the first) and of the block itself."""
+    def from_blocks(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1)[: self.start.numel()]
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """bool [Q, W, 2W]: the block's queries against the tokens of the block before it and its own."""
+        query = torch.arange(self.count * self.window, device=self.start.device).view(self.count, self.window, 1)
+        # A query past the end starts its document behind itself and so sees nothing.
+        padding = (0, query.numel() - self.start.numel())
+        start = F.pad(self.start, padding, value=query.numel()).view(query.shape)
+        key = torch.arange(-self.window, self.window, device=self.start.device) + query[:, :1]
+        return (key >= start) & (key > query - self.window) & (key <= query)
+
+    def keys(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of the block before (zeros for the first) and of the block itself."""
         own = self.in_blocks(rows)
-        return torch.cat([F.pad(own[:-1], [0, 0, 0, 0, 1, 0]), own], dim=1)
+        return torch.cat([F.pad(own[:-1], [0, 0, 0, 0, 1, 0]), own], dim=1), self.visible
+
+    def complete(self, entries: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
+        block, visible, _ = self._of_ratio(ratio)
+        return entries[block], visible
+
+    def column(self, ratio: int) -> Tensor:
+        return self._of_ratio(ratio)[2]
+
+    def _of_ratio(self, ratio: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries each block may see, int64 [Q, E]; which each query sees; the column of its document's first."""
+        if ratio not in self._complete:
+            e = self.entries[ratio]
+            low = self.in_blocks(e.first)
+            high = self.in_blocks(e.first + e.count)
+            block_low = low[:, :1]
+            width = max(int((high.amax(1, keepdim=True) - block_low).max()), 0)
+            block = block_low + torch.arange(width, device=low.device)
+            visible = (block.unsqueeze(1) >= low.unsqueeze(2)) & (block.unsqueeze(1) < high.unsqueeze(2))
+            block = block.clamp(max=max(e.windows.number.numel() - 1, 0))
+            self._complete[ratio] = block, visible, low - block_low
+        return self._complete[ratio]
 
 
 def packed(cu_seqlens: Tensor, window: int, ratios: set[int], frequencies: Frequencies) -> Packed:
     """The layout of a pack; cu_seqlens [B + 1] starts with 0, rises strictly and ends with T (ValueError otherwise)."""
     cu = _borders(cu_seqlens, least=1)
     lengths = cu.diff()
-    device, total = cu.device, int(cu[-1])
-    document = torch.repeat_interleave(torch.arange(lengths.numel(), device=device), lengths)
-    position = torch.arange(total, device=device) - cu[document]
-    blocks = -(-total // window)
-    query = torch.arange(blocks * window, device=device).view(blocks, window, 1)
-    # A query past the end starts its document behind itself and so sees nothing.
-    start = F.pad(cu[document], (0, blocks * window - total), value=blocks * window).view(blocks, window, 1)
-    key = torch.arange(-window, window, device=device) + query[:, :1]
-    visible = (key >= start) & (key > query - window) & (key <= query)
-    rotation = {kind: rotations(position, f) for kind, f in frequencies.items()}
-    entries = {r: _entries(r, cu, document, position, blocks, window, frequencies["compress"]) for r in ratios}
-    return Packed(position, window, visible, rotation, entries)
-
-
-def _entries(
-    ratio: int, cu: Tensor, document: Tensor, position: Tensor, blocks: int, window: int, frequencies: Tensor
-) -> Entries:
-    device = cu.device
-    counts = cu.diff() // ratio
-    start = F.pad(counts.cumsum(0), (1, 0))
-    owner = torch.repeat_interleave(torch.arange(counts.numel(), device=device), counts)
-    number = torch.arange(owner.numel(), device=device) - start[owner]
-    tokens = (cu[owner] + number * ratio).unsqueeze(1) + torch.arange(ratio, device=device)
-    padding = (0, blocks * window - position.numel())
-    low = F.pad(start[document], padding, value=0).view(blocks, window, 1)
-    high = F.pad(start[document] + (position + 1) // ratio, padding, value=0).view(blocks, window, 1)
-    block_low, block_high = low[:, :1], high.amax(1, keepdim=True)
-    width = max(int((block_high - block_low).max()), 0)
-    block = block_low[:, 0] + torch.arange(width, device=device)
-    visible = (block.unsqueeze(1) >= low) & (block.unsqueeze(1) < high)
-    return Entries(
-        ratio=ratio,
-        tokens=tokens,
-        first=number == 0,
-        rotation=rotations(number * ratio, frequencies),
-        block=block.clamp_(max=max(owner.numel() - 1, 0)),
-        visible=visible,
-        most=int(((position + 1) // ratio).max()),
-    )
-
-
-Index = tuple[Tensor, ...]
-"""What stands between the brackets of a tensor."""
-
-
-@dataclass
-class Finished:
-    """F entries of one kind of compressor whose last token is in the chunk, and what each query may see."""
-
-    request: Tensor  # int64 [F]
-    number: Tensor  # int64 [F]: the entry's number in its request
-    rotation: Tensor  # complex64 [F, R] at the entry's first token
-    own: Index  # [F, ratio]: the entry's tokens, among the rows that `remember` returns
-    previous: Index  # [F, ratio]: the tokens before those; none for entry 0
-    visible: Tensor  # bool [Q, M, E]: entries that each query sees, E the largest count of the batch
+    document = torch.repeat_interleave(torch.arange(lengths.numel(), device=cu.device), lengths)
+    layout = Packed(cu[document], window, {})
+    layout.rotation = {kind: rotations(layout.position, f) for kind, f in frequencies.items()}
+    for ratio in ratios:
+        counts = lengths // ratio
+        first = F.pad(counts.cumsum(0), (1, 0))
+        owner = torch.repeat_interleave(torch.arange(counts.numel(), device=cu.device), counts)
+        number = torch.arange(owner.numel(), device=cu.device) - first[owner]
+        windows = Windows(cu[owner].int(), number.int(), rotations(number * ratio, frequencies["compress"]))
+        count = (layout.position + 1) // ratio
+        layout.entries[ratio] = Entries(windows, first[document], count, int(count.max()))
+    return layout
 
 
 @dataclass
@@ -121,58 +127,165 @@ class Chunk:
 
     Q blocks of M queries, each of one request: its tokens in a row. A short chunk (no request has more than `slack` + 1
     tokens) has one block for each request, and fits into the rings beside all that its queries need. So they are
-    written first and then read from there. A long one is read from the rings and the chunk, and then written.
+    written first and then read from there. A long one is read from copies, each request's last rows before its chunk
+    and then the chunk's, and then written.
+
+    Shapes follow from what is kept as numbers here, B and the cache's room, and nothing asks the device for more unless
+    a chunk is long: so a short one may be recorded in a CUDA graph.
     """
 
     cu_seqlens: Tensor  # int64 [B + 1]
     past: Tensor  # int64 [B]: tokens that each request holds already
-    request: Tensor  # int64 [T]
-    position: Tensor  # int64 [T]: place in the request
-    short: bool
-    room: int  # tokens that a request may come to hold
+    tokens: int  # T
+    longest: int  # the most tokens that a request gets
+    most: int  # the most that one holds after the chunk, or any larger number
+    window: int
     slack: int
-    rotation: dict[str, Tensor]  # complex64 [T, R] by rope type
-    owner: Tensor  # int64 [Q]: the request of each block
-    size: int  # M
-    slot: Tensor | None  # int64 [T]: each token's place among Q * M queries; None where it is its own number
-    rows: Index  # window rows [Q, M + W - 1] in the order of their positions, among those that `remember` returns
-    visible: Tensor  # bool [Q, M, M + W - 1]
-    finished: dict[tuple[int, int], Finished] = field(default_factory=dict)  # by ratio and ring's size without slack
+    room: int  # tokens that a request may come to hold
+    rotation: dict[str, Tensor] = field(default_factory=dict)  # complex64 [T, R] by rope type
+    finished: dict[tuple[int, int], "Finished"] = field(default_factory=dict)  # by ratio and ring's size without slack
+    _seen_entries: dict[int, Tensor] = field(default_factory=dict)
 
-    def find(self, request: Tensor, position: Tensor, slots: int) -> Index:
-        """Where `remember` has those tokens of a request, for rings of `slots`: the chunk's own, or its last ones."""
-        if self.short:
-            return request, position % slots
-        past, start = self.past[request], self.cu_seqlens[request]
-        own = self.past.numel() * slots + start + position - past
-        return (torch.where(position < past, request * slots + position % slots, own),)
+    @cached_property
+    def lengths(self) -> Tensor:
+        return self.cu_seqlens.diff()
 
-    def remember(self, ring: Tensor, new: Tensor) -> Tensor:
-        """Writes rows `new` [T, C] into `ring` [B, slots, C]; returns what `find` points into."""
+    @cached_property
+    def request(self) -> Tensor:
+        """int64 [T]."""
+        return _owners(self.cu_seqlens[1:], self.tokens)
+
+    @cached_property
+    def place(self) -> Tensor:
+        """int64 [T]: in the chunk of its request."""
+        return torch.arange(self.tokens, device=self.past.device) - self.cu_seqlens[self.request]
+
+    @cached_property
+    def position(self) -> Tensor:
+        """int64 [T]: place in the request."""
+        return self.past[self.request] + self.place
+
+    @property
+    def short(self) -> bool:
+        return self.longest <= self.slack + 1
+
+    def rows(self, ratio: int) -> int:
+        """Rows of a request's entries: one more than are ever complete, for what must be written somewhere."""
+        return self.room // ratio + 1
+
+    # --- rings of a request's last tokens
+
+    def remember(self, ring: Tensor, new: Tensor, last: int) -> Tensor:
+        """Writes rows `new` [T, C] into `ring` [B, slots, C]; returns the rows in which `first` finds a token, and the
+        `last` ones before it: [R, C]."""
         slots = ring.shape[1]
         if self.short:
             ring[self.request, self.position % slots] = new
-            return ring
-        source = torch.cat([ring.flatten(0, 1), new])
-        left = self.cu_seqlens[1:][self.request] - torch.arange(new.shape[0], device=new.device)
-        last = (left <= slots).nonzero().squeeze(1)  # earlier ones would share slots with these
-        ring[self.request[last], self.position[last] % slots] = new[last]
-        return source
+            return ring.flatten(0, 1)
+        rows = torch.cat([ring.flatten(0, 1), new])[self._copied(slots, last)]
+        left = self.cu_seqlens[1:][self.request] - torch.arange(self.tokens, device=new.device)
+        kept = (left <= slots).nonzero().squeeze(1)  # earlier ones would share slots with these
+        ring[self.request[kept], self.position[kept] % slots] = new[kept]
+        return rows
+
+    def _copied(self, slots: int, last: int) -> Tensor:
+        """int64 [R]: of each request its `last` tokens before the chunk and the chunk's, in a ring or new."""
+        sizes = self.lengths + last
+        ends, count = sizes.cumsum(0), self.tokens + sizes.numel() * last
+        owner = _owners(ends, count)
+        place = torch.arange(count, device=sizes.device) - (ends - sizes)[owner] - last
+        old = owner * slots + (self.past[owner] + place) % slots
+        return torch.where(place < 0, old, self.past.numel() * slots + self.cu_seqlens[owner] + place)
+
+    def first(self, slots: int, last: int) -> tuple[Tensor, int]:
+        """int64 [B] and slots: a request's token at position p is row `first + p % slots` of what `remember` returns,
+        or `first + p` where slots are 0."""
+        requests = torch.arange(self.past.numel(), device=self.past.device)
+        if self.short:
+            return requests * slots, slots
+        return self.cu_seqlens[:-1] + (requests + 1) * last - self.past, 0
+
+    def seen(self, ratio: int = 0) -> Seen:
+        return Seen(self, self.window, *self._places[ratio])
+
+    @cached_property
+    def _places(self) -> dict[int, tuple]:
+        """As a pack's."""
+        first, slots = self.first(self.window + self.slack, self.window - 1)
+        place = self.position.int(), first[self.request].int(), slots
+        found: dict[int, tuple] = {0: place}
+        for ratio in {ratio for ratio, _ in self.finished}:
+            found[ratio] = *place, ratio, (self.request * self.rows(ratio)).int(), self.most // ratio
+        return found
+
+    # --- blocks of queries of one request (kernels/places.py says what each method returns)
+
+    @cached_property
+    def _blocks(self) -> tuple[Tensor, int, Tensor | None, Tensor]:
+        """The request of each block int64 [Q]; M; each token's place among Q M queries, None where that is its own
+        number; the positions [Q, M]."""
+        device, size = self.past.device, self.longest
+        first = owner = torch.arange(self.past.numel(), device=device)
+        start = self.past
+        if not self.short:
+            size = min(size, self.window)
+            blocks = -(-self.lengths // size)
+            first = F.pad(blocks.cumsum(0), (1, 0))
+            owner = torch.repeat_interleave(owner, blocks)
+            start = self.past[owner] + (torch.arange(owner.numel(), device=device) - first[owner]) * size
+        slot = None
+        if owner.numel() * size != self.tokens:
+            slot = first[self.request] * size + self.place
+        return owner, size, slot, start.unsqueeze(1) + torch.arange(size, device=device)
 
     def in_blocks(self, x: Tensor) -> Tensor:
-        """[T, ...] -> [Q, M, ...], zeros where a block has fewer queries."""
-        if self.slot is not None:
-            x = x.new_zeros(self.owner.numel() * self.size, *x.shape[1:]).index_copy_(0, self.slot, x)
-        return x.unflatten(0, (-1, self.size))
+        owner, size, slot, _ = self._blocks
+        if slot is not None:
+            x = x.new_zeros(owner.numel() * size, *x.shape[1:]).index_copy_(0, slot, x)
+        return x.unflatten(0, (-1, size))
 
     def from_blocks(self, x: Tensor) -> Tensor:
-        """[Q, M, ...] -> [T, ...]."""
-        x = x.flatten(0, 1)
-        return x if self.slot is None else x[self.slot]
+        slot = self._blocks[2]
+        return x.flatten(0, 1) if slot is None else x.flatten(0, 1)[slot]
 
-    def of_blocks(self, entries: Tensor, count: int) -> Tensor:
-        """The first `count` entries of each block's request: [B, N, C] -> [Q, count, C]."""
-        return entries[:, :count] if self.short else entries[:, :count][self.owner]
+    def keys(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        index, visible = self._keys
+        return rows[index], visible
+
+    @cached_property
+    def _keys(self) -> tuple[Tensor, Tensor]:
+        """int64 [Q, M + W - 1] of `remember`'s rows, and bool [Q, M, M + W - 1]."""
+        owner, size, _, query = self._blocks
+        key = query[:, :1] + torch.arange(1 - self.window, size, device=query.device)
+        age = query.unsqueeze(2) - key.unsqueeze(1)
+        first, slots = self.first(self.window + self.slack, self.window - 1)
+        # A block may end after its request, with queries that are none.
+        there = torch.minimum(key, (self.past + self.lengths)[owner].unsqueeze(1) - 1)
+        index = first[owner].unsqueeze(1) + (there % slots if slots else there)
+        return index.clamp(min=0), (age >= 0) & (age < self.window) & (key >= 0).unsqueeze(1)
+
+    def complete(self, entries: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
+        of_requests = entries.unflatten(0, (self.past.numel(), -1))[:, : self.most // ratio]
+        return of_requests if self.short else of_requests[self._blocks[0]], self._complete(ratio)
+
+    def _complete(self, ratio: int) -> Tensor:
+        if ratio not in self._seen_entries:
+            count = (self._blocks[3] + 1) // ratio
+            numbers = torch.arange(self.most // ratio, device=count.device)
+            self._seen_entries[ratio] = numbers < count.unsqueeze(2)
+        return self._seen_entries[ratio]
+
+    def column(self, ratio: int) -> Tensor:
+        return torch.zeros_like(self._blocks[3])
+
+
+@dataclass
+class Finished:
+    """The entries of one kind of compressor whose last token is in the chunk, and behind them, up to a number that
+    follows from B and T alone, some that are none: they are written to a row that no query sees."""
+
+    windows: Windows
+    row: Tensor  # int64 [N]: of an entry among those of all requests, [B rows(ratio), D]
 
 
 def chunk(
@@ -192,60 +305,53 @@ def chunk(
     cu = _borders(cu_seqlens, least=0)
     if cu.numel() != past.numel() + 1:
         raise ValueError(f"cu_seqlens has {cu.numel() - 1} chunks for a cache of {past.numel()} requests")
-    device, lengths, total = cu.device, cu.diff(), int(cu[-1])
-    requests, longest, most = lengths.numel(), int(lengths.max()), int((past + lengths).max())
-    if most > room:
-        raise ValueError(f"the cache is full: a request would hold {most} tokens, there is room for {room}")
-    request = torch.repeat_interleave(torch.arange(requests, device=device), lengths)
-    place = torch.arange(total, device=device) - cu[request]
-    position = past[request] + place
-    short = longest <= slack + 1
-    size = longest if short else min(longest, window)
-    blocks = torch.ones_like(lengths) if short else -(-lengths // size)
-    first = F.pad(blocks.cumsum(0), (1, 0))
-    owner = torch.repeat_interleave(torch.arange(requests, device=device), blocks)
-    start = past[owner] + (torch.arange(owner.numel(), device=device) - first[owner]) * size
-    query = start.unsqueeze(1) + torch.arange(size, device=device)
-    key = start.unsqueeze(1) + torch.arange(1 - window, size, device=device)
-    age = query.unsqueeze(2) - key.unsqueeze(1)
-    result = Chunk(
-        cu_seqlens=cu,
-        past=past,
-        request=request,
-        position=position,
-        short=short,
-        room=room,
-        slack=slack,
-        rotation={kind: rotations(position, f) for kind, f in frequencies.items()},
-        owner=owner,
-        size=size,
-        slot=None if owner.numel() * size == total else first[request] * size + place,
-        rows=(),
-        visible=(age >= 0) & (age < window) & (key >= 0).unsqueeze(1),
-    )
-    end = (past + lengths)[owner].unsqueeze(1)  # a block may end after it, with queries that are none
-    result.rows = result.find(owner.unsqueeze(1), torch.minimum(key, end - 1), window + slack)
+    sizes = int(cu[-1]), int(cu.diff().max()), int((past + cu.diff()).max())
+    return _laid_out(Chunk(cu, past, *sizes, window, slack, room), compressors, frequencies)
+
+
+def step(
+    past: Tensor,
+    held: int,
+    *,
+    window: int,
+    slack: int,
+    room: int,
+    compressors: set[tuple[int, int]],
+    frequencies: Frequencies,
+) -> Chunk:
+    """`chunk` of one token for each request, none of which holds more than `held`; waits for no device."""
+    cu = torch.arange(past.numel() + 1, device=past.device)
+    return _laid_out(Chunk(cu, past, past.numel(), 1, held + 1, window, slack, room), compressors, frequencies)
+
+
+def _laid_out(result: Chunk, compressors: set[tuple[int, int]], frequencies: Frequencies) -> Chunk:
+    if result.most > result.room:
+        raise ValueError(
+            f"the cache is full: a request would hold {result.most} tokens, there is room for {result.room}"
+        )
+    result.rotation = {kind: rotations(result.position, f) for kind, f in frequencies.items()}
     for ratio, tokens in compressors:
-        result.finished[ratio, tokens] = _finished(result, query, ratio, tokens + slack, frequencies["compress"])
+        result.finished[ratio, tokens] = _finished(result, ratio, tokens, frequencies["compress"])
     return result
 
 
-def _finished(chunk: Chunk, query: Tensor, ratio: int, slots: int, frequencies: Tensor) -> Finished:
-    device, lengths = query.device, chunk.cu_seqlens.diff()
-    before, after = chunk.past // ratio, (chunk.past + lengths) // ratio
-    counts = after - before
-    request = torch.repeat_interleave(torch.arange(counts.numel(), device=device), counts)
-    number = torch.arange(request.numel(), device=device) + (after - counts.cumsum(0))[request]
-    tokens = (number * ratio).unsqueeze(1) + torch.arange(ratio, device=device)
-    count = (query + 1) // ratio
-    return Finished(
-        request=request,
-        number=number,
-        rotation=rotations(number * ratio, frequencies),
-        own=chunk.find(request.unsqueeze(1), tokens, slots),
-        previous=chunk.find(request.unsqueeze(1), tokens - ratio, slots),
-        visible=torch.arange(int(after.max()), device=device) < count.unsqueeze(2),
-    )
+def _finished(chunk: Chunk, ratio: int, tokens: int, frequencies: Tensor) -> Finished:
+    before, after = chunk.past // ratio, (chunk.past + chunk.lengths) // ratio
+    ends, requests = (after - before).cumsum(0), chunk.past.numel()
+    # No more than these can be: each request finishes one in `ratio` of its tokens, rounded up.
+    count = min(requests * -(-chunk.longest // ratio), chunk.tokens // ratio + requests)
+    request = _owners(ends, count)
+    real, request = request < requests, request.clamp(max=requests - 1)
+    number = (torch.arange(count, device=ends.device) + (after - ends)[request]).where(real, -1)
+    first, slots = chunk.first(tokens + chunk.slack, tokens)
+    windows = Windows(first[request].int(), number.int(), rotations(number * ratio, frequencies), slots)
+    unread = chunk.rows(ratio) - 1
+    return Finished(windows, request * chunk.rows(ratio) + number.where(real, unread))
+
+
+def _owners(ends: Tensor, count: int) -> Tensor:
+    """int64 [count]: which of B runs, one after another up to `ends` [B], holds each place; B behind the last."""
+    return torch.searchsorted(ends, torch.arange(count, device=ends.device), right=True)
 
 
 def _borders(cu_seqlens: Tensor, least: int) -> Tensor:

@@ -13,6 +13,8 @@ and the model's own embedding and head. Official names and ours, where x is `mtp
 What pairs token i with token i + 1 is called pair i; it sits at position i. Depth 2 and more is not built.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,17 +83,10 @@ def extend_mtp(model: DeepseekV4, streams: Tensor, following: Tensor, cu_seqlens
 
     Returns hidden states [T, d], which `model.logits` turns into those of the tokens after next.
     """
-    layout = chunk(
-        cu_seqlens,
-        cache.length,
-        window=model.config.sliding_window,
-        slack=cache.slack,
-        room=cache.capacity,
-        compressors=set(),
-        frequencies=model.frequencies(),
-    )
+    places: dict[str, Any] = {**model.places(cache), "compressors": set()}
+    layout = chunk(cu_seqlens, cache.length, **places)
     hidden = mtp_block(model)(streams, model.model.embed_tokens(following), layout, cache.layers[0])
-    cache.advance(layout.cu_seqlens.diff())
+    cache.advance(layout.lengths, layout.most)
     return hidden
 
 

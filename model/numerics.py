@@ -20,7 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..kernels.attention import keys_of_blocks
+from ..kernels.compress import gather, stored
 from ..kernels.moe import swiglu
+from ..kernels.places import Seen, Windows
 from ..kernels.rope import apply_rope
 from ..kernels.upcast import upcast
 from .attention import Attention, Compressor, CSACompressor, Indexer, RMSNorm
@@ -56,14 +59,14 @@ class _RMSNorm(RMSNorm):
 
 
 class _Compressor(Compressor):
-    def forward(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        return self.kv_proj(x), self.gate_proj(x) + self.position_bias[position % self.ratio]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.kv_proj(x), self.gate_proj(x)
 
-    def _pool(self, values: Tensor, scores: Tensor) -> Tensor:
-        return (values * upcast(scores).softmax(1).to(values.dtype)).sum(1)
-
-    def _pooled(self, own: tuple[Tensor, Tensor], previous: tuple[Tensor, Tensor], rotation: Tensor) -> Tensor:
-        return super()._pooled(own, previous, _rounded(rotation, own[0].dtype))
+    def entries(self, values: Tensor, scores: Tensor, windows: Windows) -> Tensor:
+        values, scores = gather(values, scores, self.position_bias, windows, self.dim)
+        pooled = (values * upcast(scores).softmax(1).to(values.dtype)).sum(1)
+        rotation = _rounded(windows.rotation, values.dtype)
+        return stored(apply_rope(self.kv_norm(pooled), rotation), rotation, self.storage)
 
 
 class _CSACompressor(_Compressor, CSACompressor):
@@ -82,16 +85,18 @@ class _Attention(Attention):
         q = _normalized(self.q_b_proj(latent).unflatten(-1, (self.heads, self.dim)), self.eps)
         return latent, apply_rope(q, rotation), apply_rope(self.kv_norm(self.kv_proj(x)), rotation)
 
-    def _attend(self, q: Tensor, rows: Tensor, visible: Tensor) -> Tensor:
+    def _attend(
+        self, q: Tensor, rows: Tensor, entries: Tensor | None, seen: Seen, chosen: Tensor | None, rotation: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        keys, visible = keys_of_blocks(rows, entries, seen, chosen)
+        q = seen.blocks.in_blocks(q)
         n, m, heads, dim = q.shape
-        scores = torch.bmm(q.reshape(n, m * heads, dim), rows.transpose(1, 2)).view(n, m, heads, -1) * dim**-0.5
+        scores = torch.bmm(q.reshape(n, m * heads, dim), keys.transpose(1, 2)).view(n, m, heads, -1) * dim**-0.5
         scores = scores.masked_fill(~visible.unsqueeze(2), float("-inf"))
         scores = torch.cat([scores, self.sinks.view(1, 1, heads, 1).expand(n, m, heads, 1)], dim=-1)
         weights = torch.softmax(scores - scores.amax(-1, keepdim=True), dim=-1)[..., :-1].to(q.dtype)
-        return torch.bmm(weights.reshape(n, m * heads, -1), rows).view(n, m, heads, dim)
-
-    def _output(self, out: Tensor, rotation: Tensor) -> Tensor:
-        return super()._output(out, _rounded(rotation, out.dtype))
+        out = torch.bmm(weights.reshape(n, m * heads, -1), keys).view(n, m, heads, dim)
+        return apply_rope(seen.blocks.from_blocks(out), _rounded(rotation, out.dtype), inverse=True), None
 
 
 class _HyperConnection(HyperConnection):

@@ -44,6 +44,12 @@ def start_ray(address: str | None = None) -> None:
     _session.update(getattr(context, "address_info", {}))  # not there where Ray goes through its client
 
 
+def log_to_stderr() -> None:
+    """For an actor: what Amalgam logs (such as which kernels run) goes to its stderr, of which Ray keeps a file."""
+    logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("amalgam").setLevel(logging.INFO)
+
+
 def _authenticate(private: bool) -> None:
     """Turns token authentication on, as Ray 2.60 does by default, unless RAY_AUTH_MODE says otherwise.
 

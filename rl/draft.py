@@ -47,7 +47,7 @@ class DraftedBatch(Batch):
         tokens = self.next_tokens()
         if not self.running:
             return
-        position = self.cache.length
+        position = self.cache.length.clone()
         draft = self._draft(tokens, position + 1)
         output = self.model.extend(
             torch.stack([tokens, draft], dim=1).flatten(),

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..settings import Precision
 from .balance import Loads, figures
+from .cluster import log_to_stderr
 from .memory import Span
 from .packing import Batch, tensors
 from .settings import Optimization
@@ -103,6 +104,7 @@ class LearnerWorker:
     def __init__(self, rank: int, ranks: int, device: str, threads: int):
         # DeepSpeed reads these when it is imported and when an engine is made.
         os.environ.update(DS_ACCELERATOR=device, RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(ranks))
+        log_to_stderr()
         torch.set_num_threads(threads)
         self._rank, self._ranks, self._device = rank, ranks, device
         self._engine: Any = None

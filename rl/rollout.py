@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..settings import FULL, Precision
-from .cluster import last_words, wait
+from .cluster import last_words, log_to_stderr, wait
 from .memory import Span
 from .settings import DEADLINE, Draft
 from .trajectory import Request, Trajectory
@@ -21,6 +21,7 @@ class RolloutWorker:
     def __init__(self, device: str, threads: int, precision: Precision = FULL):
         import torch
 
+        log_to_stderr()
         torch.set_num_threads(threads)
         self.device, self.precision, self.version = device, precision, 0
         self.engine: Any = None

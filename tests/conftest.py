@@ -6,7 +6,7 @@ import random
 import socket
 from collections.abc import Iterator
 
-os.environ.update(  # before any test imports torch, ray or transformers
+os.environ.update(  # before any test imports torch, ray, transformers or triton
     OMP_NUM_THREADS="1",
     HF_HUB_OFFLINE="1",
     RAY_USAGE_STATS_ENABLED="0",
@@ -18,6 +18,20 @@ os.environ.update(  # before any test imports torch, ray or transformers
 import numpy as np
 import pytest
 import torch
+
+
+def _start_interpreter() -> None:
+    """Without a GPU, Triton's kernels run in its interpreter, in this process only."""
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported ...
+    from triton import knobs
+
+    knobs.runtime.interpret = True  # ... and this when our kernels are
+    del os.environ["TRITON_INTERPRET"]  # which children would inherit
+    from .kernels import interpret  # noqa: F401 - corrects it
+
+
+if not torch.cuda.is_available():
+    _start_interpreter()
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Each may import those that follow it; the root's own modules (errors.py) are for all.
 LAYERS = ["pipelines", "distill", "rl", "rewards", "model", "kernels"]
+# Imported where a GPU computes, and brought by the torch that serves GPUs, in the version it is built with.
+BY_TORCH = {"triton"}
 MODULES = sorted([*ROOT.glob("*.py"), *(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))])
 DATA = sorted(
     path
@@ -72,9 +74,11 @@ def test_wheel_installs_one_top_level_name(wheel):
 
 
 def test_packages_are_the_folders_with_code():
-    found = {f"amalgam.{path.parent.name}" for path in ROOT.glob("*/__init__.py")}
+    folders = {path.parent.relative_to(ROOT) for path in MODULES} - {Path()}
+    assert all((ROOT / folder / "__init__.py").exists() for folder in folders)
+    found = {".".join(["amalgam", *folder.parts]) for folder in folders}
     assert {"amalgam", *found} == set(PROJECT["tool"]["setuptools"]["packages"])
-    assert found == {f"amalgam.{layer}" for layer in LAYERS}
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == set(LAYERS)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
@@ -98,8 +102,14 @@ def test_dependencies_are_what_the_code_imports():
     distributions = importlib.metadata.packages_distributions()
     tops = {name.partition(".")[0] for path in MODULES for name in imports(path)}
     foreign = tops - set(sys.stdlib_module_names) - {"amalgam", "__future__"}
-    imported = {normal(dist) for top in foreign for dist in distributions.get(top, [top])}
+    assert foreign >= BY_TORCH
+    imported = {normal(dist) for top in foreign - BY_TORCH for dist in distributions.get(top, [top])}
     assert imported == {normal(each) for each in PROJECT["project"]["dependencies"]}
+
+
+def test_triton_is_imported_where_a_gpu_computes():
+    users = {relative(path) for path in MODULES if any(name.partition(".")[0] == "triton" for name in imports(path))}
+    assert {user for user in users if not user.startswith("kernels/fused/")} == {"kernels/dispatch.py"}
 
 
 def test_every_requirement_is_pinned():

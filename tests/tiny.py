@@ -12,6 +12,11 @@ from amalgam.model.config import PRESETS
 from amalgam.rl.trajectory import Request
 
 SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+# What the Triton kernels take.
+FUSED = {
+    "head_dim": 16, "index_head_dim": 16, "index_n_heads": 16, "q_lora_rank": 16, "o_lora_rank": 16,
+    "n_routed_experts": 16,
+}  # fmt: skip
 END = 1  # the end token's id
 
 

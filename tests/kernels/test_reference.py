@@ -1,6 +1,5 @@
 """Each operation against its naive definition in float64, forward and every gradient."""
 
-import itertools
 import math
 
 import pytest
@@ -8,6 +7,8 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels import attention, compress, hyper, indexer, losses, moe, norm, rope, sampling
+
+from . import naive
 
 
 def compare(ours, naive, *inputs: Tensor, rtol: float = 2e-5, atol: float = 2e-6) -> None:
@@ -68,116 +69,114 @@ def test_yarn_has_v4s_correction_range():
         rope.inverse_frequencies(64, {"rope_type": "linear", "rope_theta": 1.0})
 
 
-def naive_attention(q, rows, visible, sinks):
-    out = torch.zeros_like(q)
-    for n in range(q.shape[0]):
-        for m in range(q.shape[1]):
-            keys = rows[n][visible[n, m]]
-            for h in range(q.shape[2]):
-                scores = torch.cat([keys @ q[n, m, h] * q.shape[3] ** -0.5, sinks[h : h + 1]])
-                out[n, m, h] = torch.softmax(scores, 0)[:-1] @ keys
-    return out
+def test_attention_with_sink():
+    """Documents of one token, shorter than a window, longer; no entries, all of them, some; a query that sees none."""
+    for lengths, window, ratio, topk in (([1, 9, 2], 3, 0, 0), ([5, 1, 13], 4, 3, 0), ([5, 1, 13], 4, 2, 3)):
+        place = naive.layout(lengths, window, ratio)
+        seen, total = place.seen(ratio), sum(lengths)
+        q, rows, sinks = torch.randn(total, 3, 8), torch.randn(total, 8), torch.randn(3)
+        chosen = naive.random_choice(seen, topk) if topk else None
+        rotation = torch.polar(torch.ones(total, 2), torch.randn(total, 2)).to(torch.complex128)
+        inputs = [q, rows, sinks, *([torch.randn(naive.entries_of(place, ratio), 8)] if ratio else [])]
+
+        def ours(q, rows, sinks, entries=None, place=(seen, chosen, rotation)):
+            return attention.attend(q, rows, entries, sinks, *place)[0]
+
+        def loops(q, rows, sinks, entries=None, place=(seen, chosen, rotation)):
+            return naive.rope_back(naive.attend(q, rows, entries, sinks, *place[:2]), place[2])
+
+        compare(ours, loops, *inputs)
 
 
-@pytest.mark.parametrize("m, s", [(1, 1), (3, 7), (4, 16)])
-def test_attention_with_sink(m: int, s: int):
-    q, rows, sinks = torch.randn(2, m, 3, 8), torch.randn(2, s, 8), torch.randn(3)
-    visible = torch.rand(2, m, s) < 0.6
-    visible[0, 0] = False  # a query that sees nothing
-    compare(attention.attend, naive_attention, q, rows, visible, sinks)
-    assert torch.equal(attention.attend(q, rows, visible, sinks)[0, 0], torch.zeros(3, 8))
-
-
-def test_head_mass_is_the_probability_that_attention_gives_a_row():
-    q, sinks, visible = torch.randn(2, 3, 4, 8), torch.randn(4), torch.rand(2, 3, 7) < 0.6
-    visible[0, 0] = False
-    rows = torch.randn(2, 7, 8)
-    found = attention.head_mass(q.requires_grad_(), rows, visible, sinks)
+def test_head_mass_is_the_probability_that_attention_gives_an_entry():
+    place = naive.layout([5, 1, 13], 4, 2)
+    seen = place.seen(2)
+    q, rows, sinks, entries = torch.randn(19, 4, 8), torch.randn(19, 8), torch.randn(4), torch.randn(8, 8)
+    chosen = naive.random_choice(seen, 3)
+    found = attention.head_mass(q.requires_grad_(), rows, entries, sinks, seen, chosen, None)
     assert not found.requires_grad
-    for n in range(2):
-        for m in range(3):
-            seen = visible[n, m]
-            expected = torch.zeros(7, dtype=torch.float64)
-            for h in range(4):
-                scores = rows[n, seen].double() @ q[n, m, h].detach().double() * 8**-0.5
-                mass = scores.exp()
-                expected[seen] += mass / (mass.sum() + sinks[h].double().exp())
-            torch.testing.assert_close(found[n, m].double(), expected, rtol=1e-5, atol=1e-6)
+    wide = [x.detach().double() for x in (q, rows, entries, sinks)]
+    torch.testing.assert_close(found.double(), naive.head_mass(*wide, seen=seen, chosen=chosen), rtol=1e-5, atol=1e-6)
 
 
-def test_pool_ignores_absent_slots():
-    values, scores = torch.randn(4, 6, 5), torch.randn(4, 6, 5)
-    scores[0, :3] = float("-inf")
+@pytest.mark.parametrize("ratio, channels", [(3, 8), (3, 16), (1, 16), (5, 8)])
+def test_compression(ratio: int, channels: int):
+    """One window an entry, and two; documents without an entry, with an unfinished window, with none."""
+    place = naive.layout([7, ratio - 1 or 1, 2 * ratio], 4, ratio, rope_dim=4)
+    total, windows = int(place.start.numel()), place.entries[ratio].windows
 
-    def naive(v, s):
-        return torch.stack([(torch.softmax(s[n], 0) * v[n]).sum(0) for n in range(4)])
+    def ours(values, scores, bias, weight):
+        return compress.compress(values, scores, bias, weight, windows, 1e-6, values.dtype)
 
-    compare(compress.pool, naive, values, scores)
+    def loops(values, scores, bias, weight):
+        return naive.compress(values, scores, bias, weight, place, ratio)
+
+    values, scores = torch.randn(total, channels), 2 * torch.randn(total, channels)
+    compare(ours, loops, values, scores, torch.randn(ratio, channels), torch.randn(8))
 
 
 def test_indexer_takes_the_highest_scores_and_the_lowest_of_ties():
-    q, weights, keys = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4), torch.randn(2, 9, 8)
-    visible = torch.rand(2, 3, 9) < 0.7
-    chosen = indexer.select(q, weights, keys, visible, 2)
-    for n in range(2):
-        for m in range(3):
-            score = {
-                s: sum(float(weights[n, m, h] * torch.relu(q[n, m, h] @ keys[n, s])) for h in range(4))
-                for s in range(9)
-                if visible[n, m, s]
-            }
-            want = sorted(score, key=lambda s: (-score[s], s))[:2]
-            assert chosen[n, m].nonzero().flatten().tolist() == sorted(want)
-    tied = indexer.select(q, torch.zeros_like(weights), keys, torch.ones_like(visible), 3)
-    assert tied.nonzero()[:, 2].view(2, 3, 3).tolist() == [[[0, 1, 2]] * 3] * 2
+    place = naive.layout([9, 1, 23], 4, 2)
+    seen = place.seen(2)
+    q, weights, keys = torch.randn(33, 4, 8), torch.randn(33, 4), torch.randn(naive.entries_of(place, 2), 8)
+    everything = torch.arange(11).expand(33, 11).where(torch.arange(11) < ((seen.position + 1) // 2).unsqueeze(1), -1)
+    scores = naive.index_scores(q, weights, keys, seen, everything)
+    chosen = indexer.select(q, weights, keys, seen, 3)
+    for t, row in enumerate(scores.tolist()):
+        real = [n for n, score in enumerate(row) if score > float("-inf")]
+        want = sorted(sorted(real, key=lambda n: (-row[n], n))[:3])
+        assert chosen[t].tolist() == want + [-1] * (3 - len(want))
+    tied = indexer.select(q, torch.zeros_like(weights), keys, seen, 3)
+    assert tied[32].tolist() == [0, 1, 2] and tied[9].tolist() == [-1, -1, -1]
 
 
 def test_index_scores_may_be_bf16_before_the_choice():
     """1 and 1 + 2^-10 are one number in bf16, so that the lower entry wins; 1 + 2^-6 is another."""
-    keys = torch.tensor([[[1.0], [1 + 2**-10], [1 + 2**-6]]])
-    one, seen = torch.ones(1, 1, 1), torch.tensor([[[True, True, False]]])
-    pick = [indexer.select(one.unsqueeze(-1), one, keys, seen, 1, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    assert [int(p.nonzero()[0, 2]) for p in pick] == [1, 0]
-    assert int(indexer.select(one.unsqueeze(-1), one, keys, seen | True, 1, torch.bfloat16).nonzero()[0, 2]) == 2
+    keys = torch.tensor([[1.0], [1 + 2**-10], [1 + 2**-6]])
+    one, seen = torch.ones(3, 1), naive.layout([3], 4, 1).seen(1)
+    picks = [indexer.select(one.unsqueeze(-1), one, keys, seen, 1, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert [p.flatten().tolist() for p in picks] == [[0, 1, 2], [0, 0, 2]]
 
 
 def test_index_scores_are_those_of_the_choice():
-    q, weights, keys = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4), torch.randn(2, 5, 8)
+    place = naive.layout([9, 1, 23], 4, 2)
+    seen = place.seen(2)
+    q, weights, keys = torch.randn(33, 4, 8), torch.randn(33, 4), torch.randn(naive.entries_of(place, 2), 8)
+    chosen = indexer.select(q, weights, keys, seen, 3)
 
-    def naive(q, weights, keys):
-        dots = [[[[q[n, m, h] @ keys[n, s] for h in range(4)] for s in range(5)] for m in range(3)] for n in range(2)]
-        flat = torch.stack([dot for a in dots for b in a for c in b for dot in c]).view(2, 3, 5, 4)
-        return (flat.clamp(min=0) * weights.unsqueeze(2)).sum(-1)
+    def finite(scores_of):
+        return lambda q, weights, keys: scores_of(q, weights, keys, seen, chosen).masked_fill(chosen < 0, 0.0)
 
-    compare(indexer.index_scores, naive, q, weights, keys)
-    scores, visible = indexer.index_scores(q, weights, keys), torch.rand(2, 3, 5) < 0.7
-    assert torch.equal(indexer.highest(scores, visible, 2), indexer.select(q, weights, keys, visible, 2))
+    compare(finite(indexer.index_scores), finite(naive.index_scores), q, weights, keys)
+    assert torch.equal(indexer.index_scores(q, weights, keys, seen, chosen) == float("-inf"), chosen < 0)
 
 
 def test_index_kl():
     """Queries with none, one, some and all of the entries chosen; one whose chosen entries have no mass at all."""
-    scores, mass = 3 * torch.randn(2, 4, 6), torch.rand(2, 4, 6) ** 4
-    chosen = torch.rand(2, 4, 6) < 0.5
-    chosen[0, 0], chosen[0, 1], chosen[0, 2] = False, torch.arange(6) == 3, True
-    mass[1, 0] = mass[1, 0].masked_fill(chosen[1, 0], 0.0)
-    mass[1, 1, chosen[1, 1].nonzero()[0]] = 0.0
+    scores, mass, chosen = 3 * torch.randn(8, 6), torch.rand(8, 6) ** 4, torch.rand(8, 6) < 0.5
+    chosen[0], chosen[1], chosen[2] = False, torch.arange(6) == 3, True
+    chosen[4:6, :2] = True
+    mass[4] = mass[4].masked_fill(chosen[4], 0.0)
+    mass[5, chosen[5].nonzero()[0]] = 0.0
 
-    def naive(scores):
-        total = torch.zeros(2, 4, dtype=torch.float64)
-        for n, m in itertools.product(range(2), range(4)):
-            own = chosen[n, m].nonzero().flatten().tolist()
-            whole = sum(float(mass[n, m, s]) for s in own)
+    def loops(scores):
+        total = torch.zeros(8, dtype=torch.float64)
+        for t in range(8):
+            own = chosen[t].nonzero().flatten().tolist()
+            whole = sum(float(mass[t, s]) for s in own)
             for s in own:
-                if p := float(mass[n, m, s]) / whole if whole else 0.0:
-                    q = scores[n, m, s].exp() / sum(scores[n, m, other].exp() for other in own)
-                    total[n, m] = total[n, m] + p * (math.log(p) - q.log())
+                if p := float(mass[t, s]) / whole if whole else 0.0:
+                    q = scores[t, s].exp() / sum(scores[t, other].exp() for other in own)
+                    total[t] = total[t] + p * (math.log(p) - q.log())
         return total
 
-    assert int(chosen[1, 0].sum()) > 1 and int(chosen[1, 1].sum()) > 1
-    compare(lambda s: indexer.index_kl(s, chosen, mass.to(s.dtype)), naive, scores)
-    found = indexer.index_kl(scores, chosen, mass)
-    assert (found >= -1e-6).all() and (found[0, :2] == 0).all() and found[1, 0] == 0
-    torch.testing.assert_close(indexer.index_kl(mass.log(), mass > 0, 7 * mass), torch.zeros(2, 4), rtol=0, atol=1e-6)
+    def ours(scores):
+        return indexer.index_kl(scores.masked_fill(~chosen, float("-inf")), mass.to(scores.dtype))
+
+    compare(ours, loops, scores)
+    found = ours(scores)
+    assert (found >= -1e-6).all() and (found[:2] == 0).all() and found[4] == 0
+    torch.testing.assert_close(indexer.index_kl(mass.log(), 7 * mass), torch.zeros(8), rtol=0, atol=1e-6)
 
 
 def naive_mixing(streams, fn, base, scale, iterations):

@@ -1,5 +1,8 @@
 """A document's log-probs are the same alone, in any chunks from a cache, and after tokens that were taken back."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from amalgam.model import DeepseekV4
+from amalgam.model.layout import packed
 
 from .. import tiny
 from ..tiny import CSA, HCA, SWA
@@ -164,6 +168,24 @@ def test_a_rollback_further_than_the_slack_is_refused():
 
 
 @torch.no_grad()
+def test_a_cache_of_no_requests():
+    cache = made(0, (SWA,)).new_cache(2, 8).select(torch.tensor([], dtype=torch.int64))
+    assert cache.longest == 0 and cache.length.numel() == 0
+
+
+def test_a_layout_ends_with_its_last_user():
+    """By counting references: what waits for the garbage collector keeps a GPU's memory."""
+    gc.disable()
+    try:
+        layout = packed(torch.tensor([0, 9]), 4, {4}, made(0, (CSA,)).frequencies())
+        layout.seen(4).blocks.column(4)
+        left = weakref.ref(layout)
+        del layout
+        assert left() is None
+    finally:
+        gc.enable()
+
+
 def test_bad_chunks_are_refused():
     model = made(7, (SWA,))
     cache = model.new_cache(2, 5)

@@ -85,16 +85,17 @@ def test_experts_are_their_fp4_values_and_masters_get_the_gradient_of_those():
     assert not torch.equal(experts(masters).down_proj, experts(stored).down_proj)
 
 
-def test_rounded_rows_pass_the_gradient_straight_through():
+def test_rounded_rows_pass_the_gradient_straight_through(monkeypatch: pytest.MonkeyPatch):
     """kv: a model with one layer whose rows are handed in rounded, with the rounding's difference as a constant."""
     made = model(Precision(kv="fp8"), layer_types=[SWA], num_hidden_layers=1, mlp_layer_types=["hash_moe"])
     ours = gradients(made)
 
-    def straight_through(rows: Tensor) -> Tensor:
+    def straight_through(rows: Tensor, rotation: Tensor, storage: str) -> Tensor:
+        assert storage == "fp8" and rotation.shape[1] == 4
         plain, rope = rows.split([8, 8], dim=-1)
         return torch.cat([plain + (formats.round_fp8(plain, (1, 64)) - plain).detach(), rope], dim=-1)
 
-    attention(made).stored = straight_through
+    monkeypatch.setattr("amalgam.model.attention.stored", straight_through)
     for name, gradient in gradients(made).items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 

@@ -46,18 +46,19 @@ def test_cache_of_a_million_tokens(name: str, gib: str, share: str):
 
 
 def test_the_accounting_is_that_of_a_real_cache():
-    """Every row of every tensor that decoding keeps, priced by its kind, gives the same sums."""
+    """Every row of every tensor that decoding keeps, priced by its kind, gives the same sums; but for the last row of
+    entries and keys, which nothing reads."""
     model = tiny.model(0, index_head_dim=32)
     _, cache = model.prefill(torch.arange(30), torch.tensor([0, 30]), 100)
     row, key = 8 + 2 * 8 + 1 + 7, 32 // 2 + 1  # FP8, bf16, a scale, padding; FP4 and a scale
-    kinds = ("rows", "index_keys", "values", "scores", "index_values", "index_scores")
+    kinds = ("rows", "entries", "index_keys", "values", "scores", "index_values", "index_scores")
     priced: dict[str, int] = dict.fromkeys(kinds, 0)
     for layer in cache.layers:
         for name, tensor in layer.items():
-            each = {"rows": row, "index_keys": key}.get(name, tensor.shape[2] * 4)
-            priced[name] += tensor.shape[1] * each
+            each = {"rows": row, "entries": row, "index_keys": key}.get(name, tensor.shape[2] * 4)
+            priced[name] += (tensor.shape[1] - (name in ("entries", "index_keys"))) * each
     counted = cache_bytes(model.config, 100)
-    assert counted.window + counted.csa + counted.hca == priced.pop("rows")
+    assert counted.window + counted.csa + counted.hca == priced.pop("rows") + priced.pop("entries")
     assert counted.index_keys == priced.pop("index_keys")
     assert counted.waiting == sum(priced.values())
     assert counted.total == sum((counted.window, counted.csa, counted.hca, counted.index_keys, counted.waiting))

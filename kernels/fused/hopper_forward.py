@@ -1,0 +1,459 @@
+"""The forward of `kernels.attention.attend` for Hopper, in Gluon: what `attention.py` computes, with loads and products
+in different warps.
+
+Tiles of 64 keys are taken in pairs. One warpgroup scores a pair's first tile, another its second; each keeps half of
+the output's channels and adds both tiles to them, the first before the second, so that a row's sums have the order of
+its tiles. While one computes a softmax, the other multiplies. Four more warps fetch keys and the next query. Programs
+stay and take one query after another. Tiles, order and the split at every 1,024 entries are those of `attention.py`.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper import barrier, described, programs
+
+HEADS, BLOCK = gl.constexpr(64), gl.constexpr(64)  # of one program, of one tile of keys
+
+
+@gluon.jit
+def _item(item, position, blocks, splits, ratio, topk, W: gl.constexpr, KIND: gl.constexpr, LIMIT: gl.constexpr):
+    """Query, first head, split, position, entries, and the tiles' places `begin` ... `end`, which is 0 for none."""
+    split, rest = item % splits, item // splits
+    t = rest // blocks
+    place = gl.load(position + t)
+    count = 0
+    if KIND != 0:
+        count = (place + 1) // ratio
+        if KIND == 2:
+            count = gl.minimum(count, topk)
+    WINDOW: gl.constexpr = (W + BLOCK - 1) // BLOCK * BLOCK  # where the tiles of entries begin
+    begin = gl.where(split == 0, 0, WINDOW)
+    end = WINDOW + gl.minimum(count - split * LIMIT, LIMIT)
+    return t, rest % blocks * HEADS, split, place, count, begin, gl.where(split * LIMIT < gl.maximum(count, 1), end, 0)
+
+
+@gluon.jit
+def _load_half(
+    rows, entries, row_data, entry_data, index, keys_s, full, empty, row, half: gl.constexpr, buffer: gl.constexpr,
+    turn, window, D: gl.constexpr, KIND: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """Half of the channels of a tile of keys."""
+    bar, to, side = full.index(buffer), keys_s.index(buffer), half * (D // 2)
+    mbarrier.wait(empty.index(buffer), (turn & 1) ^ 1)
+    if RING and KIND == 2:
+        _gather(gl.where(window, row_data, entry_data), index, side, bar, to, D)
+    elif window:
+        if RING:
+            _gather(row_data, index, side, bar, to, D)
+        else:
+            _copy(rows, row, side, bar, to, D)
+    elif KIND == 2:
+        _gather(entry_data, index, side, bar, to, D)
+    elif KIND == 1:
+        _copy(entries, row, side, bar, to, D)
+
+
+@gluon.jit
+def _gather(data, index, side, bar, to, D: gl.constexpr):
+    """Keys that do not lie in a row, by every thread."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    d = gl.arange(0, D // 2, gl.SliceLayout(0, layout)) + side
+    async_copy.async_copy_global_to_shared(to, data + index.to(gl.int64)[:, None] * D + d[None, :])
+    async_copy.mbarrier_arrive(bar, increment_count=False)
+
+
+@gluon.jit
+def _copy(described, row, side, bar, to, D: gl.constexpr):
+    """Keys that do, by the tensor memory accelerator; the barrier awaits all threads that could copy.
+
+    Triton keeps the four warps together around `expect` and `arrive`: else one could wait for a phase that has passed.
+    """
+    mbarrier.expect(bar, BLOCK * D)
+    tma.async_copy_global_to_shared(described, [row, side], bar, to)
+    mbarrier.arrive(bar, count=127)
+
+
+@gluon.jit
+def _load_second(
+    rows, entries, row_data, entry_data, index, keys_s, full, empty, row, turn,
+    window, D: gl.constexpr, KIND: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    _load_half(
+        rows, entries, row_data, entry_data, index, keys_s, full, empty, row, 0, 2, turn,
+        window, D, KIND, RING,
+    )  # fmt: skip
+    _load_half(
+        rows, entries, row_data, entry_data, index, keys_s, full, empty, row, 1, 3, turn,
+        window, D, KIND, RING,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _tile(
+    chosen, i, place, first, first_entry, low, count, slots,
+    W: gl.constexpr, KIND: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """Whether the tile at i is of the window, its first row, and each key's row where it is not one after another."""
+    WINDOW: gl.constexpr = (W + BLOCK - 1) // BLOCK * BLOCK
+    layout: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
+    lane = gl.arange(0, BLOCK, layout)
+    window = i < WINDOW
+    row = gl.where(window, first + place - (W - 1) + i, first_entry + low + i - WINDOW)
+    index = lane
+    if RING:
+        number = gl.maximum(place - (W - 1) + i + lane, 0)  # what is not seen only has to be there
+        index = first + number % slots
+    if KIND == 2:
+        at = low + i - WINDOW + lane
+        number = gl.load(chosen + at, mask=(at >= 0) & (at < count), other=0)
+        index = gl.where(window, index, first_entry + number)
+    return window, row, index
+
+
+@gluon.jit
+def _load(
+    q, rows, entries, row_data, entry_data, chosen, position, row_first, entry_first,
+    keys_s, query_s, full, empty, query_full, query_empty,
+    heads, slots, ratio, topk, items, blocks, splits,
+    D: gl.constexpr, W: gl.constexpr, LIMIT: gl.constexpr, KIND: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    first_turn = 0
+    second_turn = 0
+    query_turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        t, head, split, place, count, begin, end = _item(item, position, blocks, splits, ratio, topk, W, KIND, LIMIT)
+        if end > 0:
+            mbarrier.wait(query_empty, (query_turn & 1) ^ 1)
+            mbarrier.expect(query_full, HEADS * D * 2)
+            for half in gl.static_range(2):
+                tma.async_copy_global_to_shared(q, [t * heads + head, half * (D // 2)], query_full, query_s.index(half))
+            query_turn += 1
+            first = gl.load(row_first + t)
+            first_entry = gl.load(entry_first + t)
+            low = split * LIMIT
+            own = chosen + t.to(gl.int64) * topk
+            for i in range(begin, end, 2 * BLOCK):
+                window, row, index = _tile(own, i, place, first, first_entry, low, count, slots, W, KIND, RING)
+                more = i + BLOCK < end
+                window_, row_, index_ = _tile(
+                    own, i + BLOCK, place, first, first_entry, low, count, slots, W, KIND, RING
+                )
+                ahead = more & (i == begin)  # the first tile's buffers hold the last query's output
+                if ahead:
+                    _load_second(
+                        rows, entries, row_data, entry_data, index_, keys_s, full, empty, row_, second_turn,
+                        window_, D, KIND, RING,
+                    )  # fmt: skip
+                _load_half(
+                    rows, entries, row_data, entry_data, index, keys_s, full, empty, row, 0, 0, first_turn,
+                    window, D, KIND, RING,
+                )  # fmt: skip
+                _load_half(
+                    rows, entries, row_data, entry_data, index, keys_s, full, empty, row, 1, 1, first_turn,
+                    window, D, KIND, RING,
+                )  # fmt: skip
+                first_turn += 1
+                if more & (i != begin):
+                    _load_second(
+                        rows, entries, row_data, entry_data, index_, keys_s, full, empty, row_, second_turn,
+                        window_, D, KIND, RING,
+                    )  # fmt: skip
+                if more:
+                    second_turn += 1
+
+
+@gluon.jit
+def _masked(scores, i, place, low, count, W: gl.constexpr, KIND: gl.constexpr):
+    """The products of the tile at i, -inf where a key is not seen."""
+    WINDOW: gl.constexpr = (W + BLOCK - 1) // BLOCK * BLOCK
+    # Most tiles are seen as a whole.
+    if (i < WINDOW) | (low + i - WINDOW + BLOCK > count):
+        at = i + gl.arange(0, BLOCK, gl.SliceLayout(0, scores.type.layout))
+        number = place - (W - 1) + at
+        seen = (number >= 0) & (at < W)
+        if KIND != 0:
+            seen = seen | ((at >= WINDOW) & (low + at - WINDOW < count))
+        scores = gl.where(seen[None, :], scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _store(
+    out, parts, sums, total, buffer, empty, t, head, heads, split, queries,
+    half: gl.constexpr, D: gl.constexpr, SPLITS: gl.constexpr,
+):  # fmt: skip
+    """The output's half of the channels, by way of a buffer of keys that is then free, or a split's sums."""
+    layout: gl.constexpr = sums.type.layout
+    if SPLITS == 1:
+        inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, layout))
+        buffer.store((sums * inverse[:, None]).to(gl.bfloat16))
+        fence_async_shared()
+        barrier()
+        tma.async_copy_shared_to_global(out, [t * heads + head, half * (D // 2)], buffer)
+        tma.store_wait(0)
+    else:
+        h = (split.to(gl.int64) * queries + t) * heads + head + gl.arange(0, HEADS, gl.SliceLayout(1, layout))
+        d = half * (D // 2) + gl.arange(0, D // 2, gl.SliceLayout(0, layout))
+        gl.store(parts + h[:, None] * D + d[None, :], sums)
+    barrier()
+    mbarrier.arrive(empty, count=1)
+
+
+@gluon.jit
+def _first(
+    sinks, out, parts, lse, partial, position, keys_s, query_s, weights_s, stats_s, full, empty,
+    query_full, query_empty, stats_full, weights_full, scale, heads, ratio, topk, queries, items, blocks, splits,
+    D: gl.constexpr, W: gl.constexpr, LIMIT: gl.constexpr, KIND: gl.constexpr, SPLITS: gl.constexpr,
+):  # fmt: skip
+    """Scores the first tile of each pair; sums up the lower half of the channels."""
+    of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    of_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
+    h = gl.arange(0, HEADS, gl.SliceLayout(1, of_scores))
+    turn = 0
+    second_turn = 0
+    query_turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        t, head, split, place, count, begin, end = _item(item, position, blocks, splits, ratio, topk, W, KIND, LIMIT)
+        if end > 0:
+            low = split * LIMIT
+            largest = gl.load(sinks + head + h).to(gl.float32) * 1.4426950408889634
+            total = gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(1, of_scores)) + gl.where(split == 0, 1.0, 0.0)
+            sums = gl.zeros([HEADS, D // 2], gl.float32, of_sums)
+            mbarrier.wait(query_full, query_turn & 1)
+            query_turn += 1
+            for i in range(begin, end, 2 * BLOCK):
+                last = i + 2 * BLOCK >= end
+                # Always 0, which the compiler does not know: else it keeps the operands' addresses in registers.
+                zero = turn >> 30
+                scores = gl.zeros([HEADS, BLOCK], gl.float32, of_scores)
+                mbarrier.wait(full.index(1), turn & 1)
+                mbarrier.wait(full.index(0), turn & 1)
+                fence_async_shared()
+                scores = warpgroup_mma(
+                    query_s.index(zero + 1),
+                    keys_s.index(zero + 1).permute((1, 0)),
+                    scores,
+                    use_acc=False,
+                    is_async=True,
+                )
+                scores = warpgroup_mma(query_s.index(zero), keys_s.index(zero).permute((1, 0)), scores, is_async=True)
+                scores = warpgroup_mma_wait(0, [scores])
+                barrier()
+                mbarrier.arrive(query_empty, count=1, pred=last)
+                scores = _masked(scores, i, place, low, count, W, KIND)
+                new = gl.maximum(largest, gl.max(scores, 1) * scale)
+                stats_s.index(0).store(new)
+                barrier()
+                mbarrier.arrive(stats_full.index(0), count=1)
+                weights = gl.exp2(gl.fma(scores, gl.full_like(scores, 1.0) * scale, -new[:, None]))
+                shrink = gl.exp2(largest - new)
+                total = gl.fma(total, shrink, gl.sum(weights, 1))
+                weights_s.index(zero).store(weights.to(gl.bfloat16))
+                stats_s.index(1).store(total)
+                fence_async_shared()
+                barrier()
+                mbarrier.arrive(weights_full.index(0), count=1)
+                sums *= gl.convert_layout(shrink, gl.SliceLayout(1, of_sums))[:, None]
+                sums = warpgroup_mma(weights_s.index(zero), keys_s.index(zero), sums, is_async=True)
+                sums = warpgroup_mma_wait(0, [sums])
+                barrier()
+                mbarrier.arrive(empty.index(0), count=1, pred=i + 2 * BLOCK < end)
+                # The second tile.
+                mbarrier.wait(stats_full.index(1), turn & 1)
+                largest = stats_s.index(2).load(gl.SliceLayout(1, of_scores))
+                shrink = gl.exp2(new - largest)
+                sums *= gl.convert_layout(shrink, gl.SliceLayout(1, of_sums))[:, None]
+                mbarrier.wait(weights_full.index(1), turn & 1)
+                of_second = stats_s.index(3).load(gl.SliceLayout(1, of_scores))
+                total = gl.fma(total, shrink, of_second * gl.where(i + 2 * BLOCK >= end, 1.0, 0.0))
+                if i + BLOCK < end:
+                    mbarrier.wait(full.index(2), second_turn & 1)
+                    fence_async_shared()
+                    sums = warpgroup_mma(weights_s.index(zero + 1), keys_s.index(zero + 2), sums, is_async=True)
+                    sums = warpgroup_mma_wait(0, [sums])
+                    barrier()
+                    mbarrier.arrive(empty.index(2), count=1)
+                    second_turn += 1
+                turn += 1
+            if SPLITS == 1:
+                gl.store(lse + (t * heads + head).to(gl.int64) + h, largest + gl.log2(total))
+            else:
+                part = (split.to(gl.int64) * queries + t) * heads + head + h
+                gl.store(partial + part * 2, largest)
+                gl.store(partial + part * 2 + 1, total)
+            _store(
+                out, parts, sums, total, keys_s.index(0), empty.index(0), t, head, heads, split, queries, 0, D, SPLITS
+            )
+
+
+@gluon.jit
+def _second(
+    sinks, out, parts, position, keys_s, query_s, weights_s, stats_s, full, empty, query_full, query_empty,
+    stats_full, weights_full, scale, heads, ratio, topk, queries, items, blocks, splits,
+    D: gl.constexpr, W: gl.constexpr, LIMIT: gl.constexpr, KIND: gl.constexpr, SPLITS: gl.constexpr,
+):  # fmt: skip
+    """Scores the second tile of each pair; sums up the upper half of the channels."""
+    of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    of_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
+    h = gl.arange(0, HEADS, gl.SliceLayout(1, of_scores))
+    turn = 0
+    second_turn = 0
+    query_turn = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        t, head, split, place, count, begin, end = _item(item, position, blocks, splits, ratio, topk, W, KIND, LIMIT)
+        if end > 0:
+            low = split * LIMIT
+            largest = gl.load(sinks + head + h).to(gl.float32) * 1.4426950408889634
+            total = gl.zeros([HEADS], gl.float32, gl.SliceLayout(1, of_scores))  # of the second tiles
+            whole = total
+            sums = gl.zeros([HEADS, D // 2], gl.float32, of_sums)
+            mbarrier.wait(query_full, query_turn & 1)
+            query_turn += 1
+            for i in range(begin, end, 2 * BLOCK):
+                last = i + 2 * BLOCK >= end
+                more = i + BLOCK < end
+                # Always 0, which the compiler does not know: else it keeps the operands' addresses in registers.
+                zero = turn >> 30
+                scores = gl.zeros([HEADS, BLOCK], gl.float32, of_scores)
+                if more:
+                    mbarrier.wait(full.index(2), second_turn & 1)
+                    mbarrier.wait(full.index(3), second_turn & 1)
+                    fence_async_shared()
+                    scores = warpgroup_mma(
+                        query_s.index(zero),
+                        keys_s.index(zero + 2).permute((1, 0)),
+                        scores,
+                        use_acc=False,
+                        is_async=True,
+                    )
+                    scores = warpgroup_mma(
+                        query_s.index(zero + 1), keys_s.index(zero + 3).permute((1, 0)), scores, is_async=True
+                    )
+                    scores = warpgroup_mma_wait(0, [scores])
+                barrier()
+                mbarrier.arrive(query_empty, count=1, pred=last)
+                scores = _masked(scores, i + BLOCK, place, low, gl.where(more, count, 0), W, KIND)
+                peak = gl.max(scores, 1) * scale
+                mbarrier.wait(stats_full.index(0), turn & 1)
+                before = stats_s.index(0).load(gl.SliceLayout(1, of_scores))
+                new = gl.maximum(before, peak)
+                stats_s.index(2).store(new)
+                barrier()
+                mbarrier.arrive(stats_full.index(1), count=1)
+                shrink = gl.exp2(largest - before)
+                total *= shrink
+                sums *= gl.convert_layout(shrink, gl.SliceLayout(1, of_sums))[:, None]
+                mbarrier.wait(weights_full.index(0), turn & 1)
+                mbarrier.wait(full.index(1), turn & 1)
+                fence_async_shared()
+                sums = warpgroup_mma(weights_s.index(zero), keys_s.index(zero + 1), sums, is_async=True)
+                # While that is under way: the second tile's weights.
+                weights = gl.exp2(gl.fma(scores, gl.full_like(scores, 1.0) * scale, -new[:, None]))
+                shrink = gl.exp2(before - new)
+                total = gl.fma(total, shrink, gl.sum(weights, 1))
+                whole = gl.fma(stats_s.index(1).load(gl.SliceLayout(1, of_scores)), shrink, total)
+                largest = new
+                weights_s.index(zero + 1).store(weights.to(gl.bfloat16))
+                stats_s.index(3).store(total)
+                fence_async_shared()
+                barrier()
+                mbarrier.arrive(weights_full.index(1), count=1)
+                sums = warpgroup_mma_wait(0, [sums])
+                barrier()
+                mbarrier.arrive(empty.index(1), count=1, pred=i + 2 * BLOCK < end)
+                if more:
+                    sums *= gl.convert_layout(shrink, gl.SliceLayout(1, of_sums))[:, None]
+                    sums = warpgroup_mma(weights_s.index(zero + 1), keys_s.index(zero + 3), sums, is_async=True)
+                    sums = warpgroup_mma_wait(0, [sums])
+                    barrier()
+                    mbarrier.arrive(empty.index(3), count=1)
+                    second_turn += 1
+                turn += 1
+            _store(
+                out, parts, sums, whole, keys_s.index(1), empty.index(1), t, head, heads, split, queries, 1, D, SPLITS
+            )
+
+
+@gluon.jit
+def forward_kernel(
+    q, rows, entries, row_data, entry_data, chosen, sinks, out, lse, partial, parts, position, row_first, entry_first,
+    scale, heads, slots, ratio, topk, queries, items, blocks, splits,
+    D: gl.constexpr, W: gl.constexpr, LIMIT: gl.constexpr, KIND: gl.constexpr, RING: gl.constexpr, SPLITS: gl.constexpr,
+):  # fmt: skip
+    shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    keys_s = gl.allocate_shared_memory(gl.bfloat16, [4, BLOCK, D // 2], shared)  # first tile's halves, second's
+    query_s = gl.allocate_shared_memory(gl.bfloat16, [2, HEADS, D // 2], shared)
+    weights_s = gl.allocate_shared_memory(gl.bfloat16, [2, HEADS, BLOCK], shared)
+    stats_s = gl.allocate_shared_memory(gl.float32, [4, HEADS], plain)  # maximum and total, of the first, of the second
+    full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    weights_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    stats_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    query_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    query_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(4):
+        mbarrier.init(full.index(i), count=128)
+        mbarrier.init(empty.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(weights_full.index(i), count=1)
+        mbarrier.init(stats_full.index(i), count=1)
+    mbarrier.init(query_full, count=1)
+    mbarrier.init(query_empty, count=2)
+    gl.warp_specialize(
+        [
+            (
+                _first,
+                (
+                    sinks, out, parts, lse, partial, position, keys_s, query_s, weights_s, stats_s, full, empty,
+                    query_full, query_empty, stats_full, weights_full, scale, heads, ratio, topk, queries, items,
+                    blocks, splits, D, W, LIMIT, KIND, SPLITS,
+                ),
+            ),
+            (
+                _second,
+                (
+                    sinks, out, parts, position, keys_s, query_s, weights_s, stats_s, full, empty,
+                    query_full, query_empty, stats_full, weights_full, scale, heads, ratio, topk, queries, items,
+                    blocks, splits, D, W, LIMIT, KIND, SPLITS,
+                ),
+            ),
+            (
+                _load,
+                (
+                    q, rows, entries, row_data, entry_data, chosen, position, row_first, entry_first,
+                    keys_s, query_s, full, empty, query_full, query_empty, heads, slots, ratio,
+                    topk, items, blocks, splits, D, W, LIMIT, KIND, RING,
+                ),
+            ),
+        ],
+        [4, 4],
+        [200, 104],
+    )  # fmt: skip
+
+
+def forward(
+    q: Tensor, rows: Tensor, entries: Tensor, chosen: Tensor, sinks: Tensor, out: Tensor, lse: Tensor, partial: Tensor,
+    parts: Tensor, position: Tensor, row_first: Tensor, entry_first: Tensor, scale: float, slots: int, ratio: int,
+    topk: int, splits: int, window: int, kind: int, limit: int,
+) -> None:  # fmt: skip
+    """Launches the kernel; arguments as `attention._forward` has them. bf16, D = 512, a multiple of 64 heads."""
+    if slots and kind == 0:  # Triton 3.6 does not compile a ring without entries: an entry that never comes
+        kind, ratio = 1, 2**30
+    queries, heads, width = q.shape
+    items = queries * (heads // 64) * splits
+    forward_kernel[(programs(items, q.device),)](
+        described(q.flatten(0, 1), 64), described(rows, 64), described(entries, 64), rows, entries, chosen, sinks,
+        described(out.flatten(0, 1), 64), lse, partial, parts, position, row_first, entry_first,
+        scale, heads, slots, ratio, topk, queries, items, heads // 64, splits,
+        D=width, W=window, LIMIT=limit, KIND=kind, RING=slots > 0, SPLITS=min(splits, 2), num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,54 @@
+"""What the kernels' launches share: sizes of tiles by dtype and width, and what is refused."""
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+HOPPER_KEYS, HOPPER_ROWS = 32, 64  # of a tile of the Gluon kernels that go by queries, by rows
+DTYPES = (torch.bfloat16, torch.float32)
+STEP = 16  # the channels of a product's operands and result come in multiples of it
+
+
+class Tiles(NamedTuple):
+    """Of one program: heads, keys of a tile, warps, stages of the loads' pipeline."""
+
+    heads: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def next_power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies: bf16 operands exactly; fp32 as three products in TF32, about 2^-21 of rounding."""
+    return "ieee" if dtype == torch.bfloat16 else "tf32x3"
+
+
+def is_width(width: int, least: int = 16, most: int = 512) -> bool:
+    return width & (width - 1) == 0 and least <= width <= most
+
+
+def check_width(name: str, width: int, least: int = 16, most: int = 512) -> None:
+    if not is_width(width, least, most):
+        raise ValueError(f"{name}: {width}; the Triton kernels take powers of two from {least} to {most}")
+
+
+def check_dtypes(**tensors: Tensor) -> torch.dtype:
+    """The one dtype of the tensors; ValueError by name otherwise, or for one that no kernel takes."""
+    found = {name: tensor.dtype for name, tensor in tensors.items()}
+    dtype = next(iter(found.values()))
+    if dtype not in DTYPES or len(set(found.values())) > 1:
+        raise ValueError(f"the Triton kernels take bfloat16 or float32, all alike; got {found}")
+    return dtype

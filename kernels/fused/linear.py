@@ -1,0 +1,99 @@
+"""Triton kernel of `kernels.project`: products with a weight whose every row has the same bits in any batch.
+
+The sum over a row's channels goes in steps of `DEPTH`, which depends on the weight alone, and is never split; how many
+rows and columns a program takes depends on the batch, and does not touch a row's sum. The backward's products are
+cuBLAS's: the same in every run of one shape, which is all that a gradient needs.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .launch import STEP, check_dtypes, precision
+
+
+@triton.jit
+def _linear(
+    x, weight, y, rows, depth, out,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y[:, g * out:] = x[:, g * depth:] times weight[g * out:]ᵀ of group g, the grid's second axis."""
+    tile, g = tl.program_id(0), tl.program_id(1)
+    down, across = tl.cdiv(rows, ROWS), tl.cdiv(out, COLUMNS)
+    # Neighbours in time share weights and rows in the L2 cache: GROUP tiles of rows go across together.
+    band = tile // (GROUP * across)
+    height = tl.minimum(down - band * GROUP, GROUP)
+    row = (band * GROUP + tile % (GROUP * across) % height) * ROWS
+    column = tile % (GROUP * across) // height * COLUMNS
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in tl.range(0, depth, DEPTH):
+        some = x.load([row, g * depth + k])
+        sums = tl.dot(some, tl.trans(weight.load([g * out + column, k])), sums, input_precision=PRECISION)
+    y.store([row, g * out + column], sums.to(y.dtype))
+
+
+def _tiles(rows: int, out: int, depth: int, dtype: torch.dtype, wide: bool) -> tuple[int, int, int, int, int]:
+    """ROWS, COLUMNS, DEPTH, warps, stages. Powers of two; COLUMNS and DEPTH divide `out` and `depth`."""
+    step = math.gcd(depth, 64 if dtype == torch.bfloat16 else 32)
+    if dtype == torch.float32:
+        return 32 if rows > 16 else 16, math.gcd(out, 64), step, 4, 2
+    if rows <= 64:
+        return 16 if rows <= 16 else 64, math.gcd(out, 64), step, 4, 5
+    # The result passes through shared memory, where 128 by 256 in fp32 find no place beside the operands.
+    columns = math.gcd(out, 128 if wide else 256)
+    return 128, columns, step, 8 if columns == 256 else 4, 4
+
+
+def check(x: Tensor, weight: Tensor, groups: int) -> None:
+    """ValueError, by name, for a shape that the kernel does not take."""
+    check_dtypes(x=x, weight=weight)
+    for name, size in (("in_features", weight.shape[1]), ("out_features of a group", weight.shape[0] // groups)):
+        if size % STEP:
+            raise ValueError(f"{name}: {size}; the Triton kernels take multiples of {STEP}")
+
+
+def multiply(x: Tensor, weight: Tensor, groups: int = 1, wide: bool = False) -> Tensor:
+    """x [T, G * i] times weight [G * o, i] -> [T, G * o], a block of the weight a group; in fp32 if `wide`."""
+    check(x, weight, groups)
+    rows, depth, out = x.shape[0], weight.shape[1], weight.shape[0] // groups
+    y = x.new_empty(rows, groups * out, dtype=torch.float32 if wide else x.dtype)
+    if rows == 0:
+        return y
+    height, columns, step, warps, stages = _tiles(rows, out, depth, x.dtype, wide)
+    _linear[(triton.cdiv(rows, height) * (out // columns), groups)](
+        TensorDescriptor.from_tensor(x.contiguous(), [height, step]),
+        TensorDescriptor.from_tensor(weight.contiguous(), [columns, step]),
+        TensorDescriptor.from_tensor(y, [height, columns]),
+        rows, depth, out,
+        ROWS=height, COLUMNS=columns, DEPTH=step, GROUP=8, PRECISION=precision(x.dtype),
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return y
+
+
+class Linear(torch.autograd.Function):
+    """`multiply` with its gradients, whose products round to x's dtype first (our choice where y is fp32)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: int, wide: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.groups = groups
+        return multiply(x, weight, groups, wide)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        blocks = weight.unflatten(0, (ctx.groups, -1))  # [G, o, i]
+        grad = grads[0].to(x.dtype).unflatten(1, (ctx.groups, -1)).transpose(0, 1)  # [G, T, o]
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = torch.bmm(grad, blocks).transpose(0, 1).flatten(1)
+        if ctx.needs_input_grad[1]:
+            rows = x.unflatten(1, (ctx.groups, -1)).transpose(0, 1)
+            of_weight = torch.bmm(grad.transpose(1, 2), rows).flatten(0, 1)
+        return of_x, of_weight, None, None

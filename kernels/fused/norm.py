@@ -1,0 +1,150 @@
+"""Triton kernels of RMSNorm and RoPE in one pass over memory: queries' heads, window rows, attention's output.
+
+A row is one head of a token, or a token. Its sum of squares is one reduction over its channels, in a tile whose shape
+depends on the width alone. What the norm gives is rounded to x's dtype before it is rotated, as in the reference.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import check_dtypes, next_power
+
+TILE = 8192  # numbers of a tile
+PROGRAMS = 528  # four on each of an H100's multiprocessors; each keeps a sum for the weight's gradient
+
+
+@triton.jit
+def turn(x_RD, rotation, token_R, width, PAIRS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BACK: tl.constexpr):
+    """The last 2 PAIRS of `width` channels rotated by the angles at `token_R` (-1: none), as pairs (2k, 2k + 1)."""
+    even, odd = tl.split(tl.reshape(x_RD, [R, D // 2, 2]))
+    pair = tl.arange(0, D // 2) - (width // 2 - PAIRS)
+    at = rotation + (token_R * PAIRS)[:, None] * 2 + pair[None, :] * 2
+    turned = ((pair >= 0) & (pair < PAIRS))[None, :] & (token_R >= 0)[:, None]
+    cos, sin = tl.load(at, mask=turned, other=1.0), tl.load(at + 1, mask=turned, other=0.0)
+    if BACK:
+        sin = -sin
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [R, D])
+
+
+@triton.jit
+def _forward(
+    x, weight, rotation, y, rows, heads, width, eps,
+    R: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    r, d = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, D)
+    at, real = r[:, None] * width + d[None, :], (r < rows)[:, None] & (d < width)[None, :]
+    x_RD = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
+    if NORM:
+        x_RD *= tl.rsqrt(tl.sum(x_RD * x_RD, 1) / width + eps)[:, None]
+        if WEIGHT:
+            x_RD *= tl.load(weight + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
+    if PAIRS > 0:
+        x_RD = x_RD.to(y.dtype.element_ty).to(tl.float32)
+        x_RD = turn(x_RD, rotation, tl.where(r < rows, r // heads, -1), width, PAIRS, R, D, BACK)
+    tl.store(y + at, x_RD, mask=real)
+
+
+@triton.jit
+def _backward(
+    x, weight, rotation, grad, grad_x, parts, rows, heads, width, eps,
+    R: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, D)
+    of_weight = tl.zeros([D], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, R), tl.num_programs(0)):
+        r = tl.full([R], tile, tl.int64) * R + tl.arange(0, R)
+        at, real = r[:, None] * width + d[None, :], (r < rows)[:, None] & (d < width)[None, :]
+        g_RD = tl.load(grad + at, mask=real, other=0.0).to(tl.float32)
+        if PAIRS > 0:
+            g_RD = turn(g_RD, rotation, tl.where(r < rows, r // heads, -1), width, PAIRS, R, D, not BACK)
+        if NORM:
+            x_RD = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
+            scale = tl.rsqrt(tl.sum(x_RD * x_RD, 1) / width + eps)[:, None]
+            x_RD *= scale
+            if WEIGHT:
+                of_weight += tl.sum(g_RD * x_RD, 0)
+                g_RD *= tl.load(weight + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
+            g_RD = (g_RD - x_RD * (tl.sum(g_RD * x_RD, 1) / width)[:, None]) * scale
+        tl.store(grad_x + at, g_RD, mask=real)
+    if WEIGHT:
+        tl.store(parts + tl.program_id(0).to(tl.int64) * width + d, of_weight, mask=d < width)
+
+
+def angles(rotation: Tensor | None, x: Tensor) -> tuple[Tensor, int]:
+    """cos and sin fp32 [T, pairs, 2], and the number of pairs."""
+    if rotation is None:
+        return x, 0
+    return torch.view_as_real(rotation.contiguous()), rotation.shape[-1]
+
+
+@triton.jit
+def _in_place(
+    x, rotation, rows, heads, width, R: tl.constexpr, C: tl.constexpr, PAIRS: tl.constexpr, BACK: tl.constexpr
+):
+    r, c = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, C)
+    at, real = r[:, None] * width + width - 2 * PAIRS + c[None, :], (r < rows)[:, None] & (c < 2 * PAIRS)[None, :]
+    x_RC = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
+    turned = turn(x_RC, rotation, tl.where(r < rows, r // heads, -1), 2 * PAIRS, PAIRS, R, C, BACK)
+    tl.store(x + at, turned, mask=real)
+
+
+def rope_in_place(x: Tensor, rotation: Tensor, back: bool) -> None:
+    """RoPE of rotation complex64 [T, pairs] (or back) on the last channels of x [T, H, D], a row after another."""
+    rows, width, (table, pairs) = x.numel() // x.shape[-1], x.shape[-1], angles(rotation, x)
+    channels = next_power(2 * pairs)
+    tile = max(TILE // channels, 1)
+    if rows:
+        _in_place[(triton.cdiv(rows, tile),)](
+            x, table, rows, x.shape[1], width, R=tile, C=channels, PAIRS=pairs, BACK=back, num_warps=8
+        )
+
+
+class NormRope(torch.autograd.Function):
+    """RMSNorm (if `eps` is given; times `weight`, if given), then RoPE (if `rotation` is given; or back).
+
+    x [T, D] or [T, H, D], bf16 or fp32; weight fp32 [D]; rotation complex64 [T, pairs]. Returns x's dtype.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, rotation: Tensor | None, eps: float | None, back: bool
+    ) -> Tensor:
+        width = x.shape[-1]
+        check_dtypes(x=x)
+        if rotation is not None and width % 2:
+            raise ValueError(f"{width} channels; the Triton kernels turn pairs of an even number")
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        table, pairs = angles(rotation, x)
+        rows, heads = x.numel() // width, x.numel() // width // max(x.shape[0], 1)
+        tile = max(TILE // next_power(width), 1)
+        if rows:
+            _forward[(triton.cdiv(rows, tile),)](
+                x, x if weight is None else weight, table, y, rows, heads, width, eps or 0.0,
+                R=tile, D=next_power(width), PAIRS=pairs, NORM=eps is not None, WEIGHT=weight is not None,
+                BACK=back, num_warps=8,
+            )  # fmt: skip
+        ctx.save_for_backward(x if eps is not None else None, weight, rotation)
+        ctx.eps, ctx.back, ctx.shape = eps, back, (rows, heads, tile)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        x, weight, rotation = ctx.saved_tensors
+        rows, heads, tile = ctx.shape
+        grad = grads[0].contiguous()
+        of_x, width = torch.empty_like(grad), grad.shape[-1]
+        table, pairs = angles(rotation, grad)
+        programs = max(min(triton.cdiv(rows, tile), PROGRAMS), 1)
+        parts = grad.new_empty(programs, width, dtype=torch.float32)
+        _backward[(programs,)](
+            grad if x is None else x, grad if weight is None else weight, table, grad, of_x, parts,
+            rows, heads, width, ctx.eps or 0.0,
+            R=tile, D=next_power(width), PAIRS=pairs, NORM=x is not None, WEIGHT=weight is not None,
+            BACK=ctx.back, num_warps=8,
+        )  # fmt: skip
+        return of_x, None if weight is None else parts.sum(0).to(weight.dtype), None, None, None

@@ -1,0 +1,47 @@
+"""What the Triton kernels take of an H100 at V4-Flash's sizes: they are compiled for one here, on any machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+pytestmark = pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="its limits are those of Triton 3.6")
+SHARED = 232_448  # bytes of a multiprocessor's shared memory that one program can have
+# In fp32, at a Flash's width, kernels serve tests on a GPU: they run, however slowly.
+SLOW = {"attention, fp32", "indexer, fp32"}
+FEW_ROWS = {"linear, 16 rows"}  # wgmma multiplies 64 at once
+# Bytes that some numbers take which did not find a register; they must not grow.
+SPILLED = {"hopper, CSA": {"queries_kernel": 72}}  # 8 without atomics
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[tuple[str, dict[str, Any]]]:
+    """Case and kernel, from a process whose Triton compiles; here it interprets."""
+    script = Path(__file__).with_name("compile_for_h100.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [(case, kernel) for case, found in json.loads(done.stdout).items() for kernel in found]
+
+
+def test_kernels_fit_into_shared_memory(kernels):
+    assert len(kernels) > 40
+    assert [each for each in kernels if each[1]["shared"] > SHARED] == []
+
+
+def test_nothing_is_spilled(kernels):
+    def allowed(case: str, kernel: dict[str, Any]) -> int:
+        return SPILLED.get(case, {}).get(kernel["kernel"], 0)
+
+    assert [each for each in kernels if each[0] not in SLOW and each[1]["spilled"] > allowed(*each)] == []
+
+
+def test_matrices_are_multiplied_by_warpgroups(kernels):
+    multiplying = [each for each in kernels if each[1]["products"] and each[0] not in SLOW | FEW_ROWS]
+    assert len({kernel["kernel"] for _, kernel in multiplying}) >= 8
+    assert [each for each in multiplying if not each[1]["wgmma"] or each[1]["mma"]] == []
