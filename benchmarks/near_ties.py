@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amalgam.kernels.indexer import select
+from amalgam.kernels.indexer import index_scores, select
+from amalgam.kernels.places import Seen
 from amalgam.kernels.upcast import upcast
 from amalgam.model import DeepseekV4
 
@@ -29,13 +30,12 @@ def near_ties(model: DeepseekV4, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 @contextmanager
 def _recorded(model: DeepseekV4, near: Tensor) -> Iterator[None]:
-    def index(
-        q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, topk: int, dtype: torch.dtype | None
-    ) -> Tensor:
-        dots = torch.einsum("nmhd,nsd->nmhs", upcast(q), upcast(keys)).relu()
-        scores = (dots * upcast(weights).unsqueeze(-1)).sum(2).masked_fill(~visible, float("-inf"))
-        near.logical_or_(_near_border(scores.flatten(0, 1)[: near.numel()], topk))
-        return select(q, weights, keys, visible, topk, dtype)
+    def index(q: Tensor, weights: Tensor, keys: Tensor, seen: Seen, topk: int, dtype: torch.dtype | None) -> Tensor:
+        numbers = torch.arange(seen.most, dtype=torch.int32)
+        complete = numbers < ((seen.position + 1) // seen.ratio).unsqueeze(1)
+        scores = index_scores(q, weights, keys, seen, numbers.where(complete, -1))
+        near.logical_or_(_near_border(scores, topk))
+        return select(q, weights, keys, seen, topk, dtype)
 
     def routed(router: torch.nn.Module, inputs: tuple[Tensor, ...], _: object) -> None:
         scores = F.softplus(F.linear(upcast(inputs[0]), upcast(router.weight))).sqrt()  # pyright: ignore
