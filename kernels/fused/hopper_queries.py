@@ -236,32 +236,6 @@ def _multiply(
 
 
 @gluon.jit
-def _multiply_first(
-    grad_q, pairs, chosen, lse, delta, position, entry_first, keys_s, query_s, grad_s, weights_s, slope_s,
-    full, empty, query_full, query_empty, weights_full, scale, ratio, topk, items,
-    D: gl.constexpr, W: gl.constexpr, BLOCKS: gl.constexpr, KIND: gl.constexpr, ATOMIC: gl.constexpr,
-):  # fmt: skip
-    _multiply(
-        0, grad_q, pairs, chosen, lse, delta, position, entry_first, keys_s, query_s, grad_s, weights_s, slope_s,
-        full, empty, query_full, query_empty, weights_full, scale, ratio, topk, items,
-        D, W, BLOCKS, KIND, ATOMIC,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _multiply_second(
-    grad_q, pairs, chosen, lse, delta, position, entry_first, keys_s, query_s, grad_s, weights_s, slope_s,
-    full, empty, query_full, query_empty, weights_full, scale, ratio, topk, items,
-    D: gl.constexpr, W: gl.constexpr, BLOCKS: gl.constexpr, KIND: gl.constexpr, ATOMIC: gl.constexpr,
-):  # fmt: skip
-    _multiply(
-        1, grad_q, pairs, chosen, lse, delta, position, entry_first, keys_s, query_s, grad_s, weights_s, slope_s,
-        full, empty, query_full, query_empty, weights_full, scale, ratio, topk, items,
-        D, W, BLOCKS, KIND, ATOMIC,
-    )  # fmt: skip
-
-
-@gluon.jit
 def queries_kernel(
     q, grad, rows, entries, entry_data, chosen, lse, delta, grad_q, pairs, position, row_first, entry_first,
     scale, ratio, topk, items,
@@ -289,16 +263,18 @@ def queries_kernel(
     gl.warp_specialize(
         [
             (
-                _multiply_first,
+                _multiply,
                 (
+                    0,
                     grad_q, pairs, chosen, lse, delta, position, entry_first, keys_s, query_s, grad_s, weights_s,
                     slope_s, full, empty, query_full, query_empty, weights_full, scale, ratio, topk, items,
                     D, W, BLOCKS, KIND, ATOMIC,
                 ),
             ),
             (
-                _multiply_second,
+                _multiply,
                 (
+                    1,
                     grad_q, pairs, chosen, lse, delta, position, entry_first, keys_s, query_s, grad_s, weights_s,
                     slope_s, full, empty, query_full, query_empty, weights_full, scale, ratio, topk, items,
                     D, W, BLOCKS, KIND, ATOMIC,

@@ -109,28 +109,6 @@ def _multiply(
 
 
 @gluon.jit
-def _multiply_first(
-    parts, lse, delta, first, position, low, high, keys_s, query_s, grad_s, weights_s, slope_s,
-    full, empty, weights_full, keys_full, scale, ratio, blocks, D: gl.constexpr, W: gl.constexpr,
-):  # fmt: skip
-    _multiply(
-        0, parts, lse, delta, first, position, low, high, keys_s, query_s, grad_s, weights_s, slope_s,
-        full, empty, weights_full, keys_full, scale, ratio, blocks, D, W,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _multiply_second(
-    parts, lse, delta, first, position, low, high, keys_s, query_s, grad_s, weights_s, slope_s,
-    full, empty, weights_full, keys_full, scale, ratio, blocks, D: gl.constexpr, W: gl.constexpr,
-):  # fmt: skip
-    _multiply(
-        1, parts, lse, delta, first, position, low, high, keys_s, query_s, grad_s, weights_s, slope_s,
-        full, empty, weights_full, keys_full, scale, ratio, blocks, D, W,
-    )  # fmt: skip
-
-
-@gluon.jit
 def rows_kernel(
     q, grad, rows, parts, lse, delta, first, position, low, high, scale, ratio, blocks, D: gl.constexpr, W: gl.constexpr
 ):
@@ -153,15 +131,17 @@ def rows_kernel(
     gl.warp_specialize(
         [
             (
-                _multiply_first,
+                _multiply,
                 (
+                    0,
                     parts, lse, delta, first, position, low, high, keys_s, query_s, grad_s, weights_s, slope_s,
                     full, empty, weights_full, keys_full, scale, ratio, blocks, D, W,
                 ),
             ),
             (
-                _multiply_second,
+                _multiply,
                 (
+                    1,
                     parts, lse, delta, first, position, low, high, keys_s, query_s, grad_s, weights_s, slope_s,
                     full, empty, weights_full, keys_full, scale, ratio, blocks, D, W,
                 ),
