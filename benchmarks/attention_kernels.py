@@ -105,6 +105,11 @@ def inputs(setting: Setting, tokens: int, kind: str) -> Inputs:
     return Inputs(setting.random(tokens, heads, dim), setting.random(tokens, dim), entries, sinks, seen, chosen)
 
 
+def on_device(run: Callable[[], object]) -> float:
+    """Milliseconds of one CUDA graph: a few tens of microseconds of launching would hide what a short kernel takes."""
+    return gpu.milliseconds(gpu.captured(run))
+
+
 def attention(setting: Setting) -> Rows:
     """`attend`, forward; with its backward, deterministic and, where it makes a difference, with atomics."""
     for kind in KINDS:
@@ -119,11 +124,11 @@ def _attention(setting: Setting, kind: str, tokens: int) -> Rows:
     grad = torch.randn_like(given.q)
 
     def both(atomic: bool) -> float:
-        return gpu.milliseconds(
+        return on_device(
             lambda: attend_backward(grad, *given[:4], *attend_forward(*given), given.seen, given.chosen, atomic)
         )
 
-    ms = gpu.milliseconds(lambda: op.attend(*given))
+    ms = on_device(lambda: op.attend(*given))
     yield row(f"{kind} forward", tokens, ms, works[:1], setting.ceilings, FORWARD)
     ms = both(False)
     name = f"{kind} forward + backward"
@@ -144,7 +149,7 @@ def indexer(setting: Setting) -> Rows:
         q, weights = setting.random(tokens, heads, dim), setting.random(tokens, heads, dtype=torch.float32)
         keys, topk = setting.random(tokens // ratio, dim), min(config.index_topk, seen.most)
         work = floors.indexer(tokens, heads, dim, ratio, topk)
-        ms = gpu.milliseconds(lambda: select(q, weights, keys, seen, topk))  # noqa: B023
+        ms = on_device(lambda: select(q, weights, keys, seen, topk))  # noqa: B023
         yield row("scores and top-k", tokens, ms, [work], setting.ceilings, INDEXER)
 
         chosen = select(q, weights, keys, seen, topk)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..dispatch import say
 from ..places import Seen
-from .launch import LOG2E, Tiles, check_dtypes, check_width, is_hopper, next_power, precision
+from .launch import LOG2E, SAME_BITS, Tiles, check_dtypes, check_width, is_hopper, next_power, precision
 from .norm import rope_in_place
 
 SPLIT = 1024  # entries of a document that one program sums up
@@ -208,12 +208,12 @@ def _forward_of(
             scale, heads, rows.stride(0), entries.stride(0), max(seen.slots, 1), ratio, topk, queries,
             D=width, W=seen.window, HEADS=tiles.heads, BLOCK=tiles.keys, LIMIT=SPLIT,
             KIND=kind, RING=seen.slots > 0, SPLITS=min(splits, 2), PRECISION=precision(q.dtype),
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            num_warps=tiles.warps, num_stages=tiles.stages, **SAME_BITS,
         )  # fmt: skip
     if splits > 1:
         _merge[(queries, triton.cdiv(heads, 16))](
             parts, partial, out, lse, seen.position, heads, ratio, queries,
-            D=width, HEADS=16, LIMIT=SPLIT, num_warps=tiles.warps,
+            D=width, HEADS=16, LIMIT=SPLIT, num_warps=tiles.warps, **SAME_BITS,
         )  # fmt: skip
 
 

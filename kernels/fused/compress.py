@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..compress import Storage
 from ..places import Windows
-from .launch import check_dtypes, check_width
+from .launch import SAME_BITS, check_dtypes, check_width
 from .norm import PROGRAMS, turn
 
 ROUNDING = {"full": 0, "fp8": 8, "fp4": 4}
@@ -218,7 +218,7 @@ class Compress(torch.autograd.Function):
             _forward[(entries,)](
                 values, scores, bias, weight, rotation, out, windows.first, windows.number, max(windows.slots, 1), eps,
                 **_shape(bias, width), PAIRS=rotation.shape[1], RING=windows.slots > 0, ROUNDING=ctx.rounding,
-                num_warps=4,
+                num_warps=4, **SAME_BITS,
             )  # fmt: skip
         return out
 

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper import barrier, described, programs
+from .launch import SAME_BITS
 
 HEADS, BLOCK = gl.constexpr(64), gl.constexpr(64)  # of one program, of one tile of keys
 
@@ -42,24 +43,24 @@ def _item(item, position, blocks, splits, ratio, topk, W: gl.constexpr, KIND: gl
 
 
 @gluon.jit
-def _load_half(
-    rows, entries, row_data, entry_data, index, keys_s, full, empty, row, half: gl.constexpr, buffer: gl.constexpr,
-    turn, window, D: gl.constexpr, KIND: gl.constexpr, RING: gl.constexpr,
+def _load_tile(
+    rows, entries, row_data, entry_data, window, row, index, keys_s, full, empty, turn,
+    tile: gl.constexpr, D: gl.constexpr, KIND: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    """Half of the channels of a tile of keys."""
-    bar, to, side = full.index(buffer), keys_s.index(buffer), half * (D // 2)
-    mbarrier.wait(empty.index(buffer), (turn & 1) ^ 1)
-    if RING and KIND == 2:
-        _gather(gl.where(window, row_data, entry_data), index, side, bar, to, D)
-    elif window:
-        if RING:
-            _gather(row_data, index, side, bar, to, D)
-        else:
-            _copy(rows, row, side, bar, to, D)
-    elif KIND == 2:
-        _gather(entry_data, index, side, bar, to, D)
-    elif KIND == 1:
-        _copy(entries, row, side, bar, to, D)
+    for half in gl.static_range(2):
+        bar, to, side = full.index(2 * tile + half), keys_s.index(2 * tile + half), half * (D // 2)
+        mbarrier.wait(empty.index(2 * tile + half), (turn & 1) ^ 1)
+        if RING and KIND == 2:
+            _gather(gl.where(window, row_data, entry_data), index, side, bar, to, D)
+        elif window:
+            if RING:
+                _gather(row_data, index, side, bar, to, D)
+            else:
+                _copy(rows, row, side, bar, to, D)
+        elif KIND == 2:
+            _gather(entry_data, index, side, bar, to, D)
+        elif KIND == 1:
+            _copy(entries, row, side, bar, to, D)
 
 
 @gluon.jit
@@ -80,21 +81,6 @@ def _copy(described, row, side, bar, to, D: gl.constexpr):
     mbarrier.expect(bar, BLOCK * D)
     tma.async_copy_global_to_shared(described, [row, side], bar, to)
     mbarrier.arrive(bar, count=127)
-
-
-@gluon.jit
-def _load_second(
-    rows, entries, row_data, entry_data, index, keys_s, full, empty, row, turn,
-    window, D: gl.constexpr, KIND: gl.constexpr, RING: gl.constexpr,
-):  # fmt: skip
-    _load_half(
-        rows, entries, row_data, entry_data, index, keys_s, full, empty, row, 0, 2, turn,
-        window, D, KIND, RING,
-    )  # fmt: skip
-    _load_half(
-        rows, entries, row_data, entry_data, index, keys_s, full, empty, row, 1, 3, turn,
-        window, D, KIND, RING,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -126,7 +112,7 @@ def _load(
     heads, slots, ratio, topk, items, blocks, splits,
     D: gl.constexpr, W: gl.constexpr, LIMIT: gl.constexpr, KIND: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    first_turn = 0
+    turn = 0
     second_turn = 0
     query_turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -143,31 +129,19 @@ def _load(
             own = chosen + t.to(gl.int64) * topk
             for i in range(begin, end, 2 * BLOCK):
                 window, row, index = _tile(own, i, place, first, first_entry, low, count, slots, W, KIND, RING)
-                more = i + BLOCK < end
+                # Its numbers of entries arrive while the first tile is copied.
                 window_, row_, index_ = _tile(
                     own, i + BLOCK, place, first, first_entry, low, count, slots, W, KIND, RING
                 )
-                ahead = more & (i == begin)  # the first tile's buffers hold the last query's output
-                if ahead:
-                    _load_second(
-                        rows, entries, row_data, entry_data, index_, keys_s, full, empty, row_, second_turn,
-                        window_, D, KIND, RING,
+                _load_tile(
+                    rows, entries, row_data, entry_data, window, row, index, keys_s, full, empty, turn, 0, D, KIND, RING
+                )
+                turn += 1
+                if i + BLOCK < end:
+                    _load_tile(
+                        rows, entries, row_data, entry_data, window_, row_, index_, keys_s, full, empty, second_turn,
+                        1, D, KIND, RING,
                     )  # fmt: skip
-                _load_half(
-                    rows, entries, row_data, entry_data, index, keys_s, full, empty, row, 0, 0, first_turn,
-                    window, D, KIND, RING,
-                )  # fmt: skip
-                _load_half(
-                    rows, entries, row_data, entry_data, index, keys_s, full, empty, row, 1, 1, first_turn,
-                    window, D, KIND, RING,
-                )  # fmt: skip
-                first_turn += 1
-                if more & (i != begin):
-                    _load_second(
-                        rows, entries, row_data, entry_data, index_, keys_s, full, empty, row_, second_turn,
-                        window_, D, KIND, RING,
-                    )  # fmt: skip
-                if more:
                     second_turn += 1
 
 
@@ -188,24 +162,22 @@ def _masked(scores, i, place, low, count, W: gl.constexpr, KIND: gl.constexpr):
 
 @gluon.jit
 def _store(
-    out, parts, sums, total, buffer, empty, t, head, heads, split, queries,
-    half: gl.constexpr, D: gl.constexpr, SPLITS: gl.constexpr,
-):  # fmt: skip
-    """The output's half of the channels, by way of a buffer of keys that is then free, or a split's sums."""
+    out, parts, sums, total, t, head, heads, split, queries, half: gl.constexpr, D: gl.constexpr, SPLITS: gl.constexpr
+):
+    """The output's half of the channels, or a split's sums."""
     layout: gl.constexpr = sums.type.layout
     if SPLITS == 1:
         inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, layout))
-        buffer.store((sums * inverse[:, None]).to(gl.bfloat16))
-        fence_async_shared()
-        barrier()
-        tma.async_copy_shared_to_global(out, [t * heads + head, half * (D // 2)], buffer)
-        tma.store_wait(0)
+        # 16 bytes a thread, not by the tensor memory accelerator, in whose queue loads that wait for memory stand.
+        wide: gl.constexpr = gl.BlockedLayout([2, 8], [8, 4], [4, 1], [1, 0])
+        h = gl.arange(0, HEADS, gl.SliceLayout(1, wide))
+        d = half * (D // 2) + gl.arange(0, D // 2, gl.SliceLayout(0, wide))
+        values = gl.convert_layout((sums * inverse[:, None]).to(gl.bfloat16), wide)
+        gl.store(out + (t * heads + head + h).to(gl.int64)[:, None] * D + d[None, :], values)
     else:
         h = (split.to(gl.int64) * queries + t) * heads + head + gl.arange(0, HEADS, gl.SliceLayout(1, layout))
         d = half * (D // 2) + gl.arange(0, D // 2, gl.SliceLayout(0, layout))
         gl.store(parts + h[:, None] * D + d[None, :], sums)
-    barrier()
-    mbarrier.arrive(empty, count=1)
 
 
 @gluon.jit
@@ -266,7 +238,7 @@ def _first(
                 sums = warpgroup_mma(weights_s.index(zero), keys_s.index(zero), sums, is_async=True)
                 sums = warpgroup_mma_wait(0, [sums])
                 barrier()
-                mbarrier.arrive(empty.index(0), count=1, pred=i + 2 * BLOCK < end)
+                mbarrier.arrive(empty.index(0), count=1)
                 # The second tile.
                 mbarrier.wait(stats_full.index(1), turn & 1)
                 largest = stats_s.index(2).load(gl.SliceLayout(1, of_scores))
@@ -290,9 +262,7 @@ def _first(
                 part = (split.to(gl.int64) * queries + t) * heads + head + h
                 gl.store(partial + part * 2, largest)
                 gl.store(partial + part * 2 + 1, total)
-            _store(
-                out, parts, sums, total, keys_s.index(0), empty.index(0), t, head, heads, split, queries, 0, D, SPLITS
-            )
+            _store(out, parts, sums, total, t, head, heads, split, queries, 0, D, SPLITS)
 
 
 @gluon.jit
@@ -369,7 +339,7 @@ def _second(
                 mbarrier.arrive(weights_full.index(1), count=1)
                 sums = warpgroup_mma_wait(0, [sums])
                 barrier()
-                mbarrier.arrive(empty.index(1), count=1, pred=i + 2 * BLOCK < end)
+                mbarrier.arrive(empty.index(1), count=1)
                 if more:
                     sums *= gl.convert_layout(shrink, gl.SliceLayout(1, of_sums))[:, None]
                     sums = warpgroup_mma(weights_s.index(zero + 1), keys_s.index(zero + 3), sums, is_async=True)
@@ -378,9 +348,7 @@ def _second(
                     mbarrier.arrive(empty.index(3), count=1)
                     second_turn += 1
                 turn += 1
-            _store(
-                out, parts, sums, whole, keys_s.index(1), empty.index(1), t, head, heads, split, queries, 1, D, SPLITS
-            )
+            _store(out, parts, sums, whole, t, head, heads, split, queries, 1, D, SPLITS)
 
 
 @gluon.jit
@@ -453,7 +421,8 @@ def forward(
     items = queries * (heads // 64) * splits
     forward_kernel[(programs(items, q.device),)](
         described(q.flatten(0, 1), 64), described(rows, 64), described(entries, 64), rows, entries, chosen, sinks,
-        described(out.flatten(0, 1), 64), lse, partial, parts, position, row_first, entry_first,
+        out, lse, partial, parts, position, row_first, entry_first,
         scale, heads, slots, ratio, topk, queries, items, heads // 64, splits,
         D=width, W=window, LIMIT=limit, KIND=kind, RING=slots > 0, SPLITS=min(splits, 2), num_warps=4,
+        **SAME_BITS,
     )  # fmt: skip

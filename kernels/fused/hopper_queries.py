@@ -131,16 +131,17 @@ def _add(
                 of_keys = warpgroup_mma(query, slope, of_keys, use_acc=False, is_async=True)
                 of_keys = warpgroup_mma(grad, weights_s.index(zero + tile), of_keys, is_async=True)
                 sums, of_keys = warpgroup_mma_wait(0, [sums, of_keys])
-                if ATOMIC:
-                    at = i - WINDOW + gl.arange(0, BLOCK, gl.SliceLayout(0, of_keys_))
-                    index = first_entry + gl.load(chosen + at, mask=at < count, other=0)
-                    channel = own * (D // 2) + part * (D // 4) + gl.arange(0, D // 4, gl.SliceLayout(1, of_keys_))
-                    to = pairs + index.to(gl.int64)[None, :] * D + channel[:, None]
-                    gl.atomic_add(to, of_keys, mask=(at < count)[None, :])
-                else:
-                    barrier()
-                    keys.permute((1, 0)).slice(part * (D // 4), D // 4).store(of_keys.to(gl.bfloat16))
-            if not ATOMIC:
+                barrier()
+                keys.permute((1, 0)).slice(part * (D // 4), D // 4).store(of_keys.to(gl.bfloat16))
+            if ATOMIC:
+                barrier()
+                layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+                at = i - WINDOW + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
+                index = first_entry + gl.load(chosen + at, mask=at < count, other=0)
+                d = own * (D // 2) + gl.arange(0, D // 2, gl.SliceLayout(0, layout))
+                to = pairs + index.to(gl.int64)[:, None] * D + d[None, :]
+                gl.atomic_add(to, keys.load(layout).to(gl.float32), mask=(at < count)[:, None], sem="relaxed")
+            else:
                 fence_async_shared()
                 barrier()
                 tma.async_copy_shared_to_global(pairs, [row + i - WINDOW, own * (D // 2)], keys)
@@ -225,14 +226,13 @@ def _multiply(
                 )  # fmt: skip
                 second_turn += 1
             turn += 1
-        # The own half of the query takes its gradient: the other warpgroup has read it for the last time.
-        query_s.index(own).store(sums.to(gl.bfloat16))
-        fence_async_shared()
-        barrier()
-        tma.async_copy_shared_to_global(grad_q, [head, own * (D // 2)], query_s.index(own))
-        tma.store_wait(0)
         barrier()
         mbarrier.arrive(query_empty, count=1)
+        # 16 bytes a thread, not by the tensor memory accelerator, in whose queue loads that wait for memory stand.
+        wide: gl.constexpr = gl.BlockedLayout([2, 8], [8, 4], [4, 1], [1, 0])
+        row = (head + gl.arange(0, HEADS, gl.SliceLayout(1, wide))).to(gl.int64)
+        d = own * (D // 2) + gl.arange(0, D // 2, gl.SliceLayout(0, wide))
+        gl.store(grad_q + row[:, None] * D + d[None, :], gl.convert_layout(sums.to(gl.bfloat16), wide))
 
 
 @gluon.jit
@@ -308,7 +308,7 @@ def queries_backward(
     items = queries * (heads // 64)
     queries_kernel[(programs(items, q.device),)](
         described(q.flatten(0, 1), 64), described(grad.flatten(0, 1), 64), described(rows, 32), described(entries, 32),
-        entries, chosen, lse, delta, described(grad_q.flatten(0, 1), 64),
+        entries, chosen, lse, delta, grad_q,
         described(pairs, 32) if kind == 2 and not atomic else pairs, position, row_first, entry_first,
         scale, ratio, topk, items, D=width, W=window, BLOCKS=heads // 64, KIND=kind, ATOMIC=atomic, num_warps=4,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..places import Seen
 from .attention_backward import sum_pairs
-from .launch import LOG2E, check_dtypes, check_width, next_power, precision
+from .launch import LOG2E, check_dtypes, check_width, is_hopper, next_power, precision
 
 KEYS = 128  # of a tile
 HEADS = 128  # of a query, at most
@@ -65,31 +65,56 @@ def _scores(
 
 
 @triton.jit
-def _choose(scores, numbers, out, counts, width, topk, stride, E: tl.constexpr, MAPPED: tl.constexpr):
-    """The `topk` highest of a row's first `counts[row]` scores, as numbers that rise."""
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    e = part * E + tl.arange(0, E)
-    count = tl.load(counts + row)
-    real = (e < count) & (e < width)
-    bits = tl.load(scores + row * width + e, mask=real, other=float("-inf")).to(tl.int32, bitcast=True)
+def _choose_row(scores, numbers, out, first, count, width, topk, E: tl.constexpr, MAPPED: tl.constexpr):
+    """To `out` the `topk` highest of the `count` scores from number `first` on, as numbers that rise."""
+    e = tl.arange(0, E)
+    real = e < count
+    # Whole vectors are read, as far as the row goes; what is behind `count` is nobody's.
+    there = (e < (count + 15) // 16 * 16) & (e < width - first)
+    bits = tl.load(scores + first + e, mask=there, other=0.0).to(tl.int32, bitcast=True)
     # As unsigned numbers in the order of the scores; 0 is none of them.
     order = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
     order = tl.where(real, order, 0)
     border, one = tl.full([], 0, tl.uint32), tl.full([], 2147483648, tl.uint32)
-    here = tl.minimum(tl.maximum(count - part * E, 0), E)
-    if here > topk:
-        for bit in range(32):
-            higher = border | (one >> bit)
-            border = tl.where(tl.sum((order >= higher).to(tl.int32), 0) >= topk, higher, border)
-    above = real & (order > border)
-    level = real & (order == border)
-    rank = tl.cumsum(level.to(tl.int32), 0)
-    chosen = above | (level & (rank <= topk - tl.sum(above.to(tl.int32), 0)))
+    bit, found = 0, count
+    while (bit < 32) & (found > topk):  # until the border has all its bits, or parts the best from the rest
+        higher = border | (one >> bit)
+        reached = tl.sum((order >= higher).to(tl.int32), 0)
+        if reached >= topk:
+            border, found = higher, reached
+        bit += 1
+    chosen = real & (order >= border)
+    if found > topk:  # ties at the border
+        level = real & (order == border)
+        excess = found - topk
+        rank = tl.cumsum(level.to(tl.int32), 0)
+        chosen = chosen & ((order != border) | (rank <= tl.sum(level.to(tl.int32), 0) - excess))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    number = e
+    number = first + e
     if MAPPED:
-        number = tl.load(numbers + row * width + e, mask=chosen, other=0)
-    tl.store(out + (row * tl.num_programs(1) + part) * stride + place, number, mask=chosen)
+        number = tl.load(numbers + number, mask=chosen, other=0)
+    tl.store(out + place, number, mask=chosen)
+
+
+@triton.jit
+def _choose(scores, numbers, out, counts, width, topk, stride, E: tl.constexpr, MAPPED: tl.constexpr):
+    """Of each part of `E` of a row's first `counts[row]` scores the `topk` highest; rows are `width` apart."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    count = tl.minimum(tl.maximum(tl.load(counts + row) - part * E, 0), E)
+    first = part * E
+    scores += row * width
+    numbers += row * width
+    out += (row * tl.num_programs(1) + part) * stride
+    # Rows of one document are half of the longest on average: the fewer the scores, the fewer are compared.
+    if E >= 2048:
+        if count <= E // 4:
+            _choose_row(scores, numbers, out, first, count, width, topk, E // 4, MAPPED)
+        elif count <= E // 2:
+            _choose_row(scores, numbers, out, first, count, width, topk, E // 2, MAPPED)
+        else:
+            _choose_row(scores, numbers, out, first, count, width, topk, E, MAPPED)
+    else:
+        _choose_row(scores, numbers, out, first, count, width, topk, E, MAPPED)
 
 
 @triton.jit
@@ -175,6 +200,11 @@ def check(q: Tensor, keys: Tensor) -> tuple[int, str]:
     return max(next_power(q.shape[1]), 16), precision(check_dtypes(queries=q, keys=keys))
 
 
+def on_hopper(q: Tensor) -> bool:
+    """Whether the scores' kernel for Hopper takes queries [T, H, D]."""
+    return is_hopper(q.device) and q.dtype == torch.bfloat16 and q.shape[1:] == (64, 128)
+
+
 @torch.no_grad()
 def select(q: Tensor, weights: Tensor, keys: Tensor, seen: Seen, topk: int, dtype: torch.dtype | None = None) -> Tensor:
     """int32 [T, K]: each query's K entries with the highest scores, rising; -1 behind those there are.
@@ -185,7 +215,7 @@ def select(q: Tensor, weights: Tensor, keys: Tensor, seen: Seen, topk: int, dtyp
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: {dtype}; the Triton kernels round scores to bfloat16 or not at all")
     assert seen.entry_first is not None
-    queries, width = q.shape[0], max(seen.most, 1)
+    queries, width = q.shape[0], triton.cdiv(max(seen.most, 1), 16) * 16  # rows of whole vectors
     chosen = q.new_full((queries, topk), -1, dtype=torch.int32)
     counts = ((seen.position + 1) // seen.ratio).int()
     chunk = max(SCORE_BYTES // (4 * width), 1)
@@ -193,11 +223,18 @@ def select(q: Tensor, weights: Tensor, keys: Tensor, seen: Seen, topk: int, dtyp
     for start in range(0, queries, chunk):
         some = min(chunk, queries - start)
         scores = q.new_empty(some, width, dtype=torch.float32)
-        _scores[(triton.cdiv(some, shared), triton.cdiv(width, KEYS))](
-            q.contiguous(), weights.contiguous(), keys, scores, seen.position, seen.entry_first, start, some,
-            q.shape[1], keys.stride(0), keys.shape[0], width, seen.ratio,
-            H=heads, D=q.shape[2], N=KEYS, SHARED=shared, BF16=dtype == torch.bfloat16, PRECISION=how, num_warps=8,
-        )  # fmt: skip
+        if on_hopper(q):
+            from .hopper_indexer import scores as fill
+
+            part = slice(start, start + some)
+            given = q[part].contiguous(), weights[part].contiguous(), keys.contiguous(), scores
+            fill(*given, counts[part], seen.entry_first[part], seen.slots > 0, dtype == torch.bfloat16)
+        else:
+            _scores[(triton.cdiv(some, shared), triton.cdiv(width, KEYS))](
+                q.contiguous(), weights.contiguous(), keys, scores, seen.position, seen.entry_first, start, some,
+                q.shape[1], keys.stride(0), keys.shape[0], width, seen.ratio,
+                H=heads, D=q.shape[2], N=KEYS, SHARED=shared, BF16=dtype == torch.bfloat16, PRECISION=how, num_warps=8,
+            )  # fmt: skip
         _best(scores, counts[start : start + some], topk, chosen[start : start + some])
     return chosen
 

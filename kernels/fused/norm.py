@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_dtypes, next_power
+from .launch import SAME_BITS, check_dtypes, next_power
 
 TILE = 8192  # numbers of a tile
 PROGRAMS = 528  # four on each of an H100's multiprocessors; each keeps a sum for the weight's gradient
@@ -99,7 +99,7 @@ def rope_in_place(x: Tensor, rotation: Tensor, back: bool) -> None:
     tile = max(TILE // channels, 1)
     if rows:
         _in_place[(triton.cdiv(rows, tile),)](
-            x, table, rows, x.shape[1], width, R=tile, C=channels, PAIRS=pairs, BACK=back, num_warps=8
+            x, table, rows, x.shape[1], width, R=tile, C=channels, PAIRS=pairs, BACK=back, num_warps=8, **SAME_BITS
         )
 
 
@@ -126,7 +126,7 @@ class NormRope(torch.autograd.Function):
             _forward[(triton.cdiv(rows, tile),)](
                 x, x if weight is None else weight, table, y, rows, heads, width, eps or 0.0,
                 R=tile, D=next_power(width), PAIRS=pairs, NORM=eps is not None, WEIGHT=weight is not None,
-                BACK=back, num_warps=8,
+                BACK=back, num_warps=8, **SAME_BITS,
             )  # fmt: skip
         ctx.save_for_backward(x if eps is not None else None, weight, rotation)
         ctx.eps, ctx.back, ctx.shape = eps, back, (rows, heads, tile)

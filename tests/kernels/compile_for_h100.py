@@ -26,7 +26,16 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from amalgam.kernels.compress import Storage
-from amalgam.kernels.fused import compress, hopper_forward, hopper_queries, hopper_rows, indexer, linear, norm
+from amalgam.kernels.fused import (
+    compress,
+    hopper_forward,
+    hopper_indexer,
+    hopper_queries,
+    hopper_rows,
+    indexer,
+    linear,
+    norm,
+)
 from amalgam.kernels.fused.attention import attend_forward
 from amalgam.kernels.fused.attention_backward import attend_backward
 from amalgam.kernels.places import Seen, Windows
@@ -136,6 +145,12 @@ def hopper(kind: int) -> None:
         )
 
 
+def hopper_scores() -> None:
+    q, keys, weights = meta(TOKENS, 64, 128), meta(TOKENS // 4, 128), meta(TOKENS, 64, dtype=FP32)
+    out = meta(TOKENS, TOKENS // 4, dtype=FP32)
+    hopper_indexer.scores(q, weights, keys, out, places(), places(), False, False)
+
+
 def hopper_splits() -> None:
     """Decoding with more entries than a program sums up."""
     q, rows, entries = meta(32, HEADS, WIDTH), meta(32 * WINDOW, WIDTH), meta(32 * 2048, WIDTH)
@@ -172,6 +187,7 @@ CASES: dict[str, Callable[[], None]] = {
     "hopper, HCA": lambda: hopper(1),
     "hopper, CSA": lambda: hopper(2),
     "hopper, decoding": hopper_splits,
+    "hopper, indexer": hopper_scores,
 }
 
 

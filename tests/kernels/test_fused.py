@@ -171,13 +171,18 @@ def test_indexer(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     compare(scores, dtype, q, weights, keys, fp32=(1,))
 
 
-def test_the_choice_among_more_scores_than_one_program_holds(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fused_indexer, "WIDEST", 16)
-    scores = torch.randint(-3, 4, (6, 61)).float()  # many ties
-    counts = torch.tensor([61, 40, 16, 3, 0, 17], dtype=torch.int32)
+@pytest.mark.parametrize(
+    "widest, counts",
+    [(16, [61, 40, 16, 3, 0, 17]), (4096, [2500, 1024, 1025, 512, 9, 0])],
+    ids=["parts", "a part of several sizes"],
+)
+def test_the_choice_among_many_scores(widest: int, counts: list[int], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fused_indexer, "WIDEST", widest)
+    scores = torch.randint(-3, 4, (6, max(counts))).float()  # many ties
+    scores[0] = torch.randn(max(counts))
     chosen = torch.full((6, 4), -1, dtype=torch.int32)
-    fused_indexer._best(scores, counts, 4, chosen)
-    for row, count, found in zip(scores.tolist(), counts.tolist(), chosen.tolist(), strict=True):
+    fused_indexer._best(scores, torch.tensor(counts, dtype=torch.int32), 4, chosen)
+    for row, count, found in zip(scores.tolist(), counts, chosen.tolist(), strict=True):
         want = sorted(sorted(range(count), key=lambda n: (-row[n], n))[:4])
         assert found == want + [-1] * (4 - len(want))
 
