@@ -75,11 +75,10 @@ def _multiply(
             count, entry = gl.load(counts + t), gl.load(entry_first + t)
             if low < count:
                 weights_H = gl.load(weights + t.to(gl.int64) * HEADS + h)
-                if entry != before:
+                fresh = entry != before
+                if fresh:
                     mbarrier.wait(keys_full, turn & 1)
                     own_keys = keys_s.index(own).load(operand)
-                    barrier()
-                    mbarrier.arrive(keys_empty, count=1)
                     turn += 1
                     before = entry
                 stage = step % STAGES
@@ -90,6 +89,8 @@ def _multiply(
                 products = warpgroup_mma_wait(0, [products])
                 barrier()
                 mbarrier.arrive(empty.index(stage), count=1)
+                # Not before: loads into registers may be under way until a product has used them.
+                mbarrier.arrive(keys_empty, count=1, pred=fresh)
                 sums = gl.sum(gl.maximum(products, 0.0) * weights_H[None, :], 1)
                 if BF16:
                     sums = sums.to(gl.bfloat16).to(gl.float32)

@@ -65,56 +65,71 @@ def _scores(
 
 
 @triton.jit
-def _choose_row(scores, numbers, out, first, count, width, topk, E: tl.constexpr, MAPPED: tl.constexpr):
-    """To `out` the `topk` highest of the `count` scores from number `first` on, as numbers that rise."""
-    e = tl.arange(0, E)
-    real = e < count
+def _ordered(scores, e, count, width):
+    """Scores `e` of a row as unsigned numbers in their order; 0, which is none of them, from `count` on."""
     # Whole vectors are read, as far as the row goes; what is behind `count` is nobody's.
-    there = (e < (count + 15) // 16 * 16) & (e < width - first)
-    bits = tl.load(scores + first + e, mask=there, other=0.0).to(tl.int32, bitcast=True)
-    # As unsigned numbers in the order of the scores; 0 is none of them.
+    there = (e < (count + 15) // 16 * 16) & (e < width)
+    bits = tl.load(scores + e, mask=there, other=0.0).to(tl.int32, bitcast=True)
     order = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
-    order = tl.where(real, order, 0)
+    return tl.where(e < count, order, 0)
+
+
+@triton.jit
+def _choose_row(
+    scores, numbers, out, first, count, width, topk, E: tl.constexpr, TILE: tl.constexpr, MAPPED: tl.constexpr
+):
+    """To `out` the `topk` highest of the up to E scores from `first` on and before `count`, as numbers that rise."""
+    order = _ordered(scores, first + tl.arange(0, E), count, width)
     border, one = tl.full([], 0, tl.uint32), tl.full([], 2147483648, tl.uint32)
-    bit, found = 0, count
+    bit, found = 0, count - first
     while (bit < 32) & (found > topk):  # until the border has all its bits, or parts the best from the rest
         higher = border | (one >> bit)
         reached = tl.sum((order >= higher).to(tl.int32), 0)
         if reached >= topk:
             border, found = higher, reached
         bit += 1
-    chosen = real & (order >= border)
-    if found > topk:  # ties at the border
-        level = real & (order == border)
-        excess = found - topk
-        rank = tl.cumsum(level.to(tl.int32), 0)
-        chosen = chosen & ((order != border) | (rank <= tl.sum(level.to(tl.int32), 0) - excess))
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    number = first + e
-    if MAPPED:
-        number = tl.load(numbers + number, mask=chosen, other=0)
-    tl.store(out + place, number, mask=chosen)
+    room = topk  # for scores at the border, if not all have one
+    if found > topk:
+        room -= tl.sum((order > border).to(tl.int32), 0)
+    before, level_before = 0, 0
+    for low in range(first, count, TILE):
+        e = low + tl.arange(0, TILE)
+        order_e = _ordered(scores, e, count, width)
+        chosen = (e < count) & (order_e >= border)
+        if found > topk:
+            level = (e < count) & (order_e == border)
+            rank = level_before + tl.cumsum(level.to(tl.int32), 0)
+            chosen = chosen & ((order_e != border) | (rank <= room))
+            level_before += tl.sum(level.to(tl.int32), 0)
+        place = before + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        before += tl.sum(chosen.to(tl.int32), 0)
+        number = e
+        if MAPPED:
+            number = tl.load(numbers + e, mask=chosen, other=0)
+        tl.store(out + place, number, mask=chosen)
 
 
 @triton.jit
-def _choose(scores, numbers, out, counts, width, topk, stride, E: tl.constexpr, MAPPED: tl.constexpr):
+def _choose(
+    scores, numbers, out, counts, width, topk, stride, E: tl.constexpr, TILE: tl.constexpr, MAPPED: tl.constexpr
+):
     """Of each part of `E` of a row's first `counts[row]` scores the `topk` highest; rows are `width` apart."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    count = tl.minimum(tl.maximum(tl.load(counts + row) - part * E, 0), E)
     first = part * E
+    count = tl.minimum(tl.load(counts + row), first + E)
     scores += row * width
     numbers += row * width
     out += (row * tl.num_programs(1) + part) * stride
     # Rows of one document are half of the longest on average: the fewer the scores, the fewer are compared.
     if E >= 2048:
-        if count <= E // 4:
-            _choose_row(scores, numbers, out, first, count, width, topk, E // 4, MAPPED)
-        elif count <= E // 2:
-            _choose_row(scores, numbers, out, first, count, width, topk, E // 2, MAPPED)
+        if count <= first + E // 4:
+            _choose_row(scores, numbers, out, first, count, width, topk, E // 4, TILE, MAPPED)
+        elif count <= first + E // 2:
+            _choose_row(scores, numbers, out, first, count, width, topk, E // 2, TILE, MAPPED)
         else:
-            _choose_row(scores, numbers, out, first, count, width, topk, E, MAPPED)
+            _choose_row(scores, numbers, out, first, count, width, topk, E, TILE, MAPPED)
     else:
-        _choose_row(scores, numbers, out, first, count, width, topk, E, MAPPED)
+        _choose_row(scores, numbers, out, first, count, width, topk, E, TILE, MAPPED)
 
 
 @triton.jit
@@ -239,18 +254,23 @@ def select(q: Tensor, weights: Tensor, keys: Tensor, seen: Seen, topk: int, dtyp
     return chosen
 
 
+def _choosing(size: int) -> dict[str, int]:
+    """How a program goes about up to `size` scores, of which a thread keeps up to 32 in registers."""
+    return {"E": size, "TILE": min(size, 2048), "num_warps": max(min(size // 512, 32), 4)}
+
+
 def _best(scores: Tensor, counts: Tensor, topk: int, chosen: Tensor) -> None:
     """Into `chosen` [R, K] the numbers of each row's highest scores [R, E], of its first `counts`."""
     rows, width = scores.shape
     size = min(max(next_power(width), 128), WIDEST)
     parts = triton.cdiv(width, size)
-    warps = max(min(size // 1024, 16), 4)
+    how = _choosing(size)
     if parts == 1:
-        _choose[(rows, 1)](scores, scores, chosen, counts, width, topk, topk, E=size, MAPPED=False, num_warps=warps)
+        _choose[(rows, 1)](scores, scores, chosen, counts, width, topk, topk, **how, MAPPED=False)
         return
     # Each part's best first, and of those the best: rising in numbers, so that ties still go to the lowest.
     some = scores.new_zeros(rows, parts, topk, dtype=torch.int32)
-    _choose[(rows, parts)](scores, scores, some, counts, width, topk, topk, E=size, MAPPED=False, num_warps=warps)
+    _choose[(rows, parts)](scores, scores, some, counts, width, topk, topk, **how, MAPPED=False)
     at = torch.arange(parts * topk, device=scores.device)
     there = (counts.unsqueeze(1) - at // topk * size).clamp(max=topk) > at % topk
     some = some.flatten(1).masked_fill(~there, -1)
@@ -259,9 +279,8 @@ def _best(scores: Tensor, counts: Tensor, topk: int, chosen: Tensor) -> None:
     size = next_power(parts * topk)
     if size > WIDEST:
         raise ValueError(f"{width} entries of a query: the Triton kernels choose among up to {WIDEST // topk * WIDEST}")
-    _choose[(rows, 1)](
-        candidates, some, chosen, everything, parts * topk, topk, topk, E=size, MAPPED=True, num_warps=16
-    )
+    how = _choosing(size)
+    _choose[(rows, 1)](candidates, some, chosen, everything, parts * topk, topk, topk, **how, MAPPED=True)
 
 
 class IndexScores(torch.autograd.Function):
