@@ -256,7 +256,7 @@ def select(q: Tensor, weights: Tensor, keys: Tensor, seen: Seen, topk: int, dtyp
 
 def _choosing(size: int) -> dict[str, int]:
     """How a program goes about up to `size` scores, of which a thread keeps up to 32 in registers."""
-    return {"E": size, "TILE": min(size, 2048), "num_warps": max(min(size // 512, 32), 4)}
+    return {"E": size, "TILE": min(size, 2048), "num_warps": max(min(size // 1024, 32), 4), "maxnreg": 64}
 
 
 def _best(scores: Tensor, counts: Tensor, topk: int, chosen: Tensor) -> None:
