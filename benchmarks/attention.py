@@ -3,7 +3,8 @@
     python benchmarks/attention.py [--only attention,indexer,...] [--flashmla PATH]
 
 Needs a CUDA device, torch, triton and transformers; the folder that holds this repository, under the name `amalgam`, on
-PYTHONPATH. Parts, each with ceilings measured just before it (attention_floors.py has the formulas):
+PYTHONPATH. Parts, each with the ceilings measured as the command starts, when the GPU is not yet hot
+(attention_floors.py has the formulas):
 
     accuracy      values and gradients of every operation against float64, with their bounds
     attention     forward and backward of the attention of each layer kind, one document of 4,096 to 131,072 tokens
@@ -130,15 +131,16 @@ def main() -> int:
     file = RESULTS / "attention.json"
     parts = kept(file, machine)
     print(f"{machine['gpu']}, torch {machine['versions']['torch']}, source {machine['source']}")
+    setting = Setting(config_of("flash"), gpu.ceilings(), flashmla=options.flashmla)
+    found = ", ".join(f"{value:,.0f} {unit}" for unit, value in asdict(setting.ceilings).items())
+    print(f"ceilings: {found}")
     for name in names:
-        setting = Setting(config_of("flash"), gpu.ceilings(), flashmla=options.flashmla)
         if (why := attention_peers.missing(name, setting)) is not None:
             print(f"\n{name}: not run: {why}")
             parts.setdefault(name, {"rows": [], "not_run": why})
             file = write(machine, parts)
             continue
-        found = ", ".join(f"{value:,.0f} {unit}" for unit, value in asdict(setting.ceilings).items())
-        print(f"\n{name}; ceilings: {found}", flush=True)
+        print(f"\n{name}", flush=True)
         parts[name] = measure(name, setting)
         file = write(machine, parts)
     print(f"\nwrote {file}")

@@ -2,7 +2,7 @@
 
 One kernel goes by queries (their gradient; the products of chosen entries, pair by pair) and one by rows (window rows,
 and entries where all are visible). What several programs add to is summed in a fixed order. With `atomic` the pairs are
-added up in memory instead, in whatever order programs end. Legend and tiles as in attention.py.
+added up in memory instead, and so are the window's rows, in whatever order programs end. Legend, tiles: attention.py.
 """
 
 import torch
@@ -36,13 +36,13 @@ def _delta(
 
 @triton.jit
 def _queries_backward(
-    q, rows, entries, chosen, grad, lse, delta, grad_q, pairs,
+    q, rows, entries, chosen, grad, lse, delta, grad_q, pairs, of_rows,
     position, row_first, entry_first,
     scale, heads, row_stride, entry_stride, ratio, topk,
     D: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
     KIND: tl.constexpr, ATOMIC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one query's heads; of its chosen entries to `pairs`, or added to the entries' own (ATOMIC)."""
+    """Gradient of one query's heads; of its chosen entries to `pairs`, or of all its keys to their own (ATOMIC)."""
     t = tl.program_id(0).to(tl.int64)
     h, d = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
     own, real = (t * heads + h)[:, None] * D + d[None, :], h < heads
@@ -72,14 +72,17 @@ def _queries_backward(
         result = tl.dot(slope, keys, result, input_precision=PRECISION)
         if KIND == 2:
             # [D, keys], not [keys, D]: a product whose rows are the channels, which fits into shared memory; "ieee", as
-            # fp32 in three parts does not. Also for tiles of the window, where it goes nowhere: no product in a branch.
+            # fp32 in three parts does not. Also for tiles of the window, whose rows have another kernel if not ATOMIC:
+            # no product in a branch.
             of_keys = tl.dot(tl.trans(queries_HD), slope, input_precision="ieee")
             of_keys = tl.dot(tl.trans(grad_HD), weights.to(keys.dtype), of_keys, input_precision="ieee")
             at = i - ENTRIES + tl.arange(0, BLOCK)
             real_B = (at >= 0) & (at < count)
             if ATOMIC:
-                index = first_entry + tl.load(chosen + t * topk + at, mask=real_B, other=0)
-                tl.atomic_add(pairs + index.to(tl.int64)[None, :] * D + d[:, None], of_keys, mask=real_B[None, :])
+                entry = first_entry + tl.load(chosen + t * topk + at, mask=real_B, other=0)
+                row = first + place - (W - 1) + i + tl.arange(0, BLOCK)
+                to = tl.where(at < 0, of_rows + row.to(tl.int64) * D, pairs + entry.to(tl.int64) * D)
+                tl.atomic_add(to[None, :] + d[:, None], of_keys, mask=seen[None, :])
             else:
                 block = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
                 where = block.to(tl.int64) * (tl.cdiv(topk, BLOCK) * BLOCK) + at
@@ -159,6 +162,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of q, rows, entries and sinks, for a pack (`slots` 0, row_first rises, row of query t is row t).
 
+    `atomic` makes a difference where entries are chosen: nothing else is scattered.
     With `rotation`, `out` is what it was taken off, and `grad` that one's gradient.
     """
     queries, heads, width = q.shape
@@ -172,8 +176,8 @@ def attend_backward(
     )
     sink = -(torch.exp2(sinks.float() * LOG2E - lse) * delta).sum(0).to(sinks.dtype)
     given = (turned, lse, delta, seen)
-    grad_q, of_entries = _of_queries(q, rows, entries, *given, chosen, atomic)
-    of_rows = _of_rows(q, rows, *given, entries=False)
+    grad_q, of_entries, of_rows = _of_queries(q, rows, entries, *given, chosen, atomic)
+    of_rows = _of_rows(q, rows, *given, entries=False) if of_rows is None else of_rows
     if entries is not None and kind_of(entries, seen, chosen) == DENSE:
         of_entries = _of_rows(q, entries, *given, entries=True)
     return grad_q, of_rows.to(rows.dtype), None if of_entries is None else of_entries.to(q.dtype), sink
@@ -182,8 +186,9 @@ def attend_backward(
 def _of_queries(
     q: Tensor, rows: Tensor, entries: Tensor | None, grad: Tensor, lse: Tensor, delta: Tensor, seen: Seen,
     chosen: Tensor | None, atomic: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The gradient of the queries, and of the entries, fp32 [N, D], as far as they are chosen."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradient of the queries; of the entries, fp32 [N, D], as far as they are chosen; with that, if `atomic`, of
+    the rows, fp32 [R, D]."""
     queries, heads, width = q.shape
     kind, hopper = kind_of(entries, seen, chosen), on_hopper(q)
     tiles = Tiles(64, HOPPER_KEYS, 0, 0) if hopper else _backward_tiles(q.dtype, heads, width)
@@ -192,11 +197,14 @@ def _of_queries(
     total = None if entries is None else torch.zeros_like(entries, dtype=torch.float32)
     first = seen.row_first if seen.entry_first is None else seen.entry_first
     topk = 1 if chosen is None else chosen.shape[1]
-    padded, chunk, pairs = -(-topk // tiles.keys) * tiles.keys, max(queries, 1), lse
+    padded, chunk, pairs, of_rows = -(-topk // tiles.keys) * tiles.keys, max(queries, 1), lse, None
+    atomic = atomic and kind == CHOSEN
     if kind == CHOSEN:
         assert total is not None
         pairs = total
-        if not atomic:
+        if atomic:
+            of_rows = torch.zeros_like(rows, dtype=torch.float32)
+        else:
             chunk = min(max(PAIR_BYTES // (blocks * padded * width * q.element_size()), 1), chunk)
             pairs = q.new_empty(chunk * blocks * padded, width)
     keys = rows if entries is None or kind == NONE else entries
@@ -205,6 +213,7 @@ def _of_queries(
         some = slice(start, start + chunk)
         those, numbers = seen.of(some), first[some] if chosen is None else chosen[some]
         given = (q[some], rows, keys, numbers, grad[some], lse[some], delta[some], grad_q[some], pairs)
+        given = (*given, pairs if of_rows is None else of_rows)
         places = (those.position, those.row_first, first[some])
         if hopper:
             from .hopper_queries import queries_backward
@@ -219,7 +228,7 @@ def _of_queries(
         if kind == CHOSEN and not atomic:
             assert total is not None
             sum_pairs(pairs, total, those, numbers, blocks, padded)
-    return grad_q, total
+    return grad_q, total, of_rows
 
 
 def sum_pairs(pairs: Tensor, total: Tensor, seen: Seen, chosen: Tensor, blocks: int, padded: int) -> None:

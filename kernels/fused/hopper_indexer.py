@@ -169,7 +169,7 @@ def scores(
     layout = gl.NVMMASharedLayout(128, 16, 2)
     tiles = -(-width // 256)
     # Items enough for the programs to end together, queries enough for an item to be worth its keys.
-    group = 1 if ring else min(max(queries * tiles // (16 * 132), 8), 128)
+    group = 1 if ring else min(max(queries * tiles // (16 * 132), 8), 32)
     groups = -(-queries // group)
     most = F.pad(counts, (0, groups * group - queries)).unflatten(0, (groups, group)).amax(1)
     items = tiles * groups

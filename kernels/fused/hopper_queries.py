@@ -107,12 +107,12 @@ def _load(
 
 @gluon.jit
 def _add(
-    sums, pairs, chosen, i, row, first_entry, count, zero, keys_s, query_s, grad_s, weights_s, slope_s,
-    full, empty, weights_full, turn, own: gl.constexpr, tile: gl.constexpr,
+    sums, pairs, of_rows, chosen, i, row, place, first, first_entry, count, zero, keys_s, query_s, grad_s, weights_s,
+    slope_s, full, empty, weights_full, turn, own: gl.constexpr, tile: gl.constexpr,
     D: gl.constexpr, W: gl.constexpr, KIND: gl.constexpr, ATOMIC: gl.constexpr,
 ):  # fmt: skip
     """Adds a tile to the own half of the query's channels; the tile's own products to `pairs`, from `row` on, or, with
-    ATOMIC, to what is there for its entries."""
+    ATOMIC, to what is there for its entries and, in `of_rows`, for its rows."""
     WINDOW: gl.constexpr = (W + BLOCK - 1) // BLOCK * BLOCK
     of_keys_: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     if tile != own:
@@ -122,7 +122,7 @@ def _add(
     keys = keys_s.index(zero + 2 * tile + own)
     slope = slope_s.index(zero + tile)
     if KIND == 2:
-        if i >= WINDOW:
+        if ATOMIC or i >= WINDOW:
             sums = warpgroup_mma(slope, keys, sums, is_async=True)
             for part in gl.static_range(2):  # one after the other, or registers would not do
                 query = query_s.index(zero + own).permute((1, 0)).slice(part * (D // 4), D // 4)
@@ -136,11 +136,17 @@ def _add(
             if ATOMIC:
                 barrier()
                 layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
-                at = i - WINDOW + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
-                index = first_entry + gl.load(chosen + at, mask=at < count, other=0)
+                at = i + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
+                number = place - (W - 1) + at
+                seen = (number >= 0) & (at < W)
+                to, index = of_rows, first + number
+                if i >= WINDOW:
+                    seen = at - WINDOW < count
+                    to, index = pairs, first_entry + gl.load(chosen + at - WINDOW, mask=seen, other=0)
                 d = own * (D // 2) + gl.arange(0, D // 2, gl.SliceLayout(0, layout))
-                to = pairs + index.to(gl.int64)[:, None] * D + d[None, :]
-                gl.atomic_add(to, keys.load(layout).to(gl.float32), mask=(at < count)[:, None], sem="relaxed")
+                to += index.to(gl.int64)[:, None] * D + d[None, :]
+                gl.atomic_add(to, keys.load(layout).to(gl.float32), mask=seen[:, None], sem="relaxed")
+                fence_async_shared()
             else:
                 fence_async_shared()
                 barrier()
@@ -159,7 +165,7 @@ def _add(
 
 @gluon.jit
 def _multiply(
-    own: gl.constexpr, grad_q, pairs, chosen, lse, delta, position, entry_first,
+    own: gl.constexpr, grad_q, pairs, of_rows, chosen, lse, delta, position, row_first, entry_first,
     keys_s, query_s, grad_s, weights_s, slope_s, full, empty, query_full, query_empty, weights_full,
     scale, ratio, topk, items,
     D: gl.constexpr, W: gl.constexpr, BLOCKS: gl.constexpr, KIND: gl.constexpr, ATOMIC: gl.constexpr,
@@ -177,6 +183,7 @@ def _multiply(
         t, head, place, count, end = _item(item, position, ratio, topk, W, BLOCKS, KIND)
         lse_H = gl.load(lse + head.to(gl.int64) + h)
         delta_H = gl.load(delta + head.to(gl.int64) + h)
+        first = gl.load(row_first + t)
         first_entry = gl.load(entry_first + t)
         of_query = chosen + t.to(gl.int64) * topk
         sums = gl.zeros([HEADS, D // 2], gl.float32, of_sums)
@@ -215,14 +222,14 @@ def _multiply(
                 barrier()
                 mbarrier.arrive(weights_full.index(own), count=1)
             sums = _add(
-                sums, pairs, of_query, i, first_pair, first_entry, count, zero, keys_s, query_s, grad_s, weights_s,
-                slope_s, full, empty, weights_full, turn, own, 0, D, W, KIND, ATOMIC,
+                sums, pairs, of_rows, of_query, i, first_pair, place, first, first_entry, count, zero, keys_s, query_s,
+                grad_s, weights_s, slope_s, full, empty, weights_full, turn, own, 0, D, W, KIND, ATOMIC,
             )  # fmt: skip
             if more:
                 sums = _add(
-                    sums, pairs, of_query, i + BLOCK, first_pair, first_entry, count, second_turn >> 30, keys_s,
-                    query_s, grad_s, weights_s, slope_s, full, empty, weights_full, second_turn, own, 1,
-                    D, W, KIND, ATOMIC,
+                    sums, pairs, of_rows, of_query, i + BLOCK, first_pair, place, first, first_entry, count,
+                    second_turn >> 30, keys_s, query_s, grad_s, weights_s, slope_s, full, empty, weights_full,
+                    second_turn, own, 1, D, W, KIND, ATOMIC,
                 )  # fmt: skip
                 second_turn += 1
             turn += 1
@@ -237,7 +244,7 @@ def _multiply(
 
 @gluon.jit
 def queries_kernel(
-    q, grad, rows, entries, entry_data, chosen, lse, delta, grad_q, pairs, position, row_first, entry_first,
+    q, grad, rows, entries, entry_data, chosen, lse, delta, grad_q, pairs, of_rows, position, row_first, entry_first,
     scale, ratio, topk, items,
     D: gl.constexpr, W: gl.constexpr, BLOCKS: gl.constexpr, KIND: gl.constexpr, ATOMIC: gl.constexpr,
 ):  # fmt: skip
@@ -265,19 +272,17 @@ def queries_kernel(
             (
                 _multiply,
                 (
-                    0,
-                    grad_q, pairs, chosen, lse, delta, position, entry_first, keys_s, query_s, grad_s, weights_s,
-                    slope_s, full, empty, query_full, query_empty, weights_full, scale, ratio, topk, items,
-                    D, W, BLOCKS, KIND, ATOMIC,
+                    0, grad_q, pairs, of_rows, chosen, lse, delta, position, row_first, entry_first, keys_s, query_s,
+                    grad_s, weights_s, slope_s, full, empty, query_full, query_empty, weights_full, scale, ratio, topk,
+                    items, D, W, BLOCKS, KIND, ATOMIC,
                 ),
             ),
             (
                 _multiply,
                 (
-                    1,
-                    grad_q, pairs, chosen, lse, delta, position, entry_first, keys_s, query_s, grad_s, weights_s,
-                    slope_s, full, empty, query_full, query_empty, weights_full, scale, ratio, topk, items,
-                    D, W, BLOCKS, KIND, ATOMIC,
+                    1, grad_q, pairs, of_rows, chosen, lse, delta, position, row_first, entry_first, keys_s, query_s,
+                    grad_s, weights_s, slope_s, full, empty, query_full, query_empty, weights_full, scale, ratio, topk,
+                    items, D, W, BLOCKS, KIND, ATOMIC,
                 ),
             ),
             (
@@ -296,11 +301,11 @@ def queries_kernel(
 
 def queries_backward(
     q: Tensor, rows: Tensor, entries: Tensor, chosen: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, grad_q: Tensor,
-    pairs: Tensor, position: Tensor, row_first: Tensor, entry_first: Tensor, scale: float, ratio: int, topk: int,
-    window: int, kind: int, atomic: bool,
+    pairs: Tensor, of_rows: Tensor, position: Tensor, row_first: Tensor, entry_first: Tensor, scale: float, ratio: int,
+    topk: int, window: int, kind: int, atomic: bool,
 ) -> None:  # fmt: skip
-    """Fills grad_q and, if entries are chosen, their pairs [.., D] in bf16, or adds the pairs, if `atomic`, to the
-    entries' own gradient, fp32 [N, D].
+    """Fills grad_q and, if entries are chosen, their pairs [.., D] in bf16; or adds, if `atomic`, the entries' and the
+    rows' own gradients to `pairs` fp32 [N, D] and `of_rows` fp32 [R, D].
 
     Arguments as `attention_backward._queries_backward` has them; bf16, D = 512, a multiple of 64 heads.
     """
@@ -309,6 +314,6 @@ def queries_backward(
     queries_kernel[(programs(items, q.device),)](
         described(q.flatten(0, 1), 64), described(grad.flatten(0, 1), 64), described(rows, 32), described(entries, 32),
         entries, chosen, lse, delta, grad_q,
-        described(pairs, 32) if kind == 2 and not atomic else pairs, position, row_first, entry_first,
+        described(pairs, 32) if kind == 2 and not atomic else pairs, of_rows, position, row_first, entry_first,
         scale, ratio, topk, items, D=width, W=window, BLOCKS=heads // 64, KIND=kind, ATOMIC=atomic, num_warps=4,
     )  # fmt: skip

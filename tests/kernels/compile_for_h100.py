@@ -135,9 +135,10 @@ def hopper(kind: int) -> None:
         )
     queries_backward = hopper_queries.queries_backward
     given = (q, rows, entries, chosen, q, lse, lse, q)
-    queries_backward(*given, pairs if kind == 2 else lse, *of_query, 4, TOPK, WINDOW, kind, False)
+    queries_backward(*given, pairs if kind == 2 else lse, lse, *of_query, 4, TOPK, WINDOW, kind, False)
     if kind == 2:
-        queries_backward(*given, meta(TOKENS // 4, WIDTH, dtype=FP32), *of_query, 4, TOPK, WINDOW, kind, True)
+        totals = meta(TOKENS // 4, WIDTH, dtype=FP32), meta(TOKENS, WIDTH, dtype=FP32)
+        queries_backward(*given, *totals, *of_query, 4, TOPK, WINDOW, kind, True)
     else:
         tiles = places(TOKENS // 64)
         hopper_rows.rows_backward(
