@@ -65,54 +65,44 @@ def _scores(
 
 
 @triton.jit
-def _ordered(scores, e, count, width):
-    """Scores `e` of a row as unsigned numbers in their order; 0, which is none of them, from `count` on."""
-    # Whole vectors are read, as far as the row goes; what is behind `count` is nobody's.
-    there = (e < (count + 15) // 16 * 16) & (e < width)
-    bits = tl.load(scores + e, mask=there, other=0.0).to(tl.int32, bitcast=True)
-    order = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
-    return tl.where(e < count, order, 0)
+def _places(flags_RC):
+    """Of numbers 0 and 1 in [rows, columns], read row by row, how many ones there are up to each."""
+    of_row = tl.sum(flags_RC, 1)
+    return (tl.cumsum(of_row, 0) - of_row)[:, None] + tl.cumsum(flags_RC, 1)
 
 
 @triton.jit
-def _choose_row(
-    scores, numbers, out, first, count, width, topk, E: tl.constexpr, TILE: tl.constexpr, MAPPED: tl.constexpr
-):
+def _choose_row(scores, numbers, out, first, count, width, topk, E: tl.constexpr, MAPPED: tl.constexpr):
     """To `out` the `topk` highest of the up to E scores from `first` on and before `count`, as numbers that rise."""
-    order = _ordered(scores, first + tl.arange(0, E), count, width)
+    # In rows of 16, whose sums need no other threads than four neighbours.
+    e = first + tl.arange(0, E // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    # Whole vectors are read, as far as the row goes; what is behind `count` is nobody's.
+    there = (e < (count + 15) // 16 * 16) & (e < width)
+    bits = tl.load(scores + e, mask=there, other=0.0).to(tl.int32, bitcast=True)
+    # As unsigned numbers in the order of the scores; 0 is none of them.
+    order = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
+    order = tl.where(e < count, order, 0)
     border, one = tl.full([], 0, tl.uint32), tl.full([], 2147483648, tl.uint32)
     bit, found = 0, count - first
     while (bit < 32) & (found > topk):  # until the border has all its bits, or parts the best from the rest
         higher = border | (one >> bit)
-        reached = tl.sum((order >= higher).to(tl.int32), 0)
+        reached = tl.sum((order >= higher).to(tl.int32))
         if reached >= topk:
             border, found = higher, reached
         bit += 1
-    room = topk  # for scores at the border, if not all have one
-    if found > topk:
-        room -= tl.sum((order > border).to(tl.int32), 0)
-    before, level_before = 0, 0
-    for low in range(first, count, TILE):
-        e = low + tl.arange(0, TILE)
-        order_e = _ordered(scores, e, count, width)
-        chosen = (e < count) & (order_e >= border)
-        if found > topk:
-            level = (e < count) & (order_e == border)
-            rank = level_before + tl.cumsum(level.to(tl.int32), 0)
-            chosen = chosen & ((order_e != border) | (rank <= room))
-            level_before += tl.sum(level.to(tl.int32), 0)
-        place = before + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        before += tl.sum(chosen.to(tl.int32), 0)
-        number = e
-        if MAPPED:
-            number = tl.load(numbers + e, mask=chosen, other=0)
-        tl.store(out + place, number, mask=chosen)
+    chosen = (e < count) & (order >= border)
+    if found > topk:  # some at the border have no room
+        level = (e < count) & (order == border)
+        room = topk - tl.sum(tl.sum((order > border).to(tl.int32), 1), 0)
+        chosen = chosen & ((order > border) | (_places(level.to(tl.int32)) <= room))
+    number = e
+    if MAPPED:
+        number = tl.load(numbers + e, mask=chosen, other=0)
+    tl.store(out + _places(chosen.to(tl.int32)) - 1, number, mask=chosen)
 
 
 @triton.jit
-def _choose(
-    scores, numbers, out, counts, width, topk, stride, E: tl.constexpr, TILE: tl.constexpr, MAPPED: tl.constexpr
-):
+def _choose(scores, numbers, out, counts, width, topk, stride, E: tl.constexpr, MAPPED: tl.constexpr):
     """Of each part of `E` of a row's first `counts[row]` scores the `topk` highest; rows are `width` apart."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = part * E
@@ -123,13 +113,13 @@ def _choose(
     # Rows of one document are half of the longest on average: the fewer the scores, the fewer are compared.
     if E >= 2048:
         if count <= first + E // 4:
-            _choose_row(scores, numbers, out, first, count, width, topk, E // 4, TILE, MAPPED)
+            _choose_row(scores, numbers, out, first, count, width, topk, E // 4, MAPPED)
         elif count <= first + E // 2:
-            _choose_row(scores, numbers, out, first, count, width, topk, E // 2, TILE, MAPPED)
+            _choose_row(scores, numbers, out, first, count, width, topk, E // 2, MAPPED)
         else:
-            _choose_row(scores, numbers, out, first, count, width, topk, E, TILE, MAPPED)
+            _choose_row(scores, numbers, out, first, count, width, topk, E, MAPPED)
     else:
-        _choose_row(scores, numbers, out, first, count, width, topk, E, TILE, MAPPED)
+        _choose_row(scores, numbers, out, first, count, width, topk, E, MAPPED)
 
 
 @triton.jit
@@ -255,8 +245,8 @@ def select(q: Tensor, weights: Tensor, keys: Tensor, seen: Seen, topk: int, dtyp
 
 
 def _choosing(size: int) -> dict[str, int]:
-    """How a program goes about up to `size` scores, of which a thread keeps up to 32 in registers."""
-    return {"E": size, "TILE": min(size, 2048), "num_warps": max(min(size // 1024, 32), 4), "maxnreg": 64}
+    """How a program goes about up to `size` scores, of which a thread keeps 16 in registers, or 32."""
+    return {"E": size, "num_warps": max(min(size // 512, 32), 4)}
 
 
 def _best(scores: Tensor, counts: Tensor, topk: int, chosen: Tensor) -> None:
