@@ -150,9 +150,11 @@ def _masked(scores, i, place, low, count, W: gl.constexpr, KIND: gl.constexpr):
     """The products of the tile at i, -inf where a key is not seen."""
     WINDOW: gl.constexpr = (W + BLOCK - 1) // BLOCK * BLOCK
     # Most tiles are seen as a whole.
-    cut = low + i - WINDOW + BLOCK > count
-    if i < WINDOW:
-        cut = (place - (W - 1) + i < 0) | (i + BLOCK > W)
+    cut = place - (W - 1) + i < 0
+    if KIND == 0:
+        cut = cut | (i + BLOCK > W)
+    else:
+        cut = cut | (low + i - WINDOW + BLOCK > count) | ((i < WINDOW) & (i + BLOCK > W))
     if cut:
         at = i + gl.arange(0, BLOCK, gl.SliceLayout(0, scores.type.layout))
         number = place - (W - 1) + at
