@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -17,3 +18,24 @@ def described(x: Tensor, rows: int) -> TensorDescriptor:
 def programs(items: int, device: torch.device) -> int:
     """One for each multiprocessor, as each takes its shared memory, but no more than there is work for."""
     return min(items, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@gluon.jit
+def masked(scores, i, place, low, count, W: gl.constexpr, KIND: gl.constexpr):
+    """The products of the tile at i, -inf where a key is not seen."""
+    BLOCK: gl.constexpr = scores.type.shape[1]
+    WINDOW: gl.constexpr = (W + BLOCK - 1) // BLOCK * BLOCK
+    # Most tiles are seen as a whole.
+    cut = place - (W - 1) + i < 0
+    if KIND == 0:
+        cut = cut | (i + BLOCK > W)
+    else:
+        cut = cut | (low + i - WINDOW + BLOCK > count) | ((i < WINDOW) & (i + BLOCK > W))
+    if cut:
+        at = i + gl.arange(0, BLOCK, gl.SliceLayout(0, scores.type.layout))
+        number = place - (W - 1) + at
+        seen = (number >= 0) & (at < W)
+        if KIND != 0:
+            seen = seen | ((at >= WINDOW) & (low + at - WINDOW < count))
+        scores = gl.where(seen[None, :], scores, float("-inf"))
+    return scores

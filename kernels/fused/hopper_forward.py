@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper import barrier, described, programs
+from .hopper import barrier, described, masked, programs
 from .launch import SAME_BITS
 
 HEADS, BLOCK = gl.constexpr(64), gl.constexpr(64)  # of one program, of one tile of keys
@@ -146,26 +146,6 @@ def _load(
 
 
 @gluon.jit
-def _masked(scores, i, place, low, count, W: gl.constexpr, KIND: gl.constexpr):
-    """The products of the tile at i, -inf where a key is not seen."""
-    WINDOW: gl.constexpr = (W + BLOCK - 1) // BLOCK * BLOCK
-    # Most tiles are seen as a whole.
-    cut = place - (W - 1) + i < 0
-    if KIND == 0:
-        cut = cut | (i + BLOCK > W)
-    else:
-        cut = cut | (low + i - WINDOW + BLOCK > count) | ((i < WINDOW) & (i + BLOCK > W))
-    if cut:
-        at = i + gl.arange(0, BLOCK, gl.SliceLayout(0, scores.type.layout))
-        number = place - (W - 1) + at
-        seen = (number >= 0) & (at < W)
-        if KIND != 0:
-            seen = seen | ((at >= WINDOW) & (low + at - WINDOW < count))
-        scores = gl.where(seen[None, :], scores, float("-inf"))
-    return scores
-
-
-@gluon.jit
 def _store(
     out, parts, sums, total, t, head, heads, split, queries, half: gl.constexpr, D: gl.constexpr, SPLITS: gl.constexpr
 ):
@@ -226,7 +206,7 @@ def _first(
                 scores = warpgroup_mma_wait(0, [scores])
                 barrier()
                 mbarrier.arrive(query_empty, count=1, pred=last)
-                scores = _masked(scores, i, place, low, count, W, KIND)
+                scores = masked(scores, i, place, low, count, W, KIND)
                 new = gl.maximum(largest, gl.max(scores, 1) * scale)
                 stats_s.index(0).store(new)
                 barrier()
@@ -316,7 +296,7 @@ def _second(
                     scores = warpgroup_mma_wait(0, [scores])
                 barrier()
                 mbarrier.arrive(query_empty, count=1, pred=last)
-                scores = _masked(scores, i + BLOCK, place, low, gl.where(more, count, 0), W, KIND)
+                scores = masked(scores, i + BLOCK, place, low, gl.where(more, count, 0), W, KIND)
                 peak = gl.max(scores, 1) * scale
                 mbarrier.wait(stats_full.index(0), turn & 1)
                 before = stats_s.index(0).load(gl.SliceLayout(1, of_scores))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
-HOPPER_KEYS, HOPPER_ROWS = 32, 64  # of a tile of the Gluon kernels that go by queries, by rows
+HOPPER_KEYS, HOPPER_ROWS = 64, 64  # of a tile of the Gluon kernels that go by queries, by rows
 # A product and a sum stay two operations unless `fma` makes them one. The compiler's choice may differ between variants
 # of a kernel, such as those for a pack and for a cache, whose results have to have the same bits.
 SAME_BITS = {"enable_fp_fusion": False}

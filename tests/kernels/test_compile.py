@@ -18,7 +18,6 @@ FEW_ROWS = {"linear, 16 rows"}  # wgmma multiplies 64 at once
 # Bytes that some numbers take which did not find a register; they must not grow.
 SPILLED = {
     "hopper, window": {"forward_kernel": 8},
-    "hopper, CSA": {"queries_kernel": 32},  # 8 without atomics
     "hopper, indexer": {"scores_kernel": 24},  # of an item, not of a query
     "indexer": {"_choose": 8},
 }
