@@ -1,12 +1,14 @@
 """The indexer's scores for Hopper, in Gluon: what `indexer._scores` computes.
 
-An item is 256 entry numbers and some queries in a row. Each of four warpgroups holds the keys of 64 of the entries in
+An item is 256 entry numbers and some queries in a row, of which one has so many entries; programs go through a list of
+them in turn, or those with few would wait for others. Each of four warpgroups holds the keys of 64 of the entries in
 registers while their document lasts; queries pass by in shared memory, and are multiplied, 64 heads at once, and summed
 up over heads, one warpgroup's sums under the others' products. A query's scores come from one product of one shape,
 whoever is beside it.
 """
 
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -14,39 +16,63 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper import barrier, programs
+from .launch import next_power
 
 HEADS, WIDTH = gl.constexpr(64), gl.constexpr(128)
 KEYS, GROUPS = gl.constexpr(64), gl.constexpr(4)  # of a warpgroup; warpgroups
 STAGES = gl.constexpr(8)  # queries in shared memory
+TILE = 256  # entry numbers of an item
+
+
+@triton.jit
+def _plan(
+    counts, plan, queries, tiles, groups, least, GROUP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
+):
+    """How many items there are, then, one after another, group * tiles + tile; counts up to `least` need no scores."""
+    found = 0
+    for start in range(0, groups, BLOCK):
+        g = start + tl.arange(0, BLOCK)
+        t = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        count = tl.load(counts + t, mask=t < queries, other=0)
+        needed = (tl.max(tl.where(count > least, count, 0), 1) + TILE - 1) // TILE
+        to = plan + 1 + found + tl.cumsum(needed, 0) - needed
+        for tile in range(0, tl.max(needed, 0)):
+            tl.store(to + tile, g * tiles + tile, mask=tile < needed)
+        found += tl.sum(needed, 0)
+    tl.store(plan, found)
 
 
 @gluon.jit
-def _item(item, most, tiles, group, queries):
-    """First of its entry numbers, and its queries, which are none where no query of the group has so many entries."""
+def _item(plan, i, tiles, group, queries):
+    """First of its entry numbers, first of its queries, and their end."""
+    item = gl.load(plan + 1 + i)
     number = item // tiles
-    # Turned by one from group to group: a program gets tiles of high and of low numbers, which fewer queries see.
-    low = (item + number) % tiles * GROUPS * KEYS
-    end = gl.where(low < gl.load(most + number), gl.minimum(number * group + group, queries), 0)
-    return low, number * group, end
+    return item % tiles * GROUPS * KEYS, number * group, gl.minimum(number * group + group, queries)
+
+
+@gluon.jit
+def _needed(counts, t, least):
+    count = gl.load(counts + t)
+    return gl.where(count > least, count, 0)
 
 
 @gluon.jit
 def _load(
-    q, keys, counts, most, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-    tiles, group, queries, items,
+    q, keys, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+    tiles, group, queries, least,
 ):  # fmt: skip
     step, turn = 0, 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        low, begin, end = _item(item, most, tiles, group, queries)
+    for i in range(gl.program_id(0), gl.load(plan), gl.num_programs(0)):
+        low, begin, end = _item(plan, i, tiles, group, queries)
         before = -1
         for t in range(begin, end):
-            count, entry = gl.load(counts + t), gl.load(entry_first + t)
+            count, entry = _needed(counts, t, least), gl.load(entry_first + t)
             if low < count:
                 if entry != before:
                     mbarrier.wait(keys_empty, (turn & 1) ^ 1)
                     mbarrier.expect(keys_full, GROUPS * KEYS * WIDTH * 2)
-                    for i in gl.static_range(GROUPS):
-                        tma.async_copy_global_to_shared(keys, [entry + low + i * KEYS, 0], keys_full, keys_s.index(i))
+                    for part in gl.static_range(GROUPS):
+                        tma.async_copy_global_to_shared(keys, [entry + low + part * KEYS, 0], keys_full, keys_s.index(part))
                     turn += 1
                     before = entry
                 stage = step % STAGES
@@ -58,8 +84,8 @@ def _load(
 
 @gluon.jit
 def _multiply(
-    own: gl.constexpr, weights, out, counts, most, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-    width, tiles, group, queries, items, BF16: gl.constexpr,
+    own: gl.constexpr, weights, out, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+    width, tiles, group, queries, least, BF16: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEADS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
@@ -67,12 +93,12 @@ def _multiply(
     h = gl.arange(0, HEADS, gl.SliceLayout(0, layout))
     own_keys = gl.zeros([KEYS, WIDTH], gl.bfloat16, operand)
     step, turn = 0, 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        low, begin, end = _item(item, most, tiles, group, queries)
+    for i in range(gl.program_id(0), gl.load(plan), gl.num_programs(0)):
+        low, begin, end = _item(plan, i, tiles, group, queries)
         n = low + own * KEYS + lane
         before = -1
         for t in range(begin, end):
-            count, entry = gl.load(counts + t), gl.load(entry_first + t)
+            count, entry = _needed(counts, t, least), gl.load(entry_first + t)
             if low < count:
                 weights_H = gl.load(weights + t.to(gl.int64) * HEADS + h)
                 fresh = entry != before
@@ -101,7 +127,7 @@ def _multiply(
 
 @gluon.jit
 def scores_kernel(
-    q, keys, weights, out, counts, most, entry_first, width, tiles, group, queries, items, BF16: gl.constexpr
+    q, keys, weights, out, counts, plan, entry_first, width, tiles, group, queries, least, BF16: gl.constexpr
 ):
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     keys_s = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, KEYS, WIDTH], shared)
@@ -120,36 +146,36 @@ def scores_kernel(
             (
                 _multiply,
                 (
-                    0, weights, out, counts, most, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-                    width, tiles, group, queries, items, BF16,
+                    0, weights, out, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+                    width, tiles, group, queries, least, BF16,
                 ),
             ),
             (
                 _multiply,
                 (
-                    1, weights, out, counts, most, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-                    width, tiles, group, queries, items, BF16,
+                    1, weights, out, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+                    width, tiles, group, queries, least, BF16,
                 ),
             ),
             (
                 _multiply,
                 (
-                    2, weights, out, counts, most, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-                    width, tiles, group, queries, items, BF16,
+                    2, weights, out, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+                    width, tiles, group, queries, least, BF16,
                 ),
             ),
             (
                 _multiply,
                 (
-                    3, weights, out, counts, most, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-                    width, tiles, group, queries, items, BF16,
+                    3, weights, out, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+                    width, tiles, group, queries, least, BF16,
                 ),
             ),
             (
                 _load,
                 (
-                    q, keys, counts, most, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-                    tiles, group, queries, items,
+                    q, keys, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+                    tiles, group, queries, least,
                 ),
             ),
         ],
@@ -159,22 +185,33 @@ def scores_kernel(
 
 
 def scores(
-    q: Tensor, weights: Tensor, keys: Tensor, out: Tensor, counts: Tensor, entry_first: Tensor, ring: bool, bf16: bool
+    q: Tensor, weights: Tensor, keys: Tensor, out: Tensor, counts: Tensor, entry_first: Tensor, least: int, ring: bool,
+    bf16: bool,
 ) -> None:  # fmt: skip
-    """Fills out fp32 [T, width] with what T queries score the `counts` int32 [T] first entries of their documents.
+    """Fills out fp32 [T, width] with what T queries score the `counts` int32 [T] first entries of their documents, if
+    those are more than `least`.
 
     bf16 q [T, 64, 128] and keys [N, 128], weights fp32 [T, 64]; with `ring` every query is of a document of its own.
     """
     queries, width = out.shape
     layout = gl.NVMMASharedLayout(128, 16, 2)
-    tiles = -(-width // 256)
-    # Items enough for the programs to end together, queries enough for an item to be worth its keys.
-    group = 1 if ring else min(max(queries * tiles // (16 * 132), 8), 32)
-    groups = -(-queries // group)
-    most = F.pad(counts, (0, groups * group - queries)).unflatten(0, (groups, group)).amax(1)
-    items = tiles * groups
-    scores_kernel[(programs(items, q.device),)](
+    tiles = -(-width // TILE)
+    # Queries enough for an item to be worth its keys, and items enough for all programs.
+    group = 1 if ring else 32 if queries * tiles >= 8192 else 8
+    plan = planned(counts, tiles, group, least)
+    scores_kernel[(programs(plan.numel() - 1, q.device),)](
         TensorDescriptor.from_tensor(q.flatten(0, 1), [64, 128], layout),
         TensorDescriptor.from_tensor(keys, [64, 128], layout),
-        weights, out, counts, most, entry_first, width, tiles, group, queries, items, BF16=bf16, num_warps=4,
+        weights, out, counts, plan, entry_first, width, tiles, group, queries, least, BF16=bf16, num_warps=4,
     )  # fmt: skip
+
+
+def planned(counts: Tensor, tiles: int, group: int, least: int) -> Tensor:
+    """int32: how many items have something to score, then their numbers, group of queries * tiles + tile, rising."""
+    groups = -(-len(counts) // group)
+    plan = counts.new_empty(1 + groups * tiles)
+    _plan[(1,)](
+        counts, plan, len(counts), tiles, groups, least,
+        GROUP=group, BLOCK=min(next_power(groups), 16384 // group, 1024), TILE=TILE, num_warps=16,
+    )  # fmt: skip
+    return plan

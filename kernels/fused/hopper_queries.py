@@ -89,11 +89,13 @@ def _load(
 
 
 @gluon.jit
-def _products(left_s, keys_s, zero):
-    """[heads, keys]: all channels of the query, or of its gradient, times those of the keys."""
+def _products(left_s, keys_s, full, turn, zero):
+    """[heads, keys]: all channels of the query, or of its gradient, times those of the keys, as they arrive."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     sums = gl.zeros([HEADS, BLOCK], gl.float32, layout)
     for side in gl.static_range(2):
+        mbarrier.wait(full.index(side), turn & 1)
+        fence_async_shared()
         keys = keys_s.index(zero + side).permute((1, 0))
         sums = warpgroup_mma(left_s.index(zero + side), keys, sums, use_acc=side == 1, is_async=True)
     return warpgroup_mma_wait(0, [sums])
@@ -115,7 +117,16 @@ def _add(
     if KIND == 2:
         if ATOMIC or i >= WINDOW:
             layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 8, 16])
-            wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+            # Whole rows of bf16, or of fp32, 16 bytes a thread.
+            wide: gl.constexpr = gl.BlockedLayout([1, 4 if ATOMIC else 8], [2 if ATOMIC else 4, 16 if ATOMIC else 8], [4, 1], [1, 0])
+            at = i + gl.arange(0, BLOCK, gl.SliceLayout(1, wide))
+            to, index, seen = pairs, row + at - WINDOW, at - WINDOW < count
+            if ATOMIC:
+                if i < WINDOW:
+                    number = place - (W - 1) + at
+                    to, index, seen = of_rows, first + number, (number >= 0) & (at < W)
+                else:
+                    index = first_entry + gl.load(chosen + at - WINDOW, mask=seen, other=0)
             for part in gl.static_range(4):  # one after the other, or registers would not do
                 query = query_s.index(zero + own).slice(part * (D // 8), D // 8, dim=1)
                 grad = grad_s.index(zero + own).slice(part * (D // 8), D // 8, dim=1)
@@ -124,23 +135,13 @@ def _add(
                 products = warpgroup_mma(slope, query, products, use_acc=False, is_async=True)
                 products = warpgroup_mma(weights, grad, products, is_async=True)
                 products = warpgroup_mma_wait(0, [products])
-                channel = own * (D // 2) + part * (D // 8)
+                values = gl.convert_layout(products.to(gl.bfloat16), wide)
+                d = own * (D // 2) + part * (D // 8) + gl.arange(0, D // 8, gl.SliceLayout(0, wide))
+                where = to + index.to(gl.int64)[:, None] * D + d[None, :]
                 if ATOMIC:
-                    at = i + gl.arange(0, BLOCK, gl.SliceLayout(1, layout))
-                    number = place - (W - 1) + at
-                    seen = (number >= 0) & (at < W)
-                    to, index = of_rows, first + number
-                    if i >= WINDOW:
-                        seen = at - WINDOW < count
-                        to, index = pairs, first_entry + gl.load(chosen + at - WINDOW, mask=seen, other=0)
-                    d = channel + gl.arange(0, D // 8, gl.SliceLayout(0, layout))
-                    to += index.to(gl.int64)[:, None] * D + d[None, :]
-                    gl.atomic_add(to, products, mask=seen[:, None], sem="relaxed")
+                    gl.atomic_add(where, values.to(gl.float32), mask=seen[:, None], sem="relaxed")
                 else:
-                    at = row + i - WINDOW + gl.arange(0, BLOCK, gl.SliceLayout(1, wide))
-                    d = channel + gl.arange(0, D // 8, gl.SliceLayout(0, wide))
-                    values = gl.convert_layout(products.to(gl.bfloat16), wide)
-                    gl.store(pairs + at.to(gl.int64)[:, None] * D + d[None, :], values)
+                    gl.store(where, values)
     barrier()
     mbarrier.arrive(weights_empty, count=1)
     return sums
@@ -179,23 +180,23 @@ def _weigh(
         for i in range(0, end, BLOCK):
             # Always 0, which the compiler does not know: else it keeps the operands' addresses in registers.
             zero = turn >> 30
-            for side in gl.static_range(2):
-                mbarrier.wait(full.index(side), turn & 1)
-            fence_async_shared()
-            scores = masked(_products(query_s, keys_s, zero), i, place, 0, count, W, KIND)
+            scores = masked(_products(query_s, keys_s, full, turn, zero), i, place, 0, count, W, KIND)
             weights = gl.exp2(scores * scale - lse_H[:, None])
             mbarrier.wait(weights_empty, (turn & 1) ^ 1)
             weights_s.index(zero).store(weights.to(gl.bfloat16))
             fence_async_shared()
             barrier()
             mbarrier.arrive(weights_full, count=1)
+            if KIND != 2:  # the pairs need the query once more
+                mbarrier.arrive(query_empty, count=1, pred=i + BLOCK >= end)
             mbarrier.wait(slope_full, turn & 1)
             sums = _add(
                 0, sums, pairs, of_rows, chosen + t.to(gl.int64) * topk, i, row, place, first, first_entry, count, zero,
                 keys_s, query_s, grad_s, weights_s, slope_s, empty, weights_empty, D, W, KIND, ATOMIC,
             )  # fmt: skip
             turn += 1
-        mbarrier.arrive(query_empty, count=1)
+        if KIND == 2:
+            mbarrier.arrive(query_empty, count=1)
         _store(grad_q, head, sums, 0, D)
 
 
@@ -222,10 +223,7 @@ def _incline(
         query_turn += 1
         for i in range(0, end, BLOCK):
             zero = turn >> 30
-            for side in gl.static_range(2):
-                mbarrier.wait(full.index(side), turn & 1)
-            fence_async_shared()
-            inner = _products(grad_s, keys_s, zero)
+            inner = _products(grad_s, keys_s, full, turn, zero)
             mbarrier.wait(weights_full, turn & 1)
             weights = weights_s.index(zero).load(of_scores).to(gl.float32)
             slope = weights * (inner - delta_H[:, None]) * (scale * 0.6931471805599453)
@@ -234,12 +232,15 @@ def _incline(
             fence_async_shared()
             barrier()
             mbarrier.arrive(slope_full, count=1)
+            if KIND != 2:
+                mbarrier.arrive(query_empty, count=1, pred=i + BLOCK >= end)
             sums = _add(
                 1, sums, pairs, of_rows, chosen + t.to(gl.int64) * topk, i, row, place, first, first_entry, count, zero,
                 keys_s, query_s, grad_s, weights_s, slope_s, empty, weights_empty, D, W, KIND, ATOMIC,
             )  # fmt: skip
             turn += 1
-        mbarrier.arrive(query_empty, count=1)
+        if KIND == 2:
+            mbarrier.arrive(query_empty, count=1)
         _store(grad_q, head, sums, 1, D)
 
 

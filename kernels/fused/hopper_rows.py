@@ -33,29 +33,33 @@ def _steps(low, high, blocks):
 
 @gluon.jit
 def _load(q, grad, rows, low, high, keys_s, query_s, grad_s, full, empty, keys_full, blocks, D: gl.constexpr):
-    """Queries' barriers are the first, their gradients' the second."""
+    """Barriers: of the queries' halves, then of their gradients'."""
     begin, end = _steps(low, high, blocks)
     mbarrier.expect(keys_full, ROWS * D * 2)
     for side in gl.static_range(2):
         tma.async_copy_global_to_shared(rows, [gl.program_id(0) * ROWS, side * (D // 2)], keys_full, keys_s.index(side))
     for i in range(begin, end):
         turn = i - begin
-        mbarrier.wait(empty.index(1), (turn & 1) ^ 1)
-        mbarrier.expect(full.index(1), HEADS * D * 2)
         for side in gl.static_range(2):
-            tma.async_copy_global_to_shared(grad, [i * HEADS, side * (D // 2)], full.index(1), grad_s.index(side))
-        mbarrier.wait(empty.index(0), (turn & 1) ^ 1)
-        mbarrier.expect(full.index(0), HEADS * D * 2)
+            _copy(grad, i, side, turn, full.index(2 + side), empty.index(2 + side), grad_s.index(side), D)
         for side in gl.static_range(2):
-            tma.async_copy_global_to_shared(q, [i * HEADS, side * (D // 2)], full.index(0), query_s.index(side))
+            _copy(q, i, side, turn, full.index(side), empty.index(side), query_s.index(side), D)
 
 
 @gluon.jit
-def _products(left_s, keys_s, zero):
-    """[heads, rows]: all channels of queries, or of their gradients, times those of the rows."""
+def _copy(data, i, side, turn, full, empty, to, D: gl.constexpr):
+    mbarrier.wait(empty, (turn & 1) ^ 1)
+    mbarrier.expect(full, HEADS * D)
+    tma.async_copy_global_to_shared(data, [i * HEADS, side * (D // 2)], full, to)
+
+
+@gluon.jit
+def _products(left_s, keys_s, full, first: gl.constexpr, turn, zero):
+    """[heads, rows]: all channels of queries, or of their gradients, times those of the rows, as they arrive."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     sums = gl.zeros([HEADS, ROWS], gl.float32, layout)
     for side in gl.static_range(2):
+        mbarrier.wait(full.index(first + side), turn & 1)
         keys = keys_s.index(zero + side).permute((1, 0))
         sums = warpgroup_mma(left_s.index(zero + side), keys, sums, use_acc=side == 1, is_async=True)
     return warpgroup_mma_wait(0, [sums])
@@ -94,19 +98,18 @@ def _weigh(
             seen = (r >= start) & (r <= t) & (r > t - W)
         else:
             seen = (r >= start) & (r < start + (gl.load(position + t) + 1) // ratio)
-        # It also says that the other warpgroup has read the weights of the step before for the last time.
-        mbarrier.wait(full.index(0), turn & 1)
-        scores = _products(query_s, keys_s, zero)
+        # The queries are there: the other warpgroup has read the weights of the step before for the last time.
+        scores = _products(query_s, keys_s, full, 0, turn, zero)
         weights = gl.where(seen[None, :], gl.exp2(scores * scale - lse_H[:, None]), 0.0)
         weights_s.index(zero).store(weights.to(gl.bfloat16))
         fence_async_shared()
         barrier()
         mbarrier.arrive(weights_full, count=1)
-        mbarrier.wait(full.index(1), turn & 1)
+        mbarrier.wait(full.index(2), turn & 1)
         sums = warpgroup_mma(weights_s.index(zero).permute((1, 0)), grad_s.index(zero), sums, is_async=True)
         sums = warpgroup_mma_wait(0, [sums])
         barrier()
-        mbarrier.arrive(empty.index(1), count=1)
+        mbarrier.arrive(empty.index(2), count=1)
         mbarrier.wait(slope_full, turn & 1)
         sums = warpgroup_mma(slope_s.index(zero).permute((1, 0)), query_s.index(zero), sums, is_async=True)
         sums = warpgroup_mma_wait(0, [sums])
@@ -131,8 +134,7 @@ def _incline(
         turn = i - begin
         zero = turn >> 30
         delta_H = gl.load(delta + i.to(gl.int64) * HEADS + h)
-        mbarrier.wait(full.index(1), turn & 1)
-        inner = _products(grad_s, keys_s, zero)
+        inner = _products(grad_s, keys_s, full, 2, turn, zero)
         mbarrier.wait(weights_full, turn & 1)
         sums = warpgroup_mma(weights_s.index(zero).permute((1, 0)), grad_s.index(zero + 1), sums, is_async=True)
         # While that is under way: it reads the weights too.
@@ -142,14 +144,15 @@ def _incline(
         fence_async_shared()
         barrier()
         mbarrier.arrive(slope_full, count=1)
+        mbarrier.arrive(empty.index(2), count=1)
         sums = warpgroup_mma_wait(0, [sums])
         barrier()
-        mbarrier.arrive(empty.index(1), count=1)
-        mbarrier.wait(full.index(0), turn & 1)
+        mbarrier.arrive(empty.index(3), count=1)
+        mbarrier.wait(full.index(1), turn & 1)
         sums = warpgroup_mma(slope_s.index(zero).permute((1, 0)), query_s.index(zero + 1), sums, is_async=True)
         sums = warpgroup_mma_wait(0, [sums])
         barrier()
-        mbarrier.arrive(empty.index(0), count=1)
+        mbarrier.arrive(empty.index(1), count=1)
     _store(sums, parts, 1, D)
 
 
@@ -163,14 +166,15 @@ def rows_kernel(
     grad_s = gl.allocate_shared_memory(gl.bfloat16, [2, HEADS, D // 2], shared)
     weights_s = gl.allocate_shared_memory(gl.bfloat16, [1, HEADS, ROWS], shared)
     slope_s = gl.allocate_shared_memory(gl.bfloat16, [1, HEADS, ROWS], shared)
-    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     weights_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     slope_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     keys_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
+    for i in gl.static_range(4):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        # Both warpgroups read the lower half of the gradients, and only the own half of anything else to its end.
+        mbarrier.init(empty.index(i), count=2 if i == 2 else 1)
     mbarrier.init(weights_full, count=1)
     mbarrier.init(slope_full, count=1)
     mbarrier.init(keys_full, count=1)

@@ -233,7 +233,9 @@ def select(q: Tensor, weights: Tensor, keys: Tensor, seen: Seen, topk: int, dtyp
 
             part = slice(start, start + some)
             given = q[part].contiguous(), weights[part].contiguous(), keys.contiguous(), scores
-            fill(*given, counts[part], seen.entry_first[part], seen.slots > 0, dtype == torch.bfloat16)
+            # All entries of a query that has no more than it may choose are chosen, whatever they score.
+            least = topk if width <= WIDEST else 0
+            fill(*given, counts[part], seen.entry_first[part], least, seen.slots > 0, dtype == torch.bfloat16)
         else:
             _scores[(triton.cdiv(some, shared), triton.cdiv(width, KEYS))](
                 q.contiguous(), weights.contiguous(), keys, scores, seen.position, seen.entry_first, start, some,
