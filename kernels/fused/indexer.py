@@ -95,21 +95,40 @@ def _choose_row(scores, numbers, out, first, count, width, topk, E: tl.constexpr
         level = (e < count) & (order == border)
         room = topk - tl.sum(tl.sum((order > border).to(tl.int32), 1), 0)
         chosen = chosen & ((order > border) | (_places(level.to(tl.int32)) <= room))
-    number = e
-    if MAPPED:
-        number = tl.load(numbers + e, mask=chosen, other=0)
-    tl.store(out + _places(chosen.to(tl.int32)) - 1, number, mask=chosen)
+    # A row's answers: how many, and which. Their scan has the layout of what stores, unlike sums of rows: whole tensors
+    # of places would go through shared memory.
+    rows = tl.sum(chosen.to(tl.uint32) * (65536 + (1 << tl.arange(0, 16)))[None, :].to(tl.uint32), 1)
+    rows = tl.associative_scan(rows, 0, _up_to)
+    place, row = (rows >> 16).to(tl.int32), first + tl.arange(0, E // 16) * 16
+    for i in tl.static_range(15, -1, -1):
+        taken = ((rows >> i) & 1).to(tl.int32)
+        place -= taken
+        number = row + i
+        if MAPPED:
+            number = tl.load(numbers + number, mask=taken > 0, other=0)
+        tl.store(out + place, number, mask=taken > 0)
 
 
 @triton.jit
-def _choose(scores, numbers, out, counts, width, topk, stride, E: tl.constexpr, MAPPED: tl.constexpr):
-    """Of each part of `E` of a row's first `counts[row]` scores the `topk` highest; rows are `width` apart."""
+def _up_to(before, row):
+    """The answers of a row, after those that are before it: all of them are counted in the upper 16 bits."""
+    return (before >> 16 << 16) + row
+
+
+@triton.jit
+def _choose(
+    scores, numbers, out, counts, width, topk, E: tl.constexpr, WIDE: tl.constexpr, MAPPED: tl.constexpr
+):
+    """Of each part of `E` of a row's first `counts[row]` scores the `topk` highest, and -1 behind them; rows are `width`
+    apart."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = part * E
     count = tl.minimum(tl.load(counts + row), first + E)
     scores += row * width
     numbers += row * width
-    out += (row * tl.num_programs(1) + part) * stride
+    out += (row * tl.num_programs(1) + part) * topk
+    behind = tl.arange(0, WIDE)
+    tl.store(out + behind, -1, mask=(behind >= count - first) & (behind < topk))
     # Rows of one document are half of the longest on average: the fewer the scores, the fewer are compared.
     if E >= 2048:
         if count <= first + E // 4:
@@ -221,7 +240,7 @@ def select(q: Tensor, weights: Tensor, keys: Tensor, seen: Seen, topk: int, dtyp
         raise ValueError(f"dtype: {dtype}; the Triton kernels round scores to bfloat16 or not at all")
     assert seen.entry_first is not None
     queries, width = q.shape[0], triton.cdiv(max(seen.most, 1), 16) * 16  # rows of whole vectors
-    chosen = q.new_full((queries, topk), -1, dtype=torch.int32)
+    chosen = q.new_empty(queries, topk, dtype=torch.int32)
     counts = ((seen.position + 1) // seen.ratio).int()
     chunk = max(SCORE_BYTES // (4 * width), 1)
     shared = 4 if seen.slots == 0 else 1
@@ -246,33 +265,31 @@ def select(q: Tensor, weights: Tensor, keys: Tensor, seen: Seen, topk: int, dtyp
     return chosen
 
 
-def _choosing(size: int) -> dict[str, int]:
+def _choosing(size: int, topk: int) -> dict[str, int]:
     """How a program goes about up to `size` scores, of which a thread keeps 16 in registers, or 32."""
-    return {"E": size, "num_warps": max(min(size // 512, 32), 4)}
+    return {"E": size, "WIDE": next_power(topk), "num_warps": max(min(size // 512, 32), 4)}
 
 
 def _best(scores: Tensor, counts: Tensor, topk: int, chosen: Tensor) -> None:
-    """Into `chosen` [R, K] the numbers of each row's highest scores [R, E], of its first `counts`."""
+    """Into `chosen` [R, K] the numbers of each row's highest scores [R, E], of its first `counts`, and -1 behind."""
     rows, width = scores.shape
     size = min(max(next_power(width), 128), WIDEST)
     parts = triton.cdiv(width, size)
-    how = _choosing(size)
+    how = _choosing(size, topk)
     if parts == 1:
-        _choose[(rows, 1)](scores, scores, chosen, counts, width, topk, topk, **how, MAPPED=False)
+        _choose[(rows, 1)](scores, scores, chosen, counts, width, topk, **how, MAPPED=False)
         return
     # Each part's best first, and of those the best: rising in numbers, so that ties still go to the lowest.
-    some = scores.new_zeros(rows, parts, topk, dtype=torch.int32)
-    _choose[(rows, parts)](scores, scores, some, counts, width, topk, topk, **how, MAPPED=False)
-    at = torch.arange(parts * topk, device=scores.device)
-    there = (counts.unsqueeze(1) - at // topk * size).clamp(max=topk) > at % topk
-    some = some.flatten(1).masked_fill(~there, -1)
-    candidates = scores.gather(1, some.clamp(min=0).long()).masked_fill(~there, float("-inf"))
+    some = scores.new_empty(rows, parts * topk, dtype=torch.int32)
+    _choose[(rows, parts)](scores, scores, some, counts, width, topk, **how, MAPPED=False)
+    candidates = scores.gather(1, some.clamp(min=0).long()).masked_fill(some < 0, float("-inf"))
     everything = torch.full_like(counts, parts * topk)
     size = next_power(parts * topk)
     if size > WIDEST:
         raise ValueError(f"{width} entries of a query: the Triton kernels choose among up to {WIDEST // topk * WIDEST}")
-    how = _choosing(size)
-    _choose[(rows, 1)](candidates, some, chosen, everything, parts * topk, topk, topk, **how, MAPPED=True)
+    _choose[(rows, 1)](
+        candidates, some, chosen, everything, parts * topk, topk, **_choosing(size, topk), MAPPED=True
+    )
 
 
 class IndexScores(torch.autograd.Function):

@@ -180,7 +180,7 @@ def test_the_choice_among_many_scores(widest: int, counts: list[int], monkeypatc
     monkeypatch.setattr(fused_indexer, "WIDEST", widest)
     scores = torch.randint(-3, 4, (6, max(counts))).float()  # many ties
     scores[0] = torch.randn(max(counts))
-    chosen = torch.full((6, 4), -1, dtype=torch.int32)
+    chosen = torch.full((6, 4), 77, dtype=torch.int32)
     fused_indexer._best(scores, torch.tensor(counts, dtype=torch.int32), 4, chosen)
     for row, count, found in zip(scores.tolist(), counts, chosen.tolist(), strict=True):
         want = sorted(sorted(range(count), key=lambda n: (-row[n], n))[:4])
