@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..places import Seen
 from .hopper import barrier, programs
 from .launch import next_power
 
@@ -26,15 +27,15 @@ TILE = 256  # entry numbers of an item
 
 @triton.jit
 def _plan(
-    counts, plan, queries, tiles, groups, least, GROUP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
+    position, plan, ratio, queries, tiles, groups, topk, GROUP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):
-    """How many items there are, then, one after another, group * tiles + tile; counts up to `least` need no scores."""
+    """How many items there are, then, one after another, group * tiles + tile."""
     found = 0
     for start in range(0, groups, BLOCK):
         g = start + tl.arange(0, BLOCK)
         t = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        count = tl.load(counts + t, mask=t < queries, other=0)
-        needed = (tl.max(tl.where(count > least, count, 0), 1) + TILE - 1) // TILE
+        count = (tl.load(position + t, mask=t < queries, other=-1) + 1) // ratio
+        needed = (tl.max(tl.where(count > topk, count, 0), 1) + TILE - 1) // TILE
         to = plan + 1 + found + tl.cumsum(needed, 0) - needed
         for tile in range(0, tl.max(needed, 0)):
             tl.store(to + tile, g * tiles + tile, mask=tile < needed)
@@ -51,22 +52,23 @@ def _item(plan, i, tiles, group, queries):
 
 
 @gluon.jit
-def _needed(counts, t, least):
-    count = gl.load(counts + t)
-    return gl.where(count > least, count, 0)
+def _needed(position, t, ratio, topk):
+    """How many entries have to be scored: none where all of them are chosen."""
+    count = (gl.load(position + t) + 1) // ratio
+    return gl.where(count > topk, count, 0)
 
 
 @gluon.jit
 def _load(
-    q, keys, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-    tiles, group, queries, least,
+    q, keys, position, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+    ratio, topk, tiles, group, queries,
 ):  # fmt: skip
     step, turn = 0, 0
     for i in range(gl.program_id(0), gl.load(plan), gl.num_programs(0)):
         low, begin, end = _item(plan, i, tiles, group, queries)
         before = -1
         for t in range(begin, end):
-            count, entry = _needed(counts, t, least), gl.load(entry_first + t)
+            count, entry = _needed(position, t, ratio, topk), gl.load(entry_first + t)
             if low < count:
                 if entry != before:
                     mbarrier.wait(keys_empty, (turn & 1) ^ 1)
@@ -84,8 +86,8 @@ def _load(
 
 @gluon.jit
 def _multiply(
-    own: gl.constexpr, weights, out, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-    width, tiles, group, queries, least, BF16: gl.constexpr,
+    own: gl.constexpr, weights, out, position, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+    width, ratio, topk, tiles, group, queries, BF16: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEADS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
@@ -98,7 +100,7 @@ def _multiply(
         n = low + own * KEYS + lane
         before = -1
         for t in range(begin, end):
-            count, entry = _needed(counts, t, least), gl.load(entry_first + t)
+            count, entry = _needed(position, t, ratio, topk), gl.load(entry_first + t)
             if low < count:
                 weights_H = gl.load(weights + t.to(gl.int64) * HEADS + h)
                 fresh = entry != before
@@ -127,7 +129,7 @@ def _multiply(
 
 @gluon.jit
 def scores_kernel(
-    q, keys, weights, out, counts, plan, entry_first, width, tiles, group, queries, least, BF16: gl.constexpr
+    q, keys, weights, out, position, plan, entry_first, width, ratio, topk, tiles, group, queries, BF16: gl.constexpr
 ):
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     keys_s = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, KEYS, WIDTH], shared)
@@ -146,36 +148,36 @@ def scores_kernel(
             (
                 _multiply,
                 (
-                    0, weights, out, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-                    width, tiles, group, queries, least, BF16,
+                    0, weights, out, position, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+                    width, ratio, topk, tiles, group, queries, BF16,
                 ),
             ),
             (
                 _multiply,
                 (
-                    1, weights, out, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-                    width, tiles, group, queries, least, BF16,
+                    1, weights, out, position, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+                    width, ratio, topk, tiles, group, queries, BF16,
                 ),
             ),
             (
                 _multiply,
                 (
-                    2, weights, out, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-                    width, tiles, group, queries, least, BF16,
+                    2, weights, out, position, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+                    width, ratio, topk, tiles, group, queries, BF16,
                 ),
             ),
             (
                 _multiply,
                 (
-                    3, weights, out, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-                    width, tiles, group, queries, least, BF16,
+                    3, weights, out, position, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+                    width, ratio, topk, tiles, group, queries, BF16,
                 ),
             ),
             (
                 _load,
                 (
-                    q, keys, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-                    tiles, group, queries, least,
+                    q, keys, position, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+                    ratio, topk, tiles, group, queries,
                 ),
             ),
         ],
@@ -184,34 +186,32 @@ def scores_kernel(
     )  # fmt: skip
 
 
-def scores(
-    q: Tensor, weights: Tensor, keys: Tensor, out: Tensor, counts: Tensor, entry_first: Tensor, least: int, ring: bool,
-    bf16: bool,
-) -> None:  # fmt: skip
-    """Fills out fp32 [T, width] with what T queries score the `counts` int32 [T] first entries of their documents, if
-    those are more than `least`.
+def scores(q: Tensor, weights: Tensor, keys: Tensor, out: Tensor, seen: Seen, topk: int, bf16: bool) -> None:
+    """Fills out fp32 [T, width] with what T queries score the entries that they see, if those are more than `topk`.
 
-    bf16 q [T, 64, 128] and keys [N, 128], weights fp32 [T, 64]; with `ring` every query is of a document of its own.
+    bf16 q [T, 64, 128] and keys [N, 128], weights fp32 [T, 64].
     """
     queries, width = out.shape
     layout = gl.NVMMASharedLayout(128, 16, 2)
     tiles = -(-width // TILE)
-    # Queries enough for an item to be worth its keys, and items enough for all programs.
-    group = 1 if ring else 32 if queries * tiles >= 8192 else 8
-    plan = planned(counts, tiles, group, least)
+    # Queries enough for an item to be worth its keys, and items enough for all programs; in a ring queries share none.
+    group = 1 if seen.slots else 32 if queries * tiles >= 8192 else 8
+    plan = planned(seen, topk, tiles, group)
     scores_kernel[(programs(plan.numel() - 1, q.device),)](
         TensorDescriptor.from_tensor(q.flatten(0, 1), [64, 128], layout),
         TensorDescriptor.from_tensor(keys, [64, 128], layout),
-        weights, out, counts, plan, entry_first, width, tiles, group, queries, least, BF16=bf16, num_warps=4,
+        weights, out, seen.position, plan, seen.entry_first, width, seen.ratio, topk, tiles, group, queries,
+        BF16=bf16, num_warps=4,
     )  # fmt: skip
 
 
-def planned(counts: Tensor, tiles: int, group: int, least: int) -> Tensor:
+def planned(seen: Seen, topk: int, tiles: int, group: int) -> Tensor:
     """int32: how many items have something to score, then their numbers, group of queries * tiles + tile, rising."""
-    groups = -(-len(counts) // group)
-    plan = counts.new_empty(1 + groups * tiles)
+    queries = len(seen.position)
+    groups = -(-queries // group)
+    plan = seen.position.new_empty(1 + groups * tiles)
     _plan[(1,)](
-        counts, plan, len(counts), tiles, groups, least,
+        seen.position, plan, seen.ratio, queries, tiles, groups, topk,
         GROUP=group, BLOCK=min(next_power(groups), 16384 // group, 1024), TILE=TILE, num_warps=16,
     )  # fmt: skip
     return plan

@@ -73,7 +73,8 @@ def _places(flags_RC):
 
 @triton.jit
 def _choose_row(scores, numbers, out, first, count, width, topk, E: tl.constexpr, MAPPED: tl.constexpr):
-    """To `out` the `topk` highest of the up to E scores from `first` on and before `count`, as numbers that rise."""
+    """To `out` the `topk` highest of the up to E scores, more than `topk`, from `first` on and before `count`, as
+    numbers that rise."""
     # In rows of 16, whose sums need no other threads than four neighbours.
     e = first + tl.arange(0, E // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
     # Whole vectors are read, as far as the row goes; what is behind `count` is nobody's.
@@ -117,18 +118,23 @@ def _up_to(before, row):
 
 @triton.jit
 def _choose(
-    scores, numbers, out, counts, width, topk, E: tl.constexpr, WIDE: tl.constexpr, MAPPED: tl.constexpr
-):
-    """Of each part of `E` of a row's first `counts[row]` scores the `topk` highest, and -1 behind them; rows are `width`
-    apart."""
+    scores, numbers, out, position, ratio, width, topk, E: tl.constexpr, K: tl.constexpr, MAPPED: tl.constexpr
+):  # fmt: skip
+    """Of each part of `E` of the scores that a row has at its position the `topk` highest, and -1 behind them; rows are
+    `width` apart."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = part * E
-    count = tl.minimum(tl.load(counts + row), first + E)
+    count = tl.minimum((tl.load(position + row) + 1) // ratio, first + E)
     scores += row * width
     numbers += row * width
     out += (row * tl.num_programs(1) + part) * topk
-    behind = tl.arange(0, WIDE)
-    tl.store(out + behind, -1, mask=(behind >= count - first) & (behind < topk))
+    if count - first <= topk:  # all of them, whatever they score
+        n = tl.arange(0, K)
+        there, number = n < count - first, first + n
+        if MAPPED:
+            number = tl.load(numbers + number, mask=there, other=0)
+        tl.store(out + n, tl.where(there, number, -1), mask=n < topk)
+        return
     # Rows of one document are half of the longest on average: the fewer the scores, the fewer are compared.
     if E >= 2048:
         if count <= first + E // 4:
@@ -241,55 +247,53 @@ def select(q: Tensor, weights: Tensor, keys: Tensor, seen: Seen, topk: int, dtyp
     assert seen.entry_first is not None
     queries, width = q.shape[0], triton.cdiv(max(seen.most, 1), 16) * 16  # rows of whole vectors
     chosen = q.new_empty(queries, topk, dtype=torch.int32)
-    counts = ((seen.position + 1) // seen.ratio).int()
     chunk = max(SCORE_BYTES // (4 * width), 1)
     shared = 4 if seen.slots == 0 else 1
     for start in range(0, queries, chunk):
         some = min(chunk, queries - start)
+        part = slice(start, start + some)
         scores = q.new_empty(some, width, dtype=torch.float32)
         if on_hopper(q):
             from .hopper_indexer import scores as fill
 
-            part = slice(start, start + some)
             given = q[part].contiguous(), weights[part].contiguous(), keys.contiguous(), scores
-            # All entries of a query that has no more than it may choose are chosen, whatever they score.
-            least = topk if width <= WIDEST else 0
-            fill(*given, counts[part], seen.entry_first[part], least, seen.slots > 0, dtype == torch.bfloat16)
+            # What is chosen whatever it scores needs no scores, unless the best of parts are compared.
+            fill(*given, seen.of(part), topk if width <= WIDEST else 0, dtype == torch.bfloat16)
         else:
             _scores[(triton.cdiv(some, shared), triton.cdiv(width, KEYS))](
                 q.contiguous(), weights.contiguous(), keys, scores, seen.position, seen.entry_first, start, some,
                 q.shape[1], keys.stride(0), keys.shape[0], width, seen.ratio,
                 H=heads, D=q.shape[2], N=KEYS, SHARED=shared, BF16=dtype == torch.bfloat16, PRECISION=how, num_warps=8,
             )  # fmt: skip
-        _best(scores, counts[start : start + some], topk, chosen[start : start + some])
+        _best(scores, seen.position[part], seen.ratio, topk, chosen[part])
     return chosen
 
 
 def _choosing(size: int, topk: int) -> dict[str, int]:
-    """How a program goes about up to `size` scores, of which a thread keeps 16 in registers, or 32."""
-    return {"E": size, "WIDE": next_power(topk), "num_warps": max(min(size // 512, 32), 4)}
+    """How a program goes about up to `size` scores: 32 in a thread's registers, and programs enough beside it."""
+    warps = max(min(size // 1024, 32), 1)
+    return {"E": size, "K": next_power(topk), "num_warps": warps, "maxnreg": 64 if warps > 8 else 96}
 
 
-def _best(scores: Tensor, counts: Tensor, topk: int, chosen: Tensor) -> None:
-    """Into `chosen` [R, K] the numbers of each row's highest scores [R, E], of its first `counts`, and -1 behind."""
+def _best(scores: Tensor, position: Tensor, ratio: int, topk: int, chosen: Tensor) -> None:
+    """Into `chosen` [R, K] the numbers of each row's highest scores [R, E], as far as they are complete at its
+    position [R], and -1 behind."""
     rows, width = scores.shape
     size = min(max(next_power(width), 128), WIDEST)
     parts = triton.cdiv(width, size)
     how = _choosing(size, topk)
     if parts == 1:
-        _choose[(rows, 1)](scores, scores, chosen, counts, width, topk, **how, MAPPED=False)
+        _choose[(rows, 1)](scores, scores, chosen, position, ratio, width, topk, **how, MAPPED=False)
         return
     # Each part's best first, and of those the best: rising in numbers, so that ties still go to the lowest.
     some = scores.new_empty(rows, parts * topk, dtype=torch.int32)
-    _choose[(rows, parts)](scores, scores, some, counts, width, topk, **how, MAPPED=False)
+    _choose[(rows, parts)](scores, scores, some, position, ratio, width, topk, **how, MAPPED=False)
     candidates = scores.gather(1, some.clamp(min=0).long()).masked_fill(some < 0, float("-inf"))
-    everything = torch.full_like(counts, parts * topk)
+    last = torch.full_like(position, parts * topk - 1)
     size = next_power(parts * topk)
     if size > WIDEST:
         raise ValueError(f"{width} entries of a query: the Triton kernels choose among up to {WIDEST // topk * WIDEST}")
-    _choose[(rows, 1)](
-        candidates, some, chosen, everything, parts * topk, topk, **_choosing(size, topk), MAPPED=True
-    )
+    _choose[(rows, 1)](candidates, some, chosen, last, 1, parts * topk, topk, **_choosing(size, topk), MAPPED=True)
 
 
 class IndexScores(torch.autograd.Function):

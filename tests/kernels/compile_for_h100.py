@@ -149,7 +149,7 @@ def hopper(kind: int) -> None:
 def hopper_scores() -> None:
     q, keys, weights = meta(TOKENS, 64, 128), meta(TOKENS // 4, 128), meta(TOKENS, 64, dtype=FP32)
     out = meta(TOKENS, TOKENS // 4, dtype=FP32)
-    hopper_indexer.scores(q, weights, keys, out, places(), places(), TOPK, False, False)
+    hopper_indexer.scores(q, weights, keys, out, seen(4), TOPK, False)
 
 
 def hopper_splits() -> None:

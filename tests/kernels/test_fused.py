@@ -181,7 +181,7 @@ def test_the_choice_among_many_scores(widest: int, counts: list[int], monkeypatc
     scores = torch.randint(-3, 4, (6, max(counts))).float()  # many ties
     scores[0] = torch.randn(max(counts))
     chosen = torch.full((6, 4), 77, dtype=torch.int32)
-    fused_indexer._best(scores, torch.tensor(counts, dtype=torch.int32), 4, chosen)
+    fused_indexer._best(scores, torch.tensor(counts, dtype=torch.int32) - 1, 1, 4, chosen)
     for row, count, found in zip(scores.tolist(), counts, chosen.tolist(), strict=True):
         want = sorted(sorted(range(count), key=lambda n: (-row[n], n))[:4])
         assert found == want + [-1] * (4 - len(want))
