@@ -7,6 +7,7 @@ up over heads, one warpgroup's sums under the others' products. A query's scores
 whoever is beside it.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,15 +28,19 @@ TILE = 256  # entry numbers of an item
 
 @triton.jit
 def _plan(
-    position, plan, ratio, queries, tiles, groups, topk, GROUP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
-):
-    """How many items there are, then, one after another, group * tiles + tile."""
+    position, counts, plan, ratio, queries, tiles, groups, topk,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """How many entries of each query have to be scored: none where all are chosen. How many items there are, then, one
+    after another, group * tiles + tile."""
     found = 0
     for start in range(0, groups, BLOCK):
         g = start + tl.arange(0, BLOCK)
         t = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         count = (tl.load(position + t, mask=t < queries, other=-1) + 1) // ratio
-        needed = (tl.max(tl.where(count > topk, count, 0), 1) + TILE - 1) // TILE
+        count = tl.where(count > topk, count, 0)
+        tl.store(counts + t, count, mask=t < queries)
+        needed = (tl.max(count, 1) + TILE - 1) // TILE
         to = plan + 1 + found + tl.cumsum(needed, 0) - needed
         for tile in range(0, tl.max(needed, 0)):
             tl.store(to + tile, g * tiles + tile, mask=tile < needed)
@@ -52,29 +57,24 @@ def _item(plan, i, tiles, group, queries):
 
 
 @gluon.jit
-def _needed(position, t, ratio, topk):
-    """How many entries have to be scored: none where all of them are chosen."""
-    count = (gl.load(position + t) + 1) // ratio
-    return gl.where(count > topk, count, 0)
-
-
-@gluon.jit
 def _load(
-    q, keys, position, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-    ratio, topk, tiles, group, queries,
+    q, keys, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+    tiles, group, queries,
 ):  # fmt: skip
     step, turn = 0, 0
     for i in range(gl.program_id(0), gl.load(plan), gl.num_programs(0)):
         low, begin, end = _item(plan, i, tiles, group, queries)
         before = -1
         for t in range(begin, end):
-            count, entry = _needed(position, t, ratio, topk), gl.load(entry_first + t)
+            count, entry = gl.load(counts + t), gl.load(entry_first + t)
             if low < count:
                 if entry != before:
                     mbarrier.wait(keys_empty, (turn & 1) ^ 1)
                     mbarrier.expect(keys_full, GROUPS * KEYS * WIDTH * 2)
                     for part in gl.static_range(GROUPS):
-                        tma.async_copy_global_to_shared(keys, [entry + low + part * KEYS, 0], keys_full, keys_s.index(part))
+                        tma.async_copy_global_to_shared(
+                            keys, [entry + low + part * KEYS, 0], keys_full, keys_s.index(part)
+                        )
                     turn += 1
                     before = entry
                 stage = step % STAGES
@@ -86,8 +86,8 @@ def _load(
 
 @gluon.jit
 def _multiply(
-    own: gl.constexpr, weights, out, position, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-    width, ratio, topk, tiles, group, queries, BF16: gl.constexpr,
+    own: gl.constexpr, weights, out, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+    width, tiles, group, queries, BF16: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEADS, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
@@ -100,7 +100,7 @@ def _multiply(
         n = low + own * KEYS + lane
         before = -1
         for t in range(begin, end):
-            count, entry = _needed(position, t, ratio, topk), gl.load(entry_first + t)
+            count, entry = gl.load(counts + t), gl.load(entry_first + t)
             if low < count:
                 weights_H = gl.load(weights + t.to(gl.int64) * HEADS + h)
                 fresh = entry != before
@@ -128,9 +128,7 @@ def _multiply(
 
 
 @gluon.jit
-def scores_kernel(
-    q, keys, weights, out, position, plan, entry_first, width, ratio, topk, tiles, group, queries, BF16: gl.constexpr
-):
+def scores_kernel(q, keys, weights, out, counts, plan, entry_first, width, tiles, group, queries, BF16: gl.constexpr):
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     keys_s = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, KEYS, WIDTH], shared)
     query_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, HEADS, WIDTH], shared)
@@ -148,36 +146,36 @@ def scores_kernel(
             (
                 _multiply,
                 (
-                    0, weights, out, position, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-                    width, ratio, topk, tiles, group, queries, BF16,
+                    0, weights, out, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+                    width, tiles, group, queries, BF16,
                 ),
             ),
             (
                 _multiply,
                 (
-                    1, weights, out, position, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-                    width, ratio, topk, tiles, group, queries, BF16,
+                    1, weights, out, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+                    width, tiles, group, queries, BF16,
                 ),
             ),
             (
                 _multiply,
                 (
-                    2, weights, out, position, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-                    width, ratio, topk, tiles, group, queries, BF16,
+                    2, weights, out, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+                    width, tiles, group, queries, BF16,
                 ),
             ),
             (
                 _multiply,
                 (
-                    3, weights, out, position, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-                    width, ratio, topk, tiles, group, queries, BF16,
+                    3, weights, out, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+                    width, tiles, group, queries, BF16,
                 ),
             ),
             (
                 _load,
                 (
-                    q, keys, position, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-                    ratio, topk, tiles, group, queries,
+                    q, keys, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
+                    tiles, group, queries,
                 ),
             ),
         ],
@@ -196,22 +194,22 @@ def scores(q: Tensor, weights: Tensor, keys: Tensor, out: Tensor, seen: Seen, to
     tiles = -(-width // TILE)
     # Queries enough for an item to be worth its keys, and items enough for all programs; in a ring queries share none.
     group = 1 if seen.slots else 32 if queries * tiles >= 8192 else 8
-    plan = planned(seen, topk, tiles, group)
+    counts, plan = planned(seen, topk, tiles, group)
     scores_kernel[(programs(plan.numel() - 1, q.device),)](
         TensorDescriptor.from_tensor(q.flatten(0, 1), [64, 128], layout),
         TensorDescriptor.from_tensor(keys, [64, 128], layout),
-        weights, out, seen.position, plan, seen.entry_first, width, seen.ratio, topk, tiles, group, queries,
-        BF16=bf16, num_warps=4,
+        weights, out, counts, plan, seen.entry_first, width, tiles, group, queries, BF16=bf16, num_warps=4,
     )  # fmt: skip
 
 
-def planned(seen: Seen, topk: int, tiles: int, group: int) -> Tensor:
-    """int32: how many items have something to score, then their numbers, group of queries * tiles + tile, rising."""
+def planned(seen: Seen, topk: int, tiles: int, group: int) -> tuple[Tensor, Tensor]:
+    """int32 [T]: how many entries of each query have to be scored; and how many items there are, then their numbers,
+    group of queries * tiles + tile, rising."""
     queries = len(seen.position)
     groups = -(-queries // group)
-    plan = seen.position.new_empty(1 + groups * tiles)
+    counts, plan = torch.empty_like(seen.position), seen.position.new_empty(1 + groups * tiles)
     _plan[(1,)](
-        seen.position, plan, seen.ratio, queries, tiles, groups, topk,
+        seen.position, counts, plan, seen.ratio, queries, tiles, groups, topk,
         GROUP=group, BLOCK=min(next_power(groups), 16384 // group, 1024), TILE=TILE, num_warps=16,
     )  # fmt: skip
-    return plan
+    return counts, plan

@@ -117,8 +117,9 @@ def _add(
     if KIND == 2:
         if ATOMIC or i >= WINDOW:
             layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 8, 16])
-            # Whole rows of bf16, or of fp32, 16 bytes a thread.
-            wide: gl.constexpr = gl.BlockedLayout([1, 4 if ATOMIC else 8], [2 if ATOMIC else 4, 16 if ATOMIC else 8], [4, 1], [1, 0])
+            # Whole rows, 16 bytes a thread, of fp32 or of bf16.
+            rows: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+            wide: gl.constexpr = rows if ATOMIC else gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
             at = i + gl.arange(0, BLOCK, gl.SliceLayout(1, wide))
             to, index, seen = pairs, row + at - WINDOW, at - WINDOW < count
             if ATOMIC:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels import attention, compress, indexer, norm, project, rope
+from amalgam.kernels.fused import hopper_indexer
 from amalgam.kernels.fused import indexer as fused_indexer
 from amalgam.kernels.fused.attention import attend_forward
 from amalgam.kernels.fused.attention_backward import attend_backward
@@ -185,6 +186,20 @@ def test_the_choice_among_many_scores(widest: int, counts: list[int], monkeypatc
     for row, count, found in zip(scores.tolist(), counts, chosen.tolist(), strict=True):
         want = sorted(sorted(range(count), key=lambda n: (-row[n], n))[:4])
         assert found == want + [-1] * (4 - len(want))
+
+
+@pytest.mark.parametrize("lengths, group", [([700, 3, 1500, 40], 8), ([2100], 32), ([9, 5, 300], 1)], ids=str)
+def test_the_items_of_index_scores(lengths: list[int], group: int, monkeypatch: pytest.MonkeyPatch):
+    """They are those with a query that chooses, and has so many entries."""
+    monkeypatch.setattr(hopper_indexer, "TILE", 64)
+    seen = naive.layout(lengths, 4, 2).seen(2)
+    counts, plan = hopper_indexer.planned(seen, 200, -(-seen.most // 64), group)
+    complete = [n if n > 200 else 0 for n in ((seen.position + 1) // 2).tolist()]
+    groups = [max(complete[start : start + group]) for start in range(0, len(complete), group)]
+    tiles = -(-seen.most // 64)
+    want = [g * tiles + tile for g, most in enumerate(groups) for tile in range(tiles) if tile * 64 < most]
+    assert counts.tolist() == complete
+    assert plan[: 1 + len(want)].tolist() == [len(want), *want]
 
 
 def test_head_mass():
