@@ -4,7 +4,7 @@
 
 Needs a CUDA device, torch, triton and transformers; the folder that holds this repository, under the name `amalgam`, on
 PYTHONPATH. Parts, each with the ceilings measured as the command starts, when the GPU is not yet hot
-(attention_floors.py has the formulas):
+(attention_floors.py has the formulas). Up to `passes`, what is timed is one CUDA graph, launched once:
 
     accuracy      values and gradients of every operation against float64, with their bounds
     attention     forward and backward of the attention of each layer kind, one document of 4,096 to 131,072 tokens

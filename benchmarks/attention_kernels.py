@@ -158,7 +158,7 @@ def indexer(setting: Setting) -> Rows:
         pairs = floors.keys_seen(tokens, 0, ratio, topk)
         moved = 2 * sum(x.numel() * x.element_size() for x in leaves) + 3 * 4 * tokens * topk
         work = Work(3 * 2 * heads * dim * pairs, moved, 2 * dim * pairs)
-        ms = gpu.milliseconds(_with_backward(lambda q, w, k: index_scores(q, w, k, seen, chosen), leaves, grad))  # noqa: B023
+        ms = on_device(_with_backward(lambda q, w, k: index_scores(q, w, k, seen, chosen), leaves, grad))  # noqa: B023
         yield row("chosen scores, forward + backward", tokens, ms, [work], setting.ceilings)
 
 
@@ -194,11 +194,11 @@ def projections(setting: Setting) -> Rows:
         for rows in setting.rows:
             x = setting.random(rows, size_in) if groups == 1 else setting.random(rows, groups, size_in)
             with torch.no_grad():
-                ms, beside = (gpu.milliseconds(lambda f=f: f(x, weight)) for f in (ours, theirs))  # noqa: B023
+                ms, beside = (on_device(lambda f=f: f(x, weight)) for f in (ours, theirs))  # noqa: B023
             work = product(rows, size_in, size_out, groups, out_bytes)
             yield row(f"{name} forward", rows, ms, [work], setting.ceilings, cublas_ms=beside, over_cublas=ms / beside)
         leaves = [x.requires_grad_(), weight]
-        ms, beside = (gpu.milliseconds(_with_backward(f, leaves, torch.randn_like(f(*leaves)))) for f in (ours, theirs))
+        ms, beside = (on_device(_with_backward(f, leaves, torch.randn_like(f(*leaves)))) for f in (ours, theirs))
         work = product(setting.rows[-1], size_in, size_out, groups, out_bytes, passes=3)
         beside = {"cublas_ms": beside, "over_cublas": ms / beside}
         yield row(f"{name} forward + backward", setting.rows[-1], ms, [work], setting.ceilings, **beside)
@@ -246,8 +246,8 @@ def _pass(
 ) -> Rows:
     with torch.no_grad():
         grad = torch.randn_like(function(*leaves))
-        ms = gpu.milliseconds(lambda: function(*leaves))
+        ms = on_device(lambda: function(*leaves))
     yield row(f"{name} forward", tokens, ms, works[:1], setting.ceilings)
     leaves = [x.detach().requires_grad_() for x in leaves]
-    ms = gpu.milliseconds(_with_backward(function, leaves, grad))
+    ms = on_device(_with_backward(function, leaves, grad))
     yield row(f"{name} forward + backward", tokens, ms, works, setting.ceilings)
