@@ -146,6 +146,18 @@ def _load(
 
 
 @gluon.jit
+def _score(query_s, keys_s, full, first: gl.constexpr, turn, zero, layout: gl.constexpr):
+    """[heads, keys]: the query's products with a tile, whose halves are multiplied as they arrive."""
+    scores = gl.zeros([HEADS, BLOCK], gl.float32, layout)
+    for half in gl.static_range(2):
+        mbarrier.wait(full.index(first + half), turn & 1)
+        fence_async_shared()
+        keys = keys_s.index(zero + first + half).permute((1, 0))
+        scores = warpgroup_mma(query_s.index(zero + half), keys, scores, use_acc=half == 1, is_async=True)
+    return warpgroup_mma_wait(0, [scores])
+
+
+@gluon.jit
 def _store(
     out, parts, sums, total, t, head, heads, split, queries, half: gl.constexpr, D: gl.constexpr, SPLITS: gl.constexpr
 ):
@@ -191,19 +203,7 @@ def _first(
                 last = i + 2 * BLOCK >= end
                 # Always 0, which the compiler does not know: else it keeps the operands' addresses in registers.
                 zero = turn >> 30
-                scores = gl.zeros([HEADS, BLOCK], gl.float32, of_scores)
-                mbarrier.wait(full.index(1), turn & 1)
-                mbarrier.wait(full.index(0), turn & 1)
-                fence_async_shared()
-                scores = warpgroup_mma(
-                    query_s.index(zero + 1),
-                    keys_s.index(zero + 1).permute((1, 0)),
-                    scores,
-                    use_acc=False,
-                    is_async=True,
-                )
-                scores = warpgroup_mma(query_s.index(zero), keys_s.index(zero).permute((1, 0)), scores, is_async=True)
-                scores = warpgroup_mma_wait(0, [scores])
+                scores = _score(query_s, keys_s, full, 0, turn, zero, of_scores)
                 barrier()
                 mbarrier.arrive(query_empty, count=1, pred=last)
                 scores = masked(scores, i, place, low, count, W, KIND)
@@ -280,20 +280,7 @@ def _second(
                 zero = turn >> 30
                 scores = gl.zeros([HEADS, BLOCK], gl.float32, of_scores)
                 if more:
-                    mbarrier.wait(full.index(2), second_turn & 1)
-                    mbarrier.wait(full.index(3), second_turn & 1)
-                    fence_async_shared()
-                    scores = warpgroup_mma(
-                        query_s.index(zero),
-                        keys_s.index(zero + 2).permute((1, 0)),
-                        scores,
-                        use_acc=False,
-                        is_async=True,
-                    )
-                    scores = warpgroup_mma(
-                        query_s.index(zero + 1), keys_s.index(zero + 3).permute((1, 0)), scores, is_async=True
-                    )
-                    scores = warpgroup_mma_wait(0, [scores])
+                    scores = _score(query_s, keys_s, full, 2, second_turn, zero, of_scores)
                 barrier()
                 mbarrier.arrive(query_empty, count=1, pred=last)
                 scores = masked(scores, i + BLOCK, place, low, gl.where(more, count, 0), W, KIND)
