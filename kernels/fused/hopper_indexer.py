@@ -193,7 +193,7 @@ def scores(q: Tensor, weights: Tensor, keys: Tensor, out: Tensor, seen: Seen, to
     layout = gl.NVMMASharedLayout(128, 16, 2)
     tiles = -(-width // TILE)
     # Queries enough for an item to be worth its keys, and items enough for all programs; in a ring queries share none.
-    group = 1 if seen.slots else 32 if queries * tiles >= 8192 else 8
+    group = 1 if seen.slots else 32 if queries * tiles >= 32768 else 8
     counts, plan = planned(seen, topk, tiles, group)
     scores_kernel[(programs(plan.numel() - 1, q.device),)](
         TensorDescriptor.from_tensor(q.flatten(0, 1), [64, 128], layout),
