@@ -170,7 +170,7 @@ def project_up(
     _up[(rows.expert.numel() * (inner // columns),)](
         x, described(gate_up, columns, step),
         described(projected, rows.height, columns), described(hidden, rows.height, columns),
-        weights, rows.slot, rows.expert, rows.first, rows.count, limit, depth, inner,
+        weights, rows.slot, rows.expert, rows.first, rows.counts, limit, depth, inner,
         K=k, ROWS=rows.height, COLUMNS=columns, DEPTH=step, BAND=BAND, KEEP=keep, PRECISION=precision(x.dtype),
         num_warps=warps, num_stages=stages, **SAME_BITS,
     )  # fmt: skip
@@ -186,7 +186,7 @@ def rows_times_weights(x: Tensor, weights: Tensor, rows: Rows, transposed: bool,
         x if gathered else described(x, rows.height, step),
         described(weights, *((columns, step) if transposed else (step, columns))),
         described(out, rows.height, columns),
-        rows.slot, rows.expert, rows.first, rows.count, depth, width,
+        rows.slot, rows.expert, rows.first, rows.counts, depth, width,
         K=rows.row.numel() // x.shape[0] if gathered else 1,
         ROWS=rows.height, COLUMNS=columns, DEPTH=step, BAND=BAND, GATHERED=gathered, TRANSPOSED=transposed,
         PRECISION=precision(x.dtype), num_warps=warps, num_stages=stages, **SAME_BITS,
@@ -198,9 +198,7 @@ def combine(x: Tensor, rows: Rows, k: int, dtype: torch.dtype) -> Tensor:
     """Sums [T, N] of rows [P, N] by token."""
     tokens, width = rows.row.numel() // k, x.shape[1]
     out = x.new_empty(tokens, width, dtype=dtype)
-    _combine[(tokens, triton.cdiv(width, CHANNELS))](
-        x, rows.row, out, width, K=k, C=CHANNELS, num_warps=4, **SAME_BITS
-    )
+    _combine[(tokens, triton.cdiv(width, CHANNELS))](x, rows.row, out, width, K=k, C=CHANNELS, num_warps=4, **SAME_BITS)
     return out
 
 

@@ -110,7 +110,7 @@ def _weights_grad(x: Tensor, tokens: Tensor, rows: Rows, like: Tensor, gathered_
     m, n, step = math.gcd(high, most), math.gcd(wide, most), min(rows.height, depth)
     _of_weights[(high // m * (wide // n), experts)](
         described(x, step, n if gathered_first else m), tokens, described(out, m, n),
-        rows.slot, rows.first, rows.count, high, wide, tokens.shape[1],
+        rows.slot, rows.first, rows.counts, high, wide, tokens.shape[1],
         K=rows.row.numel() // tokens.shape[0], HIGH=m, WIDE=n, DEPTH=step, GATHERED_FIRST=gathered_first,
         PRECISION=precision(x.dtype), num_warps=4, num_stages=2 if x.dtype == torch.float32 else 5,
     )  # fmt: skip

@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     row: Tensor  # [T * k]: of a slot
     expert: Tensor  # [P / height]: of a tile; -1 for none
     first: Tensor  # [E]: an expert's first row
-    count: Tensor  # [E]: its slots
+    counts: Tensor  # [E]: its slots
 
 
 @triton.jit
@@ -68,7 +68,9 @@ def _plan(
 
 
 @triton.jit
-def _place(ids, counts, first, slot_of_row, row_of_slot, slots, BLOCK: tl.constexpr, E: tl.constexpr, STEP: tl.constexpr):
+def _place(
+    ids, counts, first, slot_of_row, row_of_slot, slots, BLOCK: tl.constexpr, E: tl.constexpr, STEP: tl.constexpr
+):
     """A slot's row: its expert's first, plus that expert's slots before. Limited by BLOCK comparisons a slot."""
     block, n = tl.program_id(0), tl.arange(0, BLOCK)
     slot = block * BLOCK + n
@@ -100,7 +102,7 @@ def sort_rows(ids: Tensor, experts: int, height: int) -> Rows:
     counts, ids = ints(blocks, width), ids.contiguous()
     _count[(blocks,)](ids, counts, slots, BLOCK=BLOCK, E=width, STEP=min(width, 64), num_warps=8)
     _plan[(1,)](
-        counts, rows.expert, rows.first, rows.count, blocks, experts, tiles,
+        counts, rows.expert, rows.first, rows.counts, blocks, experts, tiles,
         HEIGHT=height, E=width, STEP=TILE // width, num_warps=8,
     )  # fmt: skip
     _place[(blocks,)](ids, counts, rows.first, rows.slot, rows.row, slots, BLOCK=BLOCK, E=width, STEP=32, num_warps=8)

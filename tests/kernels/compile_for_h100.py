@@ -147,7 +147,9 @@ def hopper(kind: int) -> None:
         )
 
 
-def expert_layer(tokens: int, experts: int, hidden: int, inner: int, k: int, dtype: torch.dtype = torch.bfloat16) -> None:
+def expert_layer(
+    tokens: int, experts: int, hidden: int, inner: int, k: int, dtype: torch.dtype = torch.bfloat16
+) -> None:
     """The router after the gate's product, and the experts, forward and backward."""
     logits = meta(tokens, experts, dtype=FP32).requires_grad_()
     chosen = meta(tokens, k, dtype=torch.int64)
