@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import SAME_BITS, STEP, check_dtypes, precision
+from .launch import SAME_BITS, STEP, check_dtypes, multiprocessors, precision
 from .moe_rows import Rows, sort_rows
 
 CHANNELS = 1024  # that a program adds up
@@ -32,18 +32,17 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def locate(expert_of_tile, first, count, across, ROWS: tl.constexpr, BAND: tl.constexpr):
-    """Expert (-1: none), first row and number of the column tile of program `program_id(0)`, of `across` a row tile.
+def _locate(tile, expert_of_tile, first, count, across, ROWS: tl.constexpr, BAND: tl.constexpr):
+    """Expert, first row and number of the column tile of `tile`, of which there are `across` for a tile of rows.
 
-    An expert's programs are neighbours in time, and bands of BAND tiles of rows go across together: each tile of
-    weights is read from memory once for as many rows, and the rows stay in the L2 cache.
+    An expert's tiles are neighbours in time, and bands of BAND tiles of rows go across together: each tile of weights
+    is read from memory once for as many rows, and the rows stay in the L2 cache.
     """
-    tile = tl.program_id(0)
     expert = tl.load(expert_of_tile + tile // across)
-    start, rows = tl.load(first + tl.maximum(expert, 0)), tl.load(count + tl.maximum(expert, 0))
+    start, rows = tl.load(first + expert), tl.load(count + expert)
     tile -= start // ROWS * across
     band = tile // (BAND * across)
-    height = tl.maximum(tl.minimum(tl.cdiv(rows, ROWS) - band * BAND, BAND), 1)  # any, where there is no expert
+    height = tl.minimum(tl.cdiv(rows, ROWS) - band * BAND, BAND)
     inside = tile - band * BAND * across
     return expert, start + (band * BAND + inside % height) * ROWS, inside // height
 
@@ -58,70 +57,72 @@ def clamped(gate, up, limit):
 
 @triton.jit
 def _up(
-    x, gate_up, projected, hidden, weights, slot_of_row, expert_of_tile, first, count, limit, depth, inner,
+    x, gate_up, projected, hidden, weights, slot_of_row, expert_of_tile, first, count, total, limit, depth, inner,
     K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
     KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """hidden = weight * swiglu(gate_up of gathered rows of x); `projected` is what the backward needs, if KEEP.
 
-    Limited by 128 registers of sums a thread (two of 128 by 128 in 8 warps) and 48 KiB of shared memory a stage, so
-    one program a multiprocessor: its epilogue (three stores of 32 KiB) overlaps with nothing, a d/64-th or so of it.
+    Limited by 48 KiB of shared memory and 4.2 MFLOP a step (two tiles of 128 by 128 by 64 in 8 warps, 128 registers of
+    sums a thread), so one program a multiprocessor: loads of its next tile run while it stores three of 32 KiB.
     """
-    expert, row, column = locate(expert_of_tile, first, count, inner // COLUMNS, ROWS, BAND)
-    if expert < 0:
-        return
-    column *= COLUMNS
-    slot = tl.load(slot_of_row + row + tl.arange(0, ROWS))
-    real = slot >= 0
-    at = x + (slot // K).to(tl.int64)[:, None] * depth + tl.arange(0, DEPTH)[None, :]
-    gates = tl.zeros([ROWS, COLUMNS], tl.float32)
-    ups = tl.zeros([ROWS, COLUMNS], tl.float32)
-    gate_row = expert * 2 * inner + column
-    for k in tl.range(0, depth, DEPTH):
-        some = tl.load(at + k, mask=real[:, None], other=0.0)
-        gates = tl.dot(some, tl.trans(gate_up.load([gate_row, k])), gates, input_precision=PRECISION)
-        ups = tl.dot(some, tl.trans(gate_up.load([gate_row + inner, k])), ups, input_precision=PRECISION)
-    gate, up = gates.to(hidden.dtype), ups.to(hidden.dtype)
-    if KEEP:
-        projected.store([row, column], gate)
-        projected.store([row, inner + column], up)
-    weight = tl.load(weights + slot, mask=real, other=0.0)
-    g, sigmoid, u = clamped(gate.to(tl.float32), up.to(tl.float32), limit)
-    hidden.store([row, column], (g * sigmoid * u * weight[:, None]).to(hidden.dtype))
+    across = inner // COLUMNS
+    for tile in tl.range(tl.program_id(0), tl.load(total) * across, tl.num_programs(0), flatten=True):
+        expert, row, number = _locate(tile, expert_of_tile, first, count, across, ROWS, BAND)
+        column = number * COLUMNS
+        slot = tl.load(slot_of_row + row + tl.arange(0, ROWS))
+        real = slot >= 0
+        at = x + (slot // K).to(tl.int64)[:, None] * depth + tl.arange(0, DEPTH)[None, :]
+        gates = tl.zeros([ROWS, COLUMNS], tl.float32)
+        ups = tl.zeros([ROWS, COLUMNS], tl.float32)
+        first_gate = expert * 2 * inner + column
+        for k in tl.range(0, depth, DEPTH):
+            some = tl.load(at + k, mask=real[:, None], other=0.0)
+            gates = tl.dot(some, tl.trans(gate_up.load([first_gate, k])), gates, input_precision=PRECISION)
+            ups = tl.dot(some, tl.trans(gate_up.load([first_gate + inner, k])), ups, input_precision=PRECISION)
+        gate, up = gates.to(hidden.dtype), ups.to(hidden.dtype)
+        if KEEP:
+            projected.store([row, column], gate)
+            projected.store([row, inner + column], up)
+        weight = tl.load(weights + slot, mask=real, other=0.0)
+        g, sigmoid, u = clamped(gate.to(tl.float32), up.to(tl.float32), limit)
+        hidden.store([row, column], (g * sigmoid * u * weight[:, None]).to(hidden.dtype))
 
 
 @triton.jit
 def _rows_times_weights(
-    rows, weights, out, slot_of_row, expert_of_tile, first, count, depth, width,
+    rows, weights, out, slot_of_row, expert_of_tile, first, count, total, depth, width,
     K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
     GATHERED: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [P, width] = rows [P, depth] times an expert's weights: [width, depth] if TRANSPOSED, or [depth, width].
 
     `rows` are described, or those of their tokens in [T, depth] if GATHERED.
-    Limited by the L2 cache: 48 KiB for 4.2 MFLOP of 128 by 256 by 64, 5 TB/s at 450 TFLOP/s. 8 warps, one program a
-    multiprocessor (4 stages of 48 KiB), 128 registers of sums a thread.
+    Limited by the L2 cache: 48 KiB for 4.2 MFLOP of 128 by 256 by 64, 5 TB/s at 450 TFLOP/s. 8 warps, 128 registers of
+    sums a thread, one program a multiprocessor, which stores in halves while it loads its next tile.
     """
-    expert, row, column = locate(expert_of_tile, first, count, width // COLUMNS, ROWS, BAND)
-    if expert < 0:
-        return
-    column *= COLUMNS
-    if GATHERED:
-        slot = tl.load(slot_of_row + row + tl.arange(0, ROWS))
-        at = rows + (slot // K).to(tl.int64)[:, None] * depth + tl.arange(0, DEPTH)[None, :]
-        real = (slot >= 0)[:, None]
-    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in tl.range(0, depth, DEPTH):
+    across = width // COLUMNS
+    for tile in tl.range(tl.program_id(0), tl.load(total) * across, tl.num_programs(0), flatten=True):
+        expert, row, number = _locate(tile, expert_of_tile, first, count, across, ROWS, BAND)
+        column = number * COLUMNS
         if GATHERED:
-            some = tl.load(at + k, mask=real, other=0.0)
-        else:
-            some = rows.load([row, k])
-        if TRANSPOSED:
-            block = tl.trans(weights.load([expert * width + column, k]))
-        else:
-            block = weights.load([expert * depth + k, column])
-        sums = tl.dot(some, block, sums, input_precision=PRECISION)
-    out.store([row, column], sums.to(out.dtype))
+            slot = tl.load(slot_of_row + row + tl.arange(0, ROWS))
+            at = rows + (slot // K).to(tl.int64)[:, None] * depth + tl.arange(0, DEPTH)[None, :]
+            real = (slot >= 0)[:, None]
+        sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in tl.range(0, depth, DEPTH):
+            if GATHERED:
+                some = tl.load(at + k, mask=real, other=0.0)
+            else:
+                some = rows.load([row, k])
+            if TRANSPOSED:
+                block = tl.trans(weights.load([expert * width + column, k]))
+            else:
+                block = weights.load([expert * depth + k, column])
+            sums = tl.dot(some, block, sums, input_precision=PRECISION)
+        left, right = tl.split(tl.permute(tl.reshape(sums, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
+        out.store([row, column], left.to(out.dtype))
+        out.store([row, column + COLUMNS // 2], right.to(out.dtype))
 
 
 @triton.jit
@@ -159,6 +160,12 @@ def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x.flatten(0, -2), [rows, columns])
 
 
+def programs(rows: Rows, across: int, warps: int) -> tuple[int]:
+    """As many as run at once, which then take one tile after another; two of 4 warps share a multiprocessor."""
+    at_once = multiprocessors(rows.slot.device) * (1 if warps == 8 else 2)
+    return (min(rows.expert.numel() * across, at_once),)
+
+
 def project_up(
     x: Tensor, weights: Tensor, gate_up: Tensor, rows: Rows, limit: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -167,10 +174,10 @@ def project_up(
     hidden = x.new_empty(rows.slot.numel(), inner)
     projected = x.new_empty(rows.slot.numel(), 2 * inner) if keep else hidden
     columns, step, warps, stages = tiles(rows.height, inner, depth, x.dtype, results=2)
-    _up[(rows.expert.numel() * (inner // columns),)](
+    _up[programs(rows, inner // columns, warps)](
         x, described(gate_up, columns, step),
         described(projected, rows.height, columns), described(hidden, rows.height, columns),
-        weights, rows.slot, rows.expert, rows.first, rows.counts, limit, depth, inner,
+        weights, rows.slot, rows.expert, rows.first, rows.counts, rows.total, limit, depth, inner,
         K=k, ROWS=rows.height, COLUMNS=columns, DEPTH=step, BAND=BAND, KEEP=keep, PRECISION=precision(x.dtype),
         num_warps=warps, num_stages=stages, **SAME_BITS,
     )  # fmt: skip
@@ -182,11 +189,11 @@ def rows_times_weights(x: Tensor, weights: Tensor, rows: Rows, transposed: bool,
     depth, width = x.shape[1], weights.shape[1 if transposed else 2]
     columns, step, warps, stages = tiles(rows.height, width, depth, x.dtype)
     out = x.new_empty(rows.slot.numel(), width)
-    _rows_times_weights[(rows.expert.numel() * (width // columns),)](
+    _rows_times_weights[programs(rows, width // columns, warps)](
         x if gathered else described(x, rows.height, step),
         described(weights, *((columns, step) if transposed else (step, columns))),
-        described(out, rows.height, columns),
-        rows.slot, rows.expert, rows.first, rows.counts, depth, width,
+        described(out, rows.height, columns // 2),
+        rows.slot, rows.expert, rows.first, rows.counts, rows.total, depth, width,
         K=rows.row.numel() // x.shape[0] if gathered else 1,
         ROWS=rows.height, COLUMNS=columns, DEPTH=step, BAND=BAND, GATHERED=gathered, TRANSPOSED=transposed,
         PRECISION=precision(x.dtype), num_warps=warps, num_stages=stages, **SAME_BITS,

@@ -27,6 +27,7 @@ class Rows(NamedTuple):
     expert: Tensor  # [P / height]: of a tile; -1 for none
     first: Tensor  # [E]: an expert's first row
     counts: Tensor  # [E]: its slots
+    total: Tensor  # [1]: tiles with an expert, which come first
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def _count(ids, counts, slots, BLOCK: tl.constexpr, E: tl.constexpr, STEP: tl.co
 
 @triton.jit
 def _plan(
-    counts, expert, first, count, blocks, experts, tiles,
+    counts, expert, first, count, total, blocks, experts, tiles,
     HEIGHT: tl.constexpr, E: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One program, limited by its steps' latency, of which there are blocks / STEP + tiles / STEP.
@@ -58,13 +59,14 @@ def _plan(
         before += tl.sum(own, 0)
     needed = (before + HEIGHT - 1) // HEIGHT
     ends = tl.cumsum(needed, 0)
-    total = tl.sum(needed, 0)
+    used = tl.sum(needed, 0)
+    tl.store(total, used)
     tl.store(first + e, (ends - needed) * HEIGHT, mask=e < experts)
     tl.store(count + e, before, mask=e < experts)
     for low in tl.range(0, tiles, STEP):
         tile = low + step
         own = tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), 1)
-        tl.store(expert + tile, tl.where(tile < total, own, -1), mask=tile < tiles)
+        tl.store(expert + tile, tl.where(tile < used, own, -1), mask=tile < tiles)
 
 
 @triton.jit
@@ -97,12 +99,12 @@ def sort_rows(ids: Tensor, experts: int, height: int) -> Rows:
     rows = Rows(
         height,
         ids.new_full((tiles * height,), -1, dtype=torch.int32),
-        ints(slots), ints(tiles), ints(experts), ints(experts),
+        ints(slots), ints(tiles), ints(experts), ints(experts), ints(1),
     )  # fmt: skip
     counts, ids = ints(blocks, width), ids.contiguous()
     _count[(blocks,)](ids, counts, slots, BLOCK=BLOCK, E=width, STEP=min(width, 64), num_warps=8)
     _plan[(1,)](
-        counts, rows.expert, rows.first, rows.counts, blocks, experts, tiles,
+        counts, rows.expert, rows.first, rows.counts, rows.total, blocks, experts, tiles,
         HEIGHT=height, E=width, STEP=TILE // width, num_warps=8,
     )  # fmt: skip
     _place[(blocks,)](ids, counts, rows.first, rows.slot, rows.row, slots, BLOCK=BLOCK, E=width, STEP=32, num_warps=8)

@@ -97,7 +97,7 @@ def _route_backward(
 
 
 class Route(torch.autograd.Function):
-    """Ids int64 [T, k] and weights fp32 [T, k] of logits fp32 [T, E], as in `kernels.moe.route`."""
+    """Ids int64, weights fp32 [T, k] of logits fp32 [T, E], as in `kernels.moe.route`; `chosen` ids are below E."""
 
     @staticmethod
     def forward(

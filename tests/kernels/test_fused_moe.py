@@ -108,6 +108,7 @@ def test_rows_are_sorted_stably(tokens: int, k: int, experts: int, height: int):
         slots += own + [-1] * (-len(own) % height)
         owners += [e] * -(-len(own) // height)
     assert rows.slot.tolist() == slots + [-1] * (rows.slot.numel() - len(slots))
+    assert rows.total.tolist() == [len(owners)]
     assert rows.expert.tolist() == owners + [-1] * (rows.expert.numel() - len(owners))
     assert rows.slot[rows.row.long()].tolist() == list(range(tokens * k))
 
