@@ -27,8 +27,8 @@ def _swiglu_backward(
 ):  # fmt: skip
     """hidden [P, I] again, the gradients of the first product [P, 2I] and of the weights [T, k] from that of hidden.
 
-    Limited by memory: 12 I bytes a row in bf16. In the product's epilogue it takes more registers than there are for
-    two programs a multiprocessor, and one would not hide it.
+    Limited by memory: 12 I bytes a row in bf16. A pass of its own, as in the product's epilogue it takes more registers
+    than there are for two programs a multiprocessor.
     """
     row = tl.program_id(0) * R
     if tl.load(expert_of_tile + row // HEIGHT) < 0:
@@ -57,16 +57,16 @@ def _swiglu_backward(
 
 
 @triton.jit
-def _of_weights(
+def _rows_times_tokens(
     rows, tokens, out, slot_of_row, first, count, high, wide, token_width,
     K: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, DEPTH: tl.constexpr, GATHERED_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[e] [high, wide]: an expert's rows [P, ..] transposed times its gathered tokens [T, token_width], or the
-    other way around if GATHERED_FIRST; zeros for an expert without rows.
+    """out[e] [high, wide], a gradient of weights: an expert's rows [P, high], transposed, times its gathered tokens
+    [T, wide]; or its tokens [T, high] times its rows [P, wide] if GATHERED_FIRST. Zeros for an expert without rows.
 
     Limited by short sums (384 rows of an expert are 6 steps) and the tile's store: so 128 by 128 in 4 warps, two
-    programs a multiprocessor, as above. Operands lie with their sums' axis outside, which wgmma takes in bf16.
+    programs a multiprocessor. Operands lie with their sums' axis outside, which wgmma takes in bf16.
     """
     tile, expert = tl.program_id(0), tl.program_id(1)
     across = wide // WIDE
@@ -108,7 +108,7 @@ def _weights_grad(x: Tensor, tokens: Tensor, rows: Rows, like: Tensor, gathered_
     out = torch.empty_like(like)
     most, depth = (64, 32) if x.dtype == torch.float32 else (128, 64)
     m, n, step = math.gcd(high, most), math.gcd(wide, most), min(rows.height, depth)
-    _of_weights[(high // m * (wide // n), experts)](
+    _rows_times_tokens[(high // m * (wide // n), experts)](
         described(x, step, n if gathered_first else m), tokens, described(out, m, n),
         rows.slot, rows.first, rows.counts, high, wide, tokens.shape[1],
         K=rows.row.numel() // tokens.shape[0], HIGH=m, WIDE=n, DEPTH=step, GATHERED_FIRST=gathered_first,
