@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .project import LANES, project
+from .dispatch import fused
+from .project import LANES, project, project_wide
 from .upcast import upcast
 
 
@@ -17,6 +18,10 @@ def route(
     [T, k] (hash layers, replay), where a row that holds -1 falls back to the learned choice. Weights never see the
     bias: s / (sum of the chosen s + 1e-20) * scaling; with replayed ids they are recomputed, so the gate gets gradient.
     """
+    if fused(x):
+        from .fused.router import Route
+
+        return Route.apply(project_wide(x, gate), bias, chosen, topk, scaling)  # pyright: ignore[reportReturnType]
     logits = project(upcast(x), upcast(gate))
     if chosen is None or bool((chosen < 0).any()):
         scores = _affinity(logits.detach())
@@ -49,6 +54,11 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
     and all between the two products is fp32, as in DeepSeek's code. Tokens are sorted by expert (stably), each expert
     with tokens does two products in x's dtype. Returns fp32.
     """
+    if fused(x):
+        from .fused.moe import Experts
+
+        keep = torch.is_grad_enabled() and any(a.requires_grad for a in (x, weights, gate_up, down))
+        return Experts.apply(x, ids, weights, gate_up, down, limit, keep)  # pyright: ignore[reportReturnType]
     return reference_experts(x, ids, weights, gate_up, down, limit)
 
 

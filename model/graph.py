@@ -12,9 +12,9 @@ class DecodeGraph:
     """The step of a cache's B requests, with the bits of the step itself, whatever the requests' lengths.
 
     `step` decodes the next token of each request, given `inputs` [B, ...], and updates `cache`; it asks the device for
-    nothing. So `lambda tokens: model.decode(tokens, cache).hidden` will do where no module of the model asks: the
-    reference of the experts (kernels/moe.py) does. The step runs once before it is recorded, to compile kernels and to
-    allocate; what that writes into the cache is overwritten by each request's next token.
+    nothing. So `lambda tokens: model.decode(tokens, cache).hidden` will do with the Triton kernels; the reference of
+    the experts (kernels/moe.py) asks. The step runs once before it is recorded, to compile kernels and to allocate;
+    what that writes into the cache is overwritten by each request's next token.
 
     The lengths are read from `cache.length`: between two replays requests may be rolled back, cleared or extended, all
     in place. A request that has ended gets a token at every replay too: clear it again before the cache is full.

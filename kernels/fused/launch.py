@@ -30,6 +30,12 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; where kernels are interpreted, any number."""
+    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def next_power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 

@@ -9,6 +9,7 @@ from ..dispatch import VARIABLE
 from .attention import HEAD_DIM, SPLIT
 from .indexer import HEADS
 from .launch import STEP, is_hopper, is_width
+from .router import EXPERTS, TOPK
 
 CSA = "compressed_sparse_attention"
 
@@ -40,6 +41,8 @@ def _limits(config: Any, device: torch.device) -> Iterator[tuple[str, Any, bool,
         sizes["index_n_heads"] = c.index_n_heads
     for key, size in sizes.items():
         yield key, size, size % STEP == 0, f"a multiple of {STEP}"
+    yield "n_routed_experts", c.n_routed_experts, c.n_routed_experts <= EXPERTS, f"up to {EXPERTS}"
+    yield "num_experts_per_tok", c.num_experts_per_tok, c.num_experts_per_tok <= TOPK, f"up to {TOPK}"
     if sparse:
         yield "index_n_heads", c.index_n_heads, c.index_n_heads <= HEADS, f"up to {HEADS}"
         yield "index_topk", c.index_topk, c.index_topk <= SPLIT, f"up to {SPLIT}"

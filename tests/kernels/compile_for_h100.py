@@ -34,7 +34,9 @@ from amalgam.kernels.fused import (
     hopper_rows,
     indexer,
     linear,
+    moe,
     norm,
+    router,
 )
 from amalgam.kernels.fused.attention import attend_forward
 from amalgam.kernels.fused.attention_backward import attend_backward
@@ -146,6 +148,19 @@ def hopper(kind: int) -> None:
         )
 
 
+def expert_layer(
+    tokens: int, experts: int, hidden: int, inner: int, k: int, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """The router after the gate's product, and the experts, forward and backward."""
+    logits = meta(tokens, experts, dtype=FP32).requires_grad_()
+    chosen = meta(tokens, k, dtype=torch.int64)
+    ids, weights = router.Route.apply(logits, meta(experts, dtype=FP32), chosen, k, 1.5)  # pyright: ignore
+    x = meta(tokens, hidden, dtype=dtype).requires_grad_()
+    gate_up = meta(experts, 2 * inner, hidden, dtype=dtype).requires_grad_()
+    down = meta(experts, hidden, inner, dtype=dtype).requires_grad_()
+    backward(moe.Experts.apply(x, ids, weights, gate_up, down, 10.0, True))
+
+
 def hopper_scores() -> None:
     q, keys, weights = meta(TOKENS, 64, 128), meta(TOKENS // 4, 128), meta(TOKENS, 64, dtype=FP32)
     out = meta(TOKENS, TOKENS // 4, dtype=FP32)
@@ -184,6 +199,11 @@ CASES: dict[str, Callable[[], None]] = {
     "compress, HCA": lambda: compressed(128, 512, 512, "full"),
     "indexer": indexed,
     "indexer, fp32": lambda: indexed(FP32),
+    "experts, Flash": lambda: expert_layer(16384, 256, 4096, 2048, 6),
+    "experts, 128 of 768": lambda: expert_layer(16384, 128, 2048, 768, 8),
+    "experts, 64 rows": lambda: expert_layer(2048, 256, 4096, 2048, 6),
+    "experts, decoding": lambda: expert_layer(32, 256, 4096, 2048, 6),
+    "experts, fp32": lambda: expert_layer(16384, 256, 4096, 2048, 6, FP32),
     "hopper, window": lambda: hopper(0),
     "hopper, HCA": lambda: hopper(1),
     "hopper, CSA": lambda: hopper(2),

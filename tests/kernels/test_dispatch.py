@@ -21,7 +21,7 @@ import sys
 sys.modules["triton"] = None
 import os, torch
 from amalgam.errors import UserError
-from amalgam.kernels import attention, compress, indexer, norm, project, rope
+from amalgam.kernels import attention, compress, indexer, moe, norm, project, rope
 weight = torch.randn(8, 16)
 project.project(torch.randn(4, 16), weight)
 os.environ["AMALGAM_KERNELS"] = "triton"
@@ -73,6 +73,9 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"hidden_size": 40}, "hidden_size: 40 (a multiple of 16)"),
         ({"o_lora_rank": 8}, "o_lora_rank: 8 (a multiple of 16)"),
         ({"num_attention_heads": 4, "o_groups": 8}, "num_attention_heads * head_dim / o_groups: 8 (a multiple of 16)"),
+        ({"moe_intermediate_size": 40}, "moe_intermediate_size: 40 (a multiple of 16)"),
+        ({"n_routed_experts": 2048}, "n_routed_experts: 2048 (up to 1024)"),
+        ({"n_routed_experts": 64, "num_experts_per_tok": 48}, "num_experts_per_tok: 48 (up to 32)"),
         ({"n_routed_experts": 6, "vocab_size": 500}, "n_routed_experts: 6 (a multiple of 16); vocab_size: 500 (a mul"),
     ],
 )

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amalgam.model import DeepseekV4
 from amalgam.model.graph import DecodeGraph
-from amalgam.model.layout import Chunk, chunk, step
+from amalgam.model.layout import Chunk, chunk
 
 from .. import tiny
 
@@ -68,11 +68,10 @@ def test_a_step_asks_for_nothing_and_has_one_shape(model: DeepseekV4, monkeypatc
     monkeypatch.setenv("AMALGAM_KERNELS", "triton")
     traces = []
     for lengths in ([27, 0, 6], [2, 12, 9], [29, 3, 29]):
-        cache, x = filled(model, lengths), torch.randn(3, 32)
+        cache, tokens = filled(model, lengths), torch.randint(512, (3,))
+        cache.longest = cache.capacity - 1
         with Trace() as trace:
-            place = step(cache.length, cache.capacity - 1, **model.places(cache))
-            through(model, x, place, cache)
-            cache.advance(place.lengths, place.most)
+            model.decode(tokens, cache)
         assert cache.length.tolist() == [n + 1 for n in lengths]
         traces.append(trace.operations)
     assert len(traces[0]) > 100
@@ -81,7 +80,7 @@ def test_a_step_asks_for_nothing_and_has_one_shape(model: DeepseekV4, monkeypatc
 
 @torch.no_grad()
 def test_what_asks_is_seen(model: DeepseekV4):
-    """The chunk of any lengths asks, and so does the reference of the experts."""
+    """The chunk of any lengths asks, and so does the reference of the experts, which runs here."""
     cache = filled(model, [3, 4])
     with Trace(), pytest.raises(Asked):
         chunk(torch.arange(3), cache.length, **model.places(cache))
