@@ -18,26 +18,41 @@ from .launch import STEP, check_dtypes, precision
 
 
 @triton.jit
+def tile_place(tile, down, across, GROUP: tl.constexpr):
+    """Row and column, in tiles, of a tile of a result. Neighbours in time share weights and rows in the L2 cache: GROUP
+    tiles of rows go across together."""
+    band = tile // (GROUP * across)
+    height = tl.minimum(down - band * GROUP, GROUP)
+    return band * GROUP + tile % (GROUP * across) % height, tile % (GROUP * across) // height
+
+
+@triton.jit
+def tile_product(
+    x, weight, row, x_column, column, depth,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x[row:, x_column:] times weight[column:]ᵀ over `depth` channels, in fp32."""
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in tl.range(0, depth, DEPTH):
+        some = x.load([row, x_column + k])
+        sums = tl.dot(some, tl.trans(weight.load([column, k])), sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
 def _linear(
     x, weight, y, rows, depth, out,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y[:, g * out:] = x[:, g * depth:] times weight[g * out:]ᵀ of group g, the grid's second axis."""
-    tile, g = tl.program_id(0), tl.program_id(1)
-    down, across = tl.cdiv(rows, ROWS), tl.cdiv(out, COLUMNS)
-    # Neighbours in time share weights and rows in the L2 cache: GROUP tiles of rows go across together.
-    band = tile // (GROUP * across)
-    height = tl.minimum(down - band * GROUP, GROUP)
-    row = (band * GROUP + tile % (GROUP * across) % height) * ROWS
-    column = tile % (GROUP * across) // height * COLUMNS
-    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in tl.range(0, depth, DEPTH):
-        some = x.load([row, g * depth + k])
-        sums = tl.dot(some, tl.trans(weight.load([g * out + column, k])), sums, input_precision=PRECISION)
-    y.store([row, g * out + column], sums.to(y.dtype))
+    g = tl.program_id(1)
+    down, across = tile_place(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(out, COLUMNS), GROUP)
+    row, column = down * ROWS, g * out + across * COLUMNS
+    sums = tile_product(x, weight, row, g * depth, column, depth, ROWS, COLUMNS, DEPTH, PRECISION)
+    y.store([row, column], sums.to(y.dtype))
 
 
-def _tiles(rows: int, out: int, depth: int, dtype: torch.dtype, wide: bool) -> tuple[int, int, int, int, int]:
+def tiles(rows: int, out: int, depth: int, dtype: torch.dtype, wide: bool) -> tuple[int, int, int, int, int]:
     """ROWS, COLUMNS, DEPTH, warps, stages. Powers of two; COLUMNS and DEPTH divide `out` and `depth`."""
     step = math.gcd(depth, 64 if dtype == torch.bfloat16 else 32)
     if dtype == torch.float32:
@@ -64,7 +79,7 @@ def multiply(x: Tensor, weight: Tensor, groups: int = 1, wide: bool = False) -> 
     y = x.new_empty(rows, groups * out, dtype=torch.float32 if wide else x.dtype)
     if rows == 0:
         return y
-    height, columns, step, warps, stages = _tiles(rows, out, depth, x.dtype, wide)
+    height, columns, step, warps, stages = tiles(rows, out, depth, x.dtype, wide)
     _linear[(triton.cdiv(rows, height) * (out // columns), groups)](
         TensorDescriptor.from_tensor(x.contiguous(), [height, step]),
         TensorDescriptor.from_tensor(weight.contiguous(), [columns, step]),

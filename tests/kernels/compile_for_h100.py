@@ -34,6 +34,7 @@ from amalgam.kernels.fused import (
     hopper_rows,
     indexer,
     linear,
+    losses,
     norm,
 )
 from amalgam.kernels.fused.attention import attend_forward
@@ -45,6 +46,7 @@ FP32 = torch.float32
 TOKENS = 4096
 HEADS, WIDTH, WINDOW, TOPK = 64, 512, 128, 512  # of attention
 NARROW = 256  # the widest heads of the kernels for any GPU
+VOCABULARY = 129_280
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -123,6 +125,21 @@ def backward(result: Any) -> None:
     result.backward(torch.empty_like(result))
 
 
+def token_loss(head: torch.dtype = torch.bfloat16) -> None:
+    """Forward and backward."""
+    hidden, weight = meta(TOKENS, 4096).requires_grad_(), meta(VOCABULARY, 4096, dtype=head).requires_grad_()
+    scores = losses.TokenLoss.apply(hidden, weight, meta(TOKENS, dtype=torch.int64), 0.7)
+    torch.autograd.backward(scores, [torch.empty_like(x) for x in scores])
+
+
+def divergence(kind: str) -> None:
+    """Forward and backward, from four teachers, two of them wider."""
+    hidden, weight = meta(TOKENS, 4096).requires_grad_(), meta(VOCABULARY, 4096).requires_grad_()
+    heads = {i: meta(VOCABULARY, width) for i, width in enumerate((4096, 4096, 7168, 7168))}
+    teachers = losses.sorted_by_teacher(meta(TOKENS, 7168), heads, meta(TOKENS, dtype=torch.int64))
+    backward(losses.Divergence.apply(hidden, weight, teachers, kind))
+
+
 def hopper(kind: int) -> None:
     """The Gluon kernels, forward and backward; their descriptors name their layouts, which the calls give them."""
     q, rows, entries = meta(TOKENS, HEADS, WIDTH), meta(TOKENS, WIDTH), meta(TOKENS // 4, WIDTH)
@@ -183,6 +200,11 @@ CASES: dict[str, Callable[[], None]] = {
     "compress, HCA": lambda: compressed(128, 512, 512, "full"),
     "indexer": indexed,
     "indexer, fp32": lambda: indexed(FP32),
+    "loss, tokens": token_loss,
+    "loss, tokens, fp32 head": lambda: token_loss(FP32),
+    "loss, reverse KL": lambda: divergence("reverse"),
+    "loss, forward KL": lambda: divergence("forward"),
+    "loss, Jensen-Shannon": lambda: divergence("jensen_shannon"),
     "hopper, window": lambda: hopper(0),
     "hopper, HCA": lambda: hopper(1),
     "hopper, CSA": lambda: hopper(2),

@@ -1,0 +1,253 @@
+"""Triton kernels on a piece of logits: what a token's loss needs to know of its row, and the logits' gradients.
+
+A piece is [T, columns] of logits [T, V] in fp32. A program takes `BLOCK` columns of one row, and one more program merges
+a row's blocks. Blocks begin at multiples of `BLOCK`, so bits depend neither on pieces nor on other tokens. What is known
+of parts of a vocabulary, one on each rank, would merge alike: all their blocks side by side before the one merge.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import SAME_BITS, next_power
+
+BLOCK = 2048  # columns
+PIECE = 1 << 27  # bytes; of BLOCK columns or more
+# What a row is measured for: the log-prob of its target with the entropy, or a divergence from a teacher.
+TOKENS, REVERSE, FORWARD, MIXED = (tl.constexpr(kind) for kind in range(4))
+
+
+@triton.jit
+def _half_log_ratio(d):
+    """log(p / m) / 2 with m = (p + q) / 2, from d = log(p / q)."""
+    return 0.5 * (0.6931471805599453 - tl.maximum(-d, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(d))))
+
+
+@triton.jit
+def _load_block(logits, row, at, columns, known):
+    """0 where there is nothing."""
+    return tl.load(logits + row.to(tl.int64) * columns + at, mask=(at < columns) & known, other=0.0)
+
+
+@triton.jit
+def _highest(x, there):
+    """The maximum, and exp(x - maximum)."""
+    most = tl.max(tl.where(there, x, float("-inf")))
+    return most, tl.where(there, tl.exp(x - most), 0.0)
+
+
+@triton.jit
+def _measure(
+    student, teacher, place, taught, targets, picked, parts, columns, first, count, scale,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """parts [3 or 5, T, count] of one row and block: the logits' maximum m, l = sum of e = exp(x - m), and the sum of
+    e (x - m), for the entropy. Against a teacher: m, l, the sum of e ((x - m) - (y - n)), and y's own maximum n and sum.
+
+    With FORWARD, x is the teacher and y the student. A token's row of the teacher's logits is at its `place`, and is
+    there if that is below `taught`. Also picks the logit of the row's target, where it is in the block.
+    """
+    row, block = tl.program_id(0), tl.program_id(1)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    there = at < columns
+    x = _load_block(student, row, at, columns, True) * scale
+    step = tl.num_programs(0).to(tl.int64) * count
+    parts += row.to(tl.int64) * count + first // BLOCK + block
+    if KIND == TOKENS:
+        m, e = _highest(x, there)
+        ratio = x - m
+        target = tl.load(targets + row) - first
+        if (target >= block * BLOCK) & (target < block * BLOCK + BLOCK):
+            tl.store(picked + row, tl.load(student + row.to(tl.int64) * columns + target) * scale)
+    else:
+        other = tl.load(place + row)
+        y = _load_block(teacher, other, at, columns, other < tl.load(taught))
+        if KIND == FORWARD:
+            x, y = y, x
+        m, e = _highest(x, there)
+        n, f = _highest(y, there)
+        ratio = (x - m) - (y - n)
+        tl.store(parts + 3 * step, n)
+        tl.store(parts + 4 * step, tl.sum(f))
+    tl.store(parts, m)
+    tl.store(parts + step, tl.sum(e))
+    tl.store(parts + 2 * step, tl.sum(e * ratio))
+
+
+@triton.jit
+def _merge(
+    parts, picked, place, taught, lse, other_lse, value, entropy, count, KIND: tl.constexpr, WIDTH: tl.constexpr
+):
+    """A row's blocks as one: log of its sum of exponentials (of x and of y), and what was asked for."""
+    row = tl.program_id(0)
+    step = tl.num_programs(0).to(tl.int64) * count
+    at = tl.arange(0, WIDTH)
+    there = at < count
+    parts += row.to(tl.int64) * count + at
+    m = tl.load(parts, mask=there, other=float("-inf"))
+    most = tl.max(m)
+    d = tl.where(there, m - most, 0.0)
+    weight = tl.exp(d)
+    part = tl.load(parts + step, mask=there, other=0.0)
+    total = tl.sum(weight * part)
+    tl.store(lse + row, most + tl.log(total))
+    cross = tl.load(parts + 2 * step, mask=there, other=0.0)
+    if KIND == TOKENS:
+        tl.store(value + row, tl.load(picked + row) - most - tl.log(total))
+        tl.store(entropy + row, tl.log(total) - tl.sum(weight * (cross + part * d)) / total)
+    else:
+        n = tl.load(parts + 3 * step, mask=there, other=float("-inf"))
+        highest = tl.max(n)
+        f = tl.where(there, n - highest, 0.0)
+        other = tl.sum(tl.exp(f) * tl.load(parts + 4 * step, mask=there, other=0.0))
+        tl.store(other_lse + row, highest + tl.log(other))
+        divergence = tl.sum(weight * (cross + part * (d - f))) / total - tl.log(total) + tl.log(other)
+        tl.store(value + row, tl.where(tl.load(place + row) < tl.load(taught), divergence, 0.0))
+
+
+@triton.jit
+def _mix(student, teacher, place, taught, lse, other_lse, parts, columns, first, count, BLOCK: tl.constexpr):
+    """parts [2, T, count] of one row and block: the sums of p log(p / m) / 2 and of q log(q / m) / 2."""
+    row, block = tl.program_id(0), tl.program_id(1)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    other = tl.load(place + row)
+    known = other < tl.load(taught)
+    x = _load_block(student, row, at, columns, True) - tl.load(lse + row)
+    y = _load_block(teacher, other, at, columns, known) - tl.load(other_lse + row)
+    there = (at < columns) & known
+    parts += row.to(tl.int64) * count + first // BLOCK + block
+    tl.store(parts, tl.sum(tl.where(there, tl.exp(x) * _half_log_ratio(x - y), 0.0)))
+    parts += tl.num_programs(0).to(tl.int64) * count
+    tl.store(parts, tl.sum(tl.where(there, tl.exp(y) * _half_log_ratio(y - x), 0.0)))
+
+
+@triton.jit
+def _add_mixed(parts, value, half, count, WIDTH: tl.constexpr):
+    row, at = tl.program_id(0), tl.arange(0, WIDTH)
+    parts += row.to(tl.int64) * count + at
+    own = tl.sum(tl.load(parts, mask=at < count, other=0.0))
+    parts += tl.num_programs(0).to(tl.int64) * count
+    tl.store(half + row, own)
+    tl.store(value + row, own + tl.sum(tl.load(parts, mask=at < count, other=0.0)))
+
+
+@triton.jit
+def _gradient(
+    student, teacher, place, taught, targets, lse, other_lse, value, grad, of_entropy, out, columns, first, scale,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = the gradient of one row's logits in one block; `value` is the entropy, the divergence, or its first half."""
+    row, block = tl.program_id(0), tl.program_id(1)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    x = _load_block(student, row, at, columns, True) * scale - tl.load(lse + row)
+    p, g = tl.exp(x), tl.load(grad + row)
+    if KIND == TOKENS:
+        target = tl.load(targets + row) - first
+        found = g * (tl.where(at == target, 1.0, 0.0) - p) - tl.load(of_entropy + row) * p * (x + tl.load(value + row))
+    else:
+        other = tl.load(place + row)
+        known = other < tl.load(taught)
+        y = _load_block(teacher, other, at, columns, known) - tl.load(other_lse + row)
+        if KIND == REVERSE:
+            found = p * (x - y - tl.load(value + row))
+        elif KIND == FORWARD:
+            found = p - tl.exp(y)
+        else:
+            found = p * (_half_log_ratio(x - y) - tl.load(value + row))
+        found = tl.where(known, g * found, 0.0)
+    to = out + row.to(tl.int64) * columns + at
+    tl.store(to, (found * scale).to(out.dtype.element_ty), mask=at < columns)
+
+
+def pieces(rows: int, columns: int) -> Iterator[slice]:
+    """Of the vocabulary, in multiples of BLOCK; none where there are no rows."""
+    size = max(PIECE // (4 * max(rows, 1)) // BLOCK, 1) * BLOCK
+    for first in range(0, columns if rows else 0, size):
+        yield slice(first, min(first + size, columns))
+
+
+class Against(NamedTuple):
+    """What T rows are measured against; a kernel does not read the tensors of another kind."""
+
+    kind: tl.constexpr
+    targets: Tensor  # int64 [T]
+    place: Tensor  # int32 [T]: the row of a token's teacher in the teacher's logits ...
+    taught: Tensor  # int32 [1]: ... and how many of these there are: a token with a place behind them has no teacher
+    scale: float = 1.0  # of the student's logits; 1 against a teacher
+
+
+class Measured(NamedTuple):
+    """fp32 [T] each: what is asked for, and what the gradient needs beside it."""
+
+    value: Tensor  # the log-prob, or the divergence
+    second: Tensor  # the entropy; of a MIXED divergence, the sum of p log(p / m) / 2
+    lse: Tensor
+    teacher_lse: Tensor
+
+
+class Parts:
+    """Rows of a vocabulary, measured one piece after the other."""
+
+    def __init__(self, against: Against, vocabulary: int):
+        self.against, self.count = against, triton.cdiv(vocabulary, BLOCK)
+        rows = against.targets.shape[0]
+        self.parts = against.targets.new_empty(5, rows, self.count, dtype=torch.float32)
+        self.picked = self.parts.new_empty(rows)
+
+    def measure(self, first: int, student: Tensor, teacher: Tensor) -> None:
+        """The piece that begins at column `first`, a multiple of BLOCK."""
+        kind, targets, place, taught, scale = self.against
+        _measure[_grid(student)](
+            student, teacher, place, taught, targets, self.picked, self.parts, student.shape[1], first, self.count,
+            scale, KIND=REVERSE if kind == MIXED else kind, BLOCK=BLOCK, **SAME_BITS,
+        )  # fmt: skip
+
+    def merged(self) -> Measured:
+        kind, _, place, taught, _ = self.against
+        result = Measured(*(torch.empty_like(self.picked) for _ in Measured._fields))
+        value, second, x, y = result
+        if kind == FORWARD:
+            x, y = y, x
+        if value.numel():
+            _merge[(value.numel(),)](
+                self.parts, self.picked, place, taught, x, y, value, second, self.count,
+                KIND=REVERSE if kind == MIXED else kind, WIDTH=next_power(self.count), num_warps=1, **SAME_BITS,
+            )  # fmt: skip
+        return result
+
+    def mix(self, first: int, student: Tensor, teacher: Tensor, measured: Measured) -> None:
+        """The same piece again, when both normalizers are known."""
+        _mix[_grid(student)](
+            student, teacher, self.against.place, self.against.taught, measured.lse, measured.teacher_lse, self.parts,
+            student.shape[1], first, self.count, BLOCK=BLOCK, **SAME_BITS,
+        )  # fmt: skip
+
+    def add_mixed(self, measured: Measured) -> None:
+        if measured.value.numel():
+            _add_mixed[(measured.value.numel(),)](
+                self.parts, measured.value, measured.second, self.count, WIDTH=next_power(self.count), num_warps=1,
+                **SAME_BITS,
+            )  # fmt: skip
+
+
+def gradient(
+    against: Against, measured: Measured, grads: tuple[Tensor, ...], first: int, student: Tensor, teacher: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Of the piece's logits, in `dtype`, from those of the values (and of the entropies)."""
+    kind, targets, place, taught, scale = against
+    out = torch.empty_like(student, dtype=dtype)
+    _gradient[_grid(student)](
+        student, teacher, place, taught, targets, measured.lse, measured.teacher_lse,
+        measured.value if kind == REVERSE else measured.second, grads[0], grads[-1], out, student.shape[1], first, scale,
+        KIND=kind, BLOCK=BLOCK,
+    )  # fmt: skip
+    return out
+
+
+def _grid(logits: Tensor) -> tuple[int, int]:
+    return logits.shape[0], triton.cdiv(logits.shape[1], BLOCK)
