@@ -18,8 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import vocabulary
 from .launch import SAME_BITS, precision
-from .linear import check, multiply, tile_place, tile_product, tiles
-from .vocabulary import Against, Measured, Parts, pieces
+from .linear import check, multiply, store_wide, tile_place, tile_product, tiles
+from .vocabulary import Against, Measured, Parts, gradient, pieces
 
 KINDS = {"reverse": vocabulary.REVERSE, "forward": vocabulary.FORWARD, "jensen_shannon": vocabulary.MIXED}
 
@@ -31,13 +31,12 @@ def _teacher_logits(
 ):  # fmt: skip
     """y[spans[teacher] : spans[teacher + 1]] = those rows of x times weightᵀ; a grid for all rows, most may be none."""
     start, end = tl.load(spans + teacher), tl.load(spans + teacher + 1)
-    rows_of, across = tl.cdiv(end - start, ROWS), tl.cdiv(out, COLUMNS)
-    if tl.program_id(0) < rows_of * across:
-        down, right = tile_place(tl.program_id(0), rows_of, across, GROUP)
+    rows, across = tl.cdiv(end - start, ROWS), tl.cdiv(out, COLUMNS)
+    if tl.program_id(0) < rows * across:
+        down, right = tile_place(tl.program_id(0), rows, across, GROUP)
         row, column = start + down * ROWS, right * COLUMNS
         sums = tile_product(x, weight, row, 0, column, depth, ROWS, COLUMNS, DEPTH, PRECISION)
-        r, c = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
-        tl.store(y + r.to(tl.int64) * out + c, sums, mask=(r < end) & (c < out))
+        store_wide(y, sums, row, column, end, out, out, ROWS, COLUMNS)
 
 
 class Teachers(NamedTuple):
@@ -55,7 +54,7 @@ class Teachers(NamedTuple):
         for i, head in enumerate(self.heads):
             weight, depth = head[columns].to(dtype), head.shape[1]
             check(self.hidden, weight, 1)
-            height, width, step, warps, stages = tiles(rows, out, depth, dtype, wide=True)
+            height, width, step, warps, stages = tiles(rows, out, depth, dtype)
             x = TensorDescriptor(self.hidden, [rows, depth], list(self.hidden.stride()), [height, step])
             _teacher_logits[(triton.cdiv(rows, height) * triton.cdiv(out, width),)](
                 x, TensorDescriptor.from_tensor(weight, [width, step]), y, self.spans, i, depth, out,
@@ -97,10 +96,8 @@ class TokenLoss(torch.autograd.Function):
         hidden, head, *fields = ctx.saved_tensors
         grads = tuple(grad.contiguous() for grad in grads)
 
-        def of_piece(columns: slice) -> Tensor:
-            logits = _logits(hidden, head, columns)
-            of_logits = vocabulary.gradient
-            return of_logits(ctx.against, Measured(*fields), grads, columns.start, logits, logits, hidden.dtype)
+        def of_piece(columns: slice, weight: Tensor) -> Tensor:
+            return gradient(ctx.against, Measured(*fields), grads, columns.start, hidden, weight)
 
         return *_gradients(hidden, head, of_piece, ctx.needs_input_grad), None, None
 
@@ -132,9 +129,9 @@ class Divergence(torch.autograd.Function):
         hidden, head, *fields = ctx.saved_tensors
         grad = grads[0].contiguous()
 
-        def of_piece(columns: slice) -> Tensor:
-            both = _logits(hidden, head, columns), ctx.teachers.logits(columns)
-            return vocabulary.gradient(ctx.against, Measured(*fields), (grad,), columns.start, *both, hidden.dtype)
+        def of_piece(columns: slice, weight: Tensor) -> Tensor:
+            teacher = ctx.teachers.logits(columns)
+            return gradient(ctx.against, Measured(*fields), (grad,), columns.start, hidden, weight, teacher)
 
         return *_gradients(hidden, head, of_piece, ctx.needs_input_grad), None, None
 
@@ -156,23 +153,23 @@ def _logits(hidden: Tensor, head: Tensor, columns: slice) -> Tensor:
 
 
 def _gradients(
-    hidden: Tensor, head: Tensor, of_piece: Callable[[slice], Tensor], wanted: tuple[bool, ...]
+    hidden: Tensor, head: Tensor, of_piece: Callable[[slice, Tensor], Tensor], wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of hidden states and head, where wanted; of_piece(columns) is the one of those logits, in hidden's dtype."""
+    """Of hidden states and head, where wanted; of_piece(columns, those of the head) is the one of their logits."""
     sums = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
     of_head = (torch.empty_like if hidden.shape[0] else torch.zeros_like)(head) if wanted[1] else None
+
+    def add(columns: slice) -> None:
+        weight = head[columns].to(hidden.dtype)
+        grad = of_piece(columns, weight)
+        if sums is not None:
+            _multiply_into(sums, grad, weight, beta=1)
+        if of_head is not None:
+            _multiply_into(of_head[columns], grad.t(), hidden, beta=0)
+
     for columns in pieces(hidden.shape[0], head.shape[0]):
-        _add_products(of_piece(columns), hidden, head, columns, sums, of_head)
+        add(columns)
     return None if sums is None else sums.to(hidden.dtype), of_head
-
-
-def _add_products(
-    grad: Tensor, hidden: Tensor, head: Tensor, columns: slice, of_hidden: Tensor | None, of_head: Tensor | None
-) -> None:
-    if of_hidden is not None:
-        _multiply_into(of_hidden, grad, head[columns].to(hidden.dtype), beta=1)
-    if of_head is not None:
-        _multiply_into(of_head[columns], grad.t(), hidden, beta=0)
 
 
 def _multiply_into(out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:

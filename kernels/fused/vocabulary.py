@@ -12,8 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import SAME_BITS, next_power
+from .launch import SAME_BITS, next_power, precision
+from .linear import tile_place, tile_product, tiles
 
 BLOCK = 2048  # columns
 PIECE = 1 << 27  # bytes; of BLOCK columns or more
@@ -137,30 +139,37 @@ def _add_mixed(parts, value, half, count, WIDTH: tl.constexpr):
 
 @triton.jit
 def _gradient(
-    student, teacher, place, taught, targets, lse, other_lse, value, grad, of_entropy, out, columns, first, scale,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
+    hidden, weight, out, teacher, place, taught, targets, lse, teacher_lse, value, grad, of_entropy,
+    rows, depth, columns, first, scale, KIND: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = the gradient of one row's logits in one block; `value` is the entropy, the divergence, or its first half."""
-    row, block = tl.program_id(0), tl.program_id(1)
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    x = _load_block(student, row, at, columns, True) * scale - tl.load(lse + row)
-    p, g = tl.exp(x), tl.load(grad + row)
+    """out [T, columns] = the gradient of the logits hidden weightᵀ. `value`: entropy, KL(p || q), `Measured.second`."""
+    down, right = tile_place(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
+    row, column = down * ROWS, right * COLUMNS
+    sums = tile_product(hidden, weight, row, 0, column, depth, ROWS, COLUMNS, DEPTH, PRECISION)
+    r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)[None, :]
+    x = sums * scale - tl.load(lse + r, mask=r < rows, other=0.0)[:, None]
+    known = tl.load(value + r, mask=r < rows, other=0.0)[:, None]
+    g = tl.load(grad + r, mask=r < rows, other=0.0)
     if KIND == TOKENS:
-        target = tl.load(targets + row) - first
-        found = g * (tl.where(at == target, 1.0, 0.0) - p) - tl.load(of_entropy + row) * p * (x + tl.load(value + row))
+        target = tl.load(targets + r, mask=r < rows, other=-1) - first
+        of_second = tl.load(of_entropy + r, mask=r < rows, other=0.0)[:, None]
+        p = tl.exp(x)
+        found = g[:, None] * (tl.where(c == target[:, None], 1.0, 0.0) - p) - of_second * p * (x + known)
     else:
-        other = tl.load(place + row)
-        known = other < tl.load(taught)
-        y = _load_block(teacher, other, at, columns, known) - tl.load(other_lse + row)
+        other = tl.load(place + r, mask=r < rows, other=2**30)
+        there = other < tl.load(taught)
+        at = teacher + other.to(tl.int64)[:, None] * columns + c
+        y = tl.load(at, mask=there[:, None] & (c < columns), other=0.0)
+        y -= tl.load(teacher_lse + r, mask=there, other=0.0)[:, None]
         if KIND == REVERSE:
-            found = p * (x - y - tl.load(value + row))
+            found = tl.exp(x) * (x - y - known)
         elif KIND == FORWARD:
-            found = p - tl.exp(y)
+            found = tl.exp(x) - tl.exp(y)
         else:
-            found = p * (_half_log_ratio(x - y) - tl.load(value + row))
-        found = tl.where(known, g * found, 0.0)
-    to = out + row.to(tl.int64) * columns + at
-    tl.store(to, (found * scale).to(out.dtype.element_ty), mask=at < columns)
+            found = tl.exp(x) * (_half_log_ratio(x - y) - known)
+        found = tl.where(there, g, 0.0)[:, None] * found
+    out.store([row, column], (found * scale).to(out.dtype))
 
 
 def pieces(rows: int, columns: int) -> Iterator[slice]:
@@ -235,16 +244,22 @@ class Parts:
 
 
 def gradient(
-    against: Against, measured: Measured, grads: tuple[Tensor, ...], first: int, student: Tensor, teacher: Tensor,
-    dtype: torch.dtype,
+    against: Against, measured: Measured, grads: tuple[Tensor, ...], first: int,
+    hidden: Tensor, weight: Tensor, teacher: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Of the piece's logits, in `dtype`, from those of the values (and of the entropies)."""
+    """[T, columns] in hidden's dtype: of the logits that begin at column `first`, from the values' (and entropies')."""
     kind, targets, place, taught, scale = against
-    out = torch.empty_like(student, dtype=dtype)
-    _gradient[_grid(student)](
-        student, teacher, place, taught, targets, measured.lse, measured.teacher_lse,
-        measured.value if kind == REVERSE else measured.second, grads[0], grads[-1], out, student.shape[1], first, scale,
-        KIND=kind, BLOCK=BLOCK,
+    (rows, depth), columns = hidden.shape, weight.shape[0]
+    out = hidden.new_empty(rows, columns)
+    height, width, step, warps, stages = tiles(rows, columns, depth, hidden.dtype)
+    _gradient[(triton.cdiv(rows, height) * triton.cdiv(columns, width),)](
+        TensorDescriptor.from_tensor(hidden.contiguous(), [height, step]),
+        TensorDescriptor.from_tensor(weight, [width, step]), TensorDescriptor.from_tensor(out, [height, width]),
+        out if teacher is None else teacher, place, taught, targets, measured.lse, measured.teacher_lse,
+        measured.value if kind == REVERSE else measured.second, grads[0], grads[-1],
+        rows, depth, columns, first, scale, KIND=kind,
+        ROWS=height, COLUMNS=width, DEPTH=step, GROUP=8, PRECISION=precision(hidden.dtype),
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 
