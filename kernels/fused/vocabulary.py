@@ -138,26 +138,22 @@ def _add_mixed(parts, value, half, count, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _gradient(
-    hidden, weight, out, teacher, place, taught, targets, lse, teacher_lse, value, grad, of_entropy,
-    rows, depth, columns, first, scale, KIND: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+def _gradient_of(
+    logits, r, c, teacher, place, taught, targets, lse, teacher_lse, value, grad, of_entropy,
+    rows, columns, first, scale, KIND: tl.constexpr,
 ):  # fmt: skip
-    """out [T, columns] = the gradient of the logits hidden weightᵀ. `value`: entropy, KL(p || q), `Measured.second`."""
-    down, right = tile_place(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
-    row, column = down * ROWS, right * COLUMNS
-    sums = tile_product(hidden, weight, row, 0, column, depth, ROWS, COLUMNS, DEPTH, PRECISION)
-    r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)[None, :]
-    x = sums * scale - tl.load(lse + r, mask=r < rows, other=0.0)[:, None]
-    known = tl.load(value + r, mask=r < rows, other=0.0)[:, None]
-    g = tl.load(grad + r, mask=r < rows, other=0.0)
+    """Of a tile of logits, at rows r and columns c of the piece that begins at `first`."""
+    within = r < rows
+    x = logits * scale - tl.load(lse + r, mask=within, other=0.0)[:, None]
+    known = tl.load(value + r, mask=within, other=0.0)[:, None]
+    g = tl.load(grad + r, mask=within, other=0.0)
     if KIND == TOKENS:
-        target = tl.load(targets + r, mask=r < rows, other=-1) - first
-        of_second = tl.load(of_entropy + r, mask=r < rows, other=0.0)[:, None]
+        target = tl.load(targets + r, mask=within, other=-1) - first
+        of_second = tl.load(of_entropy + r, mask=within, other=0.0)[:, None]
         p = tl.exp(x)
         found = g[:, None] * (tl.where(c == target[:, None], 1.0, 0.0) - p) - of_second * p * (x + known)
     else:
-        other = tl.load(place + r, mask=r < rows, other=2**30)
+        other = tl.load(place + r, mask=within, other=2**30)
         there = other < tl.load(taught)
         at = teacher + other.to(tl.int64)[:, None] * columns + c
         y = tl.load(at, mask=there[:, None] & (c < columns), other=0.0)
@@ -169,7 +165,30 @@ def _gradient(
         else:
             found = tl.exp(x) * (_half_log_ratio(x - y) - known)
         found = tl.where(there, g, 0.0)[:, None] * found
-    out.store([row, column], (found * scale).to(out.dtype))
+    return found * scale
+
+
+@triton.jit
+def _gradient(
+    hidden, weight, out, teacher, place, taught, targets, lse, teacher_lse, value, grad, of_entropy,
+    rows, depth, columns, first, scale, KIND: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [T, columns] = the gradient of the logits hidden weightᵀ. `value`: entropy, KL(p || q), `Measured.second`."""
+    down, right = tile_place(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
+    row, column = down * ROWS, right * COLUMNS
+    sums = tile_product(hidden, weight, row, 0, column, depth, ROWS, COLUMNS, DEPTH, PRECISION)
+    # One half after the other: there are not enough registers for what both need.
+    HALF: tl.constexpr = COLUMNS // 2
+    some, others = tl.split(tl.permute(tl.reshape(sums, [ROWS, 2, HALF]), [0, 2, 1]))
+    r = row + tl.arange(0, ROWS)
+    for half in tl.static_range(2):
+        at = column + half * HALF
+        found = _gradient_of(
+            some if half == 0 else others, r, at + tl.arange(0, HALF)[None, :], teacher, place, taught, targets,
+            lse, teacher_lse, value, grad, of_entropy, rows, columns, first, scale, KIND,
+        )  # fmt: skip
+        out.store([row, at], found.to(out.dtype))
 
 
 def pieces(rows: int, columns: int) -> Iterator[slice]:
@@ -254,7 +273,7 @@ def gradient(
     height, width, step, warps, stages = tiles(rows, columns, depth, hidden.dtype)
     _gradient[(triton.cdiv(rows, height) * triton.cdiv(columns, width),)](
         TensorDescriptor.from_tensor(hidden.contiguous(), [height, step]),
-        TensorDescriptor.from_tensor(weight, [width, step]), TensorDescriptor.from_tensor(out, [height, width]),
+        TensorDescriptor.from_tensor(weight, [width, step]), TensorDescriptor.from_tensor(out, [height, width // 2]),
         out if teacher is None else teacher, place, taught, targets, measured.lse, measured.teacher_lse,
         measured.value if kind == REVERSE else measured.second, grads[0], grads[-1],
         rows, depth, columns, first, scale, KIND=kind,
