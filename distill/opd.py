@@ -4,7 +4,6 @@ Source: paper 5.1, eq. 29. Our choices: a plain mean over all response tokens of
 """
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..kernels.losses import divergence

@@ -1,7 +1,7 @@
 """Losses over the vocabulary, from hidden states and a head, in pieces that never hold [T, vocabulary] at once.
 
-Logits are fp32: hidden states and head are upcast. On a GPU their products are exact and summed up in fp32, where a head
-in fp32 counts with what it rounds to in hidden's dtype. There are no sampling masks: nothing records any.
+Logits are fp32: hidden states and head are upcast. On a GPU they are multiplied in hidden's dtype, to which a head in
+fp32 is rounded first, with sums in fp32. There are no sampling masks, as nothing records them.
 """
 
 import math
@@ -35,15 +35,18 @@ def logits(hidden: Tensor, head: Tensor) -> Tensor:
     return project(upcast(hidden), upcast(head))
 
 
-def token_scores(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenScores:
+def token_scores(
+    hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0, *, keep: bool = False
+) -> TokenScores:
     """log p(targets), and the entropy of p = softmax(hidden head^T / temperature).
 
-    hidden [T, d], head [V, d] in hidden's dtype or fp32, targets int64 [T] in [0, V).
+    hidden [T, d], head [V, d] in hidden's dtype or fp32, targets int64 [T] in [0, V). `keep`, on a GPU, holds logits
+    [T, V] in hidden's dtype for the backward, which needs 2 products then, and 3 without.
     """
     if fused(hidden):
         from .fused.losses import TokenLoss
 
-        return TokenScores(*TokenLoss.apply(hidden, head, targets, temperature))  # pyright: ignore
+        return TokenScores(*TokenLoss.apply(hidden, head, targets, temperature, keep))  # pyright: ignore
 
     def piece(h: Tensor, t: Tensor) -> Tensor:
         logprobs = _log_softmax(h, head, temperature)
@@ -93,20 +96,26 @@ def divergence(
     teacher_heads: Mapping[int, Tensor],
     teacher: Tensor,
     kind: Kind = "reverse",
+    *,
+    keep: bool = False,
 ) -> Tensor:
-    """fp32 [T]: how far the student's distribution p of each token is from its teacher's q, over the whole vocabulary.
+    """fp32 [T]: how far each token's distribution p is from its teacher's, q, over the whole vocabulary.
 
-    Student hidden [T, d] and head [V, d] as in `token_scores`. `teacher` int64 [T] says whose head of `teacher_heads`
-    [V, d'] a token's teacher_hidden goes with; they may differ in d', and a row of teacher_hidden [T, widest d'] begins
-    with its own. -1 stands for no teacher, and 0; the NaN of another number without a head shows itself. Kinds: "reverse" KL(p || q), sum_v p_v (log p_v -
-    log q_v), which OPD minimizes (paper 5.1, eq. 29; the sampled prefix is fixed); "forward" KL(q || p);
-    "jensen_shannon" with m = (p + q) / 2, (KL(p || m) + KL(q || m)) / 2. Gradients go to the student alone.
+    Student hidden [T, d] and head [V, d] as in `token_scores`. `teacher` int64 [T] says which of `teacher_heads`, each
+    [V, d'], goes with the first d' numbers of a token's row of teacher_hidden [T, widest d']. -1 is no teacher, and 0;
+    any other number without a head gives NaN. Kinds:
+
+        reverse           KL(p || q) = sum_v p_v (log p_v - log q_v): OPD's (paper 5.1, eq. 29; the prefix is fixed)
+        forward           KL(q || p)
+        jensen_shannon    (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2
+
+    Gradients go to the student alone. `keep` as in `token_scores`, but of student and teacher: 2 products, not 4.
     """
     if fused(hidden):
         from .fused.losses import Divergence, sorted_by_teacher
 
         teachers = sorted_by_teacher(teacher_hidden.to(hidden.dtype), teacher_heads, teacher)
-        result: Tensor = Divergence.apply(hidden, head, teachers, kind)  # pyright: ignore[reportAssignmentType]
+        result: Tensor = Divergence.apply(hidden, head, teachers, kind, keep)  # pyright: ignore[reportAssignmentType]
     else:
         result = upcast(hidden).new_zeros(hidden.shape[0])
         for index, teacher_head in teacher_heads.items():

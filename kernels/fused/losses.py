@@ -1,13 +1,13 @@
 """Losses over the vocabulary from hidden states: products with the head in pieces, `vocabulary`'s kernels on each.
 
-A piece is the logits of all T tokens for some columns of the vocabulary, as many as `PIECE` bytes hold. It comes from the
-product that decoding uses, and is measured as the sampler's logits are, so that log-probs have the same bits. The
-backward computes each piece again, turns it into its gradient, and multiplies twice (cuBLAS). Pieces are of columns and
-not of tokens, because then the head's gradient, the largest of all, is written once and never added to: only the one of
-T hidden states is summed up over pieces, in fp32.
+A piece is the logits of all T tokens for some columns of the vocabulary, as many as `PIECE` bytes hold. It comes from
+the product that decoding uses, and is measured as the sampler's logits are, so that log-probs have the same bits. The
+backward computes each piece again, in a product that ends with the logits' gradient, or finds it kept, and multiplies
+twice (cuBLAS). Pieces are of columns and not of tokens: so the head's gradient, the largest of all, is written once and
+never added to, and only the one of T hidden states is summed up over pieces, in order, in fp32.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import vocabulary
 from .launch import SAME_BITS, precision
 from .linear import check, multiply, store_wide, tile_place, tile_product, tiles
-from .vocabulary import Against, Measured, Parts, gradient, pieces
+from .vocabulary import Against, Measured, Parts, gradient, gradient_of_kept, pieces
 
 KINDS = {"reverse": vocabulary.REVERSE, "forward": vocabulary.FORWARD, "jensen_shannon": vocabulary.MIXED}
 
@@ -80,60 +80,50 @@ class TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, keep: bool
     ) -> tuple[Tensor, Tensor]:
-        against = Against(vocabulary.TOKENS, targets.contiguous(), targets, targets, 1 / temperature)
-        parts = Parts(against, head.shape[0])
+        ctx.against = Against(vocabulary.TOKENS, targets.contiguous(), targets, targets, 1 / temperature)
+        parts, kept = Parts(ctx.against, head.shape[0]), []
         for columns in pieces(hidden.shape[0], head.shape[0]):
-            _measure_tokens(parts, columns.start, _logits(hidden, head, columns))
+            kept += _measure_tokens(
+                parts, columns.start, _logits(hidden, head, columns), hidden.dtype if keep else None
+            )
         measured = parts.merged()
-        ctx.save_for_backward(hidden, head, *measured)
-        ctx.against = against
+        ctx.teachers = None
+        ctx.save_for_backward(hidden, head, *measured, parts.parts if keep else None, *kept)
         return measured.value, measured.second
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, head, *fields = ctx.saved_tensors
-        grads = tuple(grad.contiguous() for grad in grads)
-
-        def of_piece(columns: slice, weight: Tensor) -> Tensor:
-            return gradient(ctx.against, Measured(*fields), grads, columns.start, hidden, weight)
-
-        return *_gradients(hidden, head, of_piece, ctx.needs_input_grad), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, grads), None, None, None
 
 
 class Divergence(torch.autograd.Function):
     """fp32 [T]: of the student's distributions from its teachers', by `KINDS`; teachers take no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, teachers: Teachers, kind: str) -> Tensor:
-        against = Against(KINDS[kind], teachers.place, teachers.place, teachers.spans[-1:])
-        parts = Parts(against, head.shape[0])
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, teachers: Teachers, kind: str, keep: bool) -> Tensor:
+        ctx.against = Against(KINDS[kind], teachers.place, teachers.place, teachers.spans[-1:])
+        parts, kept = Parts(ctx.against, head.shape[0]), []
 
         def both(columns: slice) -> tuple[int, Tensor, Tensor]:
             return columns.start, _logits(hidden, head, columns), teachers.logits(columns)
 
         for columns in pieces(hidden.shape[0], head.shape[0]):
-            parts.measure(*both(columns))
+            kept += parts.measure(*both(columns), hidden.dtype if keep else None)
         measured = parts.merged()
         if kind == "jensen_shannon":
+            sums = Parts(ctx.against, head.shape[0])
             for columns in pieces(hidden.shape[0], head.shape[0]):
-                parts.mix(*both(columns), measured)
-            parts.add_mixed(measured)
-        ctx.save_for_backward(hidden, head, *measured)
-        ctx.against, ctx.teachers = against, teachers
+                sums.mix(*both(columns), measured)
+            sums.add_mixed(measured)
+        ctx.teachers = teachers
+        ctx.save_for_backward(hidden, head, *measured, parts.parts if keep else None, *kept)
         return measured.value
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, head, *fields = ctx.saved_tensors
-        grad = grads[0].contiguous()
-
-        def of_piece(columns: slice, weight: Tensor) -> Tensor:
-            teacher = ctx.teachers.logits(columns)
-            return gradient(ctx.against, Measured(*fields), (grad,), columns.start, hidden, weight, teacher)
-
-        return *_gradients(hidden, head, of_piece, ctx.needs_input_grad), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, grads), None, None, None
 
 
 def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
@@ -144,32 +134,38 @@ def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tenso
     return parts.merged().value
 
 
-def _measure_tokens(parts: Parts, first: int, logits: Tensor) -> None:
-    parts.measure(first, logits, logits)
+def _measure_tokens(parts: Parts, first: int, logits: Tensor, keep: torch.dtype | None = None) -> list[Tensor]:
+    return parts.measure(first, logits, logits, keep)
 
 
 def _logits(hidden: Tensor, head: Tensor, columns: slice) -> Tensor:
     return multiply(hidden, head[columns].to(hidden.dtype), wide=True)
 
 
-def _gradients(
-    hidden: Tensor, head: Tensor, of_piece: Callable[[slice, Tensor], Tensor], wanted: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of hidden states and head, where wanted; of_piece(columns, those of the head) is the one of their logits."""
-    sums = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
-    of_head = (torch.empty_like if hidden.shape[0] else torch.zeros_like)(head) if wanted[1] else None
+def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """Of hidden states and head, where they are wanted."""
+    hidden, head, *fields = ctx.saved_tensors
+    measured, parts, kept = Measured(*fields[:4]), fields[4], fields[5:]
+    grads, each = tuple(grad.contiguous() for grad in grads), 1 if ctx.teachers is None else 2
+    of_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+    of_head = (torch.empty_like if hidden.shape[0] else torch.zeros_like)(head) if ctx.needs_input_grad[1] else None
 
-    def add(columns: slice) -> None:
+    def add(i: int, columns: slice) -> None:
         weight = head[columns].to(hidden.dtype)
-        grad = of_piece(columns, weight)
-        if sums is not None:
-            _multiply_into(sums, grad, weight, beta=1)
+        if kept:
+            own = kept[i * each : (i + 1) * each]
+            grad = gradient_of_kept(ctx.against, measured, parts, grads, columns.start, own)
+        else:
+            teacher = None if ctx.teachers is None else ctx.teachers.logits(columns)
+            grad = gradient(ctx.against, measured, grads, columns.start, hidden, weight, teacher)
+        if of_hidden is not None:
+            _multiply_into(of_hidden, grad, weight, beta=1)
         if of_head is not None:
             _multiply_into(of_head[columns], grad.t(), hidden, beta=0)
 
-    for columns in pieces(hidden.shape[0], head.shape[0]):
-        add(columns)
-    return None if sums is None else sums.to(hidden.dtype), of_head
+    for i, columns in enumerate(pieces(hidden.shape[0], head.shape[0])):
+        add(i, columns)
+    return None if of_hidden is None else of_hidden.to(hidden.dtype), of_head
 
 
 def _multiply_into(out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:

@@ -1,11 +1,13 @@
 """Triton kernels on a piece of logits: what a token's loss needs to know of its row, and the logits' gradients.
 
-A piece is [T, columns] of logits [T, V] in fp32. A program takes `BLOCK` columns of one row, and one more program merges
-a row's blocks. Blocks begin at multiples of `BLOCK`, so bits depend neither on pieces nor on other tokens. What is known
-of parts of a vocabulary, one on each rank, would merge alike: all their blocks side by side before the one merge.
+A piece is [T, columns] of logits [T, V] in fp32. A program takes `BLOCK` columns of one row, and one more merges the
+row's blocks. They begin at multiples of `BLOCK`, so that bits depend neither on pieces nor on other tokens.
+
+A vocabulary spread over ranks is not built. Blocks of all ranks, side by side, would merge alike; the logit of the target
+and hidden's gradient are sums over ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,14 +46,15 @@ def _highest(x, there):
 
 @triton.jit
 def _measure(
-    student, teacher, place, taught, targets, picked, parts, columns, first, count, scale,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
+    student, teacher, place, taught, targets, picked, parts, kept, teacher_kept, columns, first, count, scale,
+    KIND: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """parts [3 or 5, T, count] of one row and block: the logits' maximum m, l = sum of e = exp(x - m), and the sum of
-    e (x - m), for the entropy. Against a teacher: m, l, the sum of e ((x - m) - (y - n)), and y's own maximum n and sum.
+    """parts [3 or 5, T, count] of one row and block: the logits' maximum m, the sum of e = exp(x - m), and the sum of
+    e (x - m), for the entropy; against a teacher, of e ((x - m) - (y - n)), then y's own maximum n and its sum.
 
     With FORWARD, x is the teacher and y the student. A token's row of the teacher's logits is at its `place`, and is
-    there if that is below `taught`. Also picks the logit of the row's target, where it is in the block.
+    there if that is below `taught`. Also picks the logit of the row's target, where it is in the block, and keeps x - m
+    and y - n: rounded, what counts most, next to the maximum, is the most exact.
     """
     row, block = tl.program_id(0), tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -75,6 +78,12 @@ def _measure(
         ratio = (x - m) - (y - n)
         tl.store(parts + 3 * step, n)
         tl.store(parts + 4 * step, tl.sum(f))
+        if KEEP:
+            to = (kept if KIND == FORWARD else teacher_kept) + row.to(tl.int64) * columns + at
+            tl.store(to, (y - n).to(kept.dtype.element_ty), mask=there)
+    if KEEP:
+        to = (teacher_kept if KIND == FORWARD else kept) + row.to(tl.int64) * columns + at
+        tl.store(to, (x - m).to(kept.dtype.element_ty), mask=there)
     tl.store(parts, m)
     tl.store(parts + step, tl.sum(e))
     tl.store(parts + 2 * step, tl.sum(e * ratio))
@@ -138,13 +147,11 @@ def _add_mixed(parts, value, half, count, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _gradient_of(
-    logits, r, c, teacher, place, taught, targets, lse, teacher_lse, value, grad, of_entropy,
-    rows, columns, first, scale, KIND: tl.constexpr,
-):  # fmt: skip
-    """Of a tile of logits, at rows r and columns c of the piece that begins at `first`."""
-    within = r < rows
-    x = logits * scale - tl.load(lse + r, mask=within, other=0.0)[:, None]
+def _gradient_of(x, y, r, c, there, targets, value, grad, of_entropy, within, first, KIND: tl.constexpr):
+    """Of a tile of logits, from log p and log q, at rows r and columns c of the piece that begins at `first`.
+
+    Rows have a teacher if `there`. `value`: the entropy, KL(p || q), or `Measured.second`.
+    """
     known = tl.load(value + r, mask=within, other=0.0)[:, None]
     g = tl.load(grad + r, mask=within, other=0.0)
     if KIND == TOKENS:
@@ -153,11 +160,6 @@ def _gradient_of(
         p = tl.exp(x)
         found = g[:, None] * (tl.where(c == target[:, None], 1.0, 0.0) - p) - of_second * p * (x + known)
     else:
-        other = tl.load(place + r, mask=within, other=2**30)
-        there = other < tl.load(taught)
-        at = teacher + other.to(tl.int64)[:, None] * columns + c
-        y = tl.load(at, mask=there[:, None] & (c < columns), other=0.0)
-        y -= tl.load(teacher_lse + r, mask=there, other=0.0)[:, None]
         if KIND == REVERSE:
             found = tl.exp(x) * (x - y - known)
         elif KIND == FORWARD:
@@ -165,7 +167,7 @@ def _gradient_of(
         else:
             found = tl.exp(x) * (_half_log_ratio(x - y) - known)
         found = tl.where(there, g, 0.0)[:, None] * found
-    return found * scale
+    return found
 
 
 @triton.jit
@@ -174,7 +176,7 @@ def _gradient(
     rows, depth, columns, first, scale, KIND: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [T, columns] = the gradient of the logits hidden weightᵀ. `value`: entropy, KL(p || q), `Measured.second`."""
+    """out [T, columns] = the gradient of the logits hidden weightᵀ."""
     down, right = tile_place(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
     row, column = down * ROWS, right * COLUMNS
     sums = tile_product(hidden, weight, row, 0, column, depth, ROWS, COLUMNS, DEPTH, PRECISION)
@@ -183,12 +185,42 @@ def _gradient(
     some, others = tl.split(tl.permute(tl.reshape(sums, [ROWS, 2, HALF]), [0, 2, 1]))
     r = row + tl.arange(0, ROWS)
     for half in tl.static_range(2):
-        at = column + half * HALF
-        found = _gradient_of(
-            some if half == 0 else others, r, at + tl.arange(0, HALF)[None, :], teacher, place, taught, targets,
-            lse, teacher_lse, value, grad, of_entropy, rows, columns, first, scale, KIND,
-        )  # fmt: skip
-        out.store([row, at], found.to(out.dtype))
+        c, within = column + half * HALF + tl.arange(0, HALF)[None, :], r < rows
+        x = (some if half == 0 else others) * scale - tl.load(lse + r, mask=within, other=0.0)[:, None]
+        if KIND == TOKENS:
+            y, there = x, within
+        else:
+            other = tl.load(place + r, mask=within, other=2**30)
+            there = other < tl.load(taught)
+            at = teacher + other.to(tl.int64)[:, None] * columns + c
+            y = tl.load(at, mask=there[:, None] & (c < columns), other=0.0)
+            y -= tl.load(teacher_lse + r, mask=there, other=0.0)[:, None]
+        found = _gradient_of(x, y, r, c, there, targets, value, grad, of_entropy, within, first, KIND)
+        out.store([row, column + half * HALF], (found * scale).to(out.dtype))
+
+
+@triton.jit
+def _gradient_of_kept(
+    kept, teacher_kept, parts, out, place, taught, targets, lse, teacher_lse, value, grad, of_entropy,
+    rows, columns, first, count, scale, KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same of one row and block, from what `_measure` kept of both."""
+    r, block = tl.program_id(0) + tl.arange(0, 1), tl.program_id(1)
+    c = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    at = r.to(tl.int64)[:, None] * columns + c
+    parts += r.to(tl.int64) * count + first // BLOCK + block
+    own, others = parts, parts + 3 * rows.to(tl.int64) * count
+    if KIND == FORWARD:
+        own, others = others, own
+    x = tl.load(kept + at, mask=c < columns, other=0.0).to(tl.float32) + (tl.load(own) - tl.load(lse + r))[:, None]
+    if KIND == TOKENS:
+        y, there = x, r < rows
+    else:
+        there = tl.load(place + r) < tl.load(taught)
+        y = tl.load(teacher_kept + at, mask=c < columns, other=0.0).to(tl.float32)
+        y += (tl.load(others) - tl.load(teacher_lse + r))[:, None]
+    found = _gradient_of(x, y, r, c, there, targets, value, grad, of_entropy, r < rows, first, KIND)
+    tl.store(out + at, (found * scale).to(out.dtype.element_ty), mask=c < columns)
 
 
 def pieces(rows: int, columns: int) -> Iterator[slice]:
@@ -226,13 +258,16 @@ class Parts:
         self.parts = against.targets.new_empty(5, rows, self.count, dtype=torch.float32)
         self.picked = self.parts.new_empty(rows)
 
-    def measure(self, first: int, student: Tensor, teacher: Tensor) -> None:
-        """The piece that begins at column `first`, a multiple of BLOCK."""
+    def measure(self, first: int, student: Tensor, teacher: Tensor, keep: torch.dtype | None = None) -> list[Tensor]:
+        """The piece that begins at column `first`, a multiple of BLOCK. Returns what it keeps, in the dtype `keep`."""
         kind, targets, place, taught, scale = self.against
+        kept = [torch.empty_like(student, dtype=keep) for _ in range(1 if kind == TOKENS else 2)] if keep else []
         _measure[_grid(student)](
-            student, teacher, place, taught, targets, self.picked, self.parts, student.shape[1], first, self.count,
-            scale, KIND=REVERSE if kind == MIXED else kind, BLOCK=BLOCK, **SAME_BITS,
+            student, teacher, place, taught, targets, self.picked, self.parts, *(kept or [student])[:1],
+            *(kept or [student])[-1:], student.shape[1], first, self.count, scale,
+            KIND=REVERSE if kind == MIXED else kind, KEEP=bool(kept), BLOCK=BLOCK, **SAME_BITS,
         )  # fmt: skip
+        return kept
 
     def merged(self) -> Measured:
         kind, _, place, taught, _ = self.against
@@ -283,5 +318,19 @@ def gradient(
     return out
 
 
+def gradient_of_kept(
+    against: Against, measured: Measured, parts: Tensor, grads: tuple[Tensor, ...], first: int, kept: Sequence[Tensor]
+) -> Tensor:
+    """The same from what `Parts.measure` kept, in its dtype, and from the parts."""
+    kind, targets, place, taught, scale = against
+    out, (rows, columns) = torch.empty_like(kept[0]), kept[0].shape
+    _gradient_of_kept[_grid(out)](
+        kept[0], kept[-1], parts, out, place, taught, targets, measured.lse, measured.teacher_lse,
+        measured.value if kind == REVERSE else measured.second, grads[0], grads[-1],
+        rows, columns, first, parts.shape[2], scale, KIND=kind, BLOCK=BLOCK,
+    )  # fmt: skip
+    return out
+
+
 def _grid(logits: Tensor) -> tuple[int, int]:
-    return logits.shape[0], triton.cdiv(logits.shape[1], BLOCK)
+    return logits.shape[0], -(-logits.shape[1] // BLOCK)

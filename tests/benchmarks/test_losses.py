@@ -35,7 +35,7 @@ def test_it_measures_what_it_says(bench, capsys):
     assert found["log-prob"]["met"] is False and found["reverse KL, 1 teacher"]["met"] is True
     assert found["log-prob"]["extra_gib"] == pytest.approx(0.25, abs=1e-4)
     checked = [row for row in rows if "errors" in row]
-    assert len(checked) == 6 and all(row["met"] for row in checked)
+    assert len(checked) == 8 and all(row["met"] for row in checked)
     assert json.dumps(rows, allow_nan=False)
     bench.command.show(rows)
     assert "25 ms, 0.3 GiB: MISSED" in capsys.readouterr().out
