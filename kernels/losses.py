@@ -85,7 +85,9 @@ def packed_logprobs(
     ahead = min(ahead, tokens.shape[0])
     scores = token_logprobs(hidden[: tokens.shape[0] - ahead], head, tokens[ahead:], temperature)
     cu = cu_seqlens.long()
-    place = torch.arange(tokens.shape[0], device=tokens.device) - torch.repeat_interleave(cu[:-1], cu.diff())
+    place = torch.arange(tokens.shape[0], device=tokens.device) - torch.repeat_interleave(
+        cu[:-1], cu.diff(), output_size=tokens.shape[0]
+    )
     return F.pad(scores, (ahead, 0)).masked_fill(place < ahead, 0.0)
 
 
@@ -103,7 +105,7 @@ def divergence(
 
     Student hidden [T, d] and head [V, d] as in `token_scores`. `teacher` int64 [T] says which of `teacher_heads`, each
     [V, d'], goes with the first d' numbers of a token's row of teacher_hidden [T, widest d']. -1 is no teacher, and 0;
-    any other number without a head gives NaN. Kinds:
+    any other number without a head gives NaN. ValueError for a head of another shape. Kinds:
 
         reverse           KL(p || q) = sum_v p_v (log p_v - log q_v): OPD's (paper 5.1, eq. 29; the prefix is fixed)
         forward           KL(q || p)
@@ -111,6 +113,10 @@ def divergence(
 
     Gradients go to the student alone. `keep` as in `token_scores`, but of student and teacher: 2 products, not 4.
     """
+    for index, other in teacher_heads.items():
+        if other.shape[0] != head.shape[0] or other.shape[1] > teacher_hidden.shape[1]:
+            want = f"[{head.shape[0]}, up to {teacher_hidden.shape[1]}]"
+            raise ValueError(f"teacher {index}: a head of {list(other.shape)}; want {want}")
     if fused(hidden):
         from .fused.losses import Divergence, sorted_by_teacher
 

@@ -65,6 +65,7 @@ class Teachers(NamedTuple):
 
 
 def sorted_by_teacher(hidden: Tensor, heads: Mapping[int, Tensor], teacher: Tensor) -> Teachers:
+    """Of teachers' hidden [T, widest d'] and heads by number, each token's number in `teacher` int64 [T]."""
     number = torch.full_like(teacher, len(heads))
     for i, key in enumerate(heads):
         number = number.masked_fill(teacher == key, i)
@@ -127,7 +128,7 @@ class Divergence(torch.autograd.Function):
 
 
 def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """`TokenScores`' log-probs, bit for bit, from all the logits fp32 [B, V] of its rows."""
+    """`TokenLoss`'s log-probs, bit for bit, from all the logits fp32 [B, V] of its rows."""
     parts = Parts(Against(vocabulary.TOKENS, tokens.contiguous(), tokens, tokens, 1 / temperature), logits.shape[1])
     if logits.shape[0]:
         _measure_tokens(parts, 0, logits.contiguous())

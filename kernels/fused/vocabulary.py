@@ -3,8 +3,8 @@
 A piece is [T, columns] of logits [T, V] in fp32. A program takes `BLOCK` columns of one row, and one more merges the
 row's blocks. They begin at multiples of `BLOCK`, so that bits depend neither on pieces nor on other tokens.
 
-A vocabulary spread over ranks is not built. Blocks of all ranks, side by side, would merge alike; the logit of the target
-and hidden's gradient are sums over ranks.
+A vocabulary spread over ranks is not built. Blocks of all ranks, side by side, would merge alike; the target's logit
+and hidden's gradient would be sums over ranks.
 """
 
 from collections.abc import Iterator, Sequence
