@@ -209,7 +209,7 @@ def _gradient_of_kept(
     c = block * BLOCK + tl.arange(0, BLOCK)[None, :]
     at = r.to(tl.int64)[:, None] * columns + c
     parts += r.to(tl.int64) * count + first // BLOCK + block
-    own, others = parts, parts + 3 * rows.to(tl.int64) * count
+    own, others = parts, parts + 3 * tl.num_programs(0).to(tl.int64) * count
     if KIND == FORWARD:
         own, others = others, own
     x = tl.load(kept + at, mask=c < columns, other=0.0).to(tl.float32) + (tl.load(own) - tl.load(lse + r))[:, None]
