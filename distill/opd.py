@@ -4,10 +4,9 @@ Source: paper 5.1, eq. 29. Our choices: a plain mean over all response tokens of
 """
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..kernels.losses import reverse_kl
+from ..kernels.losses import divergence
 from ..model.language_model import LanguageModel
 from ..rl.packing import Row
 from ..rl.trajectory import Trajectory
@@ -35,15 +34,11 @@ def distillation_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """sum of weight * KL(student || teacher) over tokens; hidden states [T, .] are those that predict each token.
 
-    `teacher` [T] says whose `heads` entry [V, d'] turns a token's teacher_hidden (its first d' numbers) into logits;
-    one head is used at a time.
+    `teacher` [T] says whose `heads` entry [V, d'] turns a token's teacher_hidden (its first d' numbers) into logits.
     Metrics: "loss", the weighted sum.
     """
-    total = hidden.new_zeros(())
-    for index in torch.unique(teacher[weight > 0]).tolist():
-        mine = ((teacher == index) & (weight > 0)).nonzero().squeeze(1)
-        kl = reverse_kl(hidden[mine], head, teacher_hidden[mine, : heads[index].shape[1]], heads[index])
-        total = total + (weight[mine] * kl).sum()
+    taught = teacher.masked_fill(weight == 0, -1)  # a prompt has no teacher
+    total = (weight * divergence(hidden, head, teacher_hidden, heads, taught)).sum()
     return total, {"loss": total}
 
 

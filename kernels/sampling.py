@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .losses import chosen_logprobs
+
 _MASK = 0xFFFFFFFF
 
 
@@ -37,7 +39,8 @@ def sample(logits: Tensor, temperature: float, seed: int, request: Tensor, posit
     argmax(logits / temperature + Gumbel noise), so a token depends on its own logits and counter alone; log-probs are
     under softmax(logits / temperature). Temperature 0 is greedy (lowest id on ties), with log-probs at temperature 1.
     """
-    scaled = logits if temperature == 0 else logits / temperature
-    noise = 0.0 if temperature == 0 else gumbel(seed, request, position, logits.shape[1])
-    tokens = (scaled + noise).argmax(-1)
-    return tokens, torch.log_softmax(scaled, -1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+    if temperature == 0:
+        tokens, temperature = logits.argmax(-1), 1.0
+    else:
+        tokens = (logits / temperature + gumbel(seed, request, position, logits.shape[1])).argmax(-1)
+    return tokens, chosen_logprobs(logits, tokens, temperature)

@@ -6,9 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..kernels.losses import packed_logprobs
-from ..kernels.project import project
-from ..kernels.upcast import upcast
+from ..kernels.losses import logits, packed_logprobs
 from ..settings import FULL, Precision
 
 
@@ -51,7 +49,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> fp32 [..., V]; float64 of a model in float64, as all that is called fp32 here."""
-        return project(upcast(hidden), upcast(self.lm_head.weight))
+        return logits(hidden, self.lm_head.weight)
 
     def logprobs(
         self, tokens: Tensor, cu_seqlens: Tensor, *, replay: Tensor | None = None, temperature: float = 1.0

@@ -35,6 +35,7 @@ from amalgam.kernels.fused import (
     indexer,
     linear,
     moe,
+    losses,
     norm,
     router,
 )
@@ -47,6 +48,7 @@ FP32 = torch.float32
 TOKENS = 4096
 HEADS, WIDTH, WINDOW, TOPK = 64, 512, 128, 512  # of attention
 NARROW = 256  # the widest heads of the kernels for any GPU
+VOCABULARY = 129_280
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -123,6 +125,21 @@ def indexed(dtype: torch.dtype = torch.bfloat16) -> None:
 
 def backward(result: Any) -> None:
     result.backward(torch.empty_like(result))
+
+
+def token_loss(head: torch.dtype = torch.bfloat16, keep: bool = False) -> None:
+    """Forward and backward."""
+    hidden, weight = meta(TOKENS, 4096).requires_grad_(), meta(VOCABULARY, 4096, dtype=head).requires_grad_()
+    scores = losses.TokenLoss.apply(hidden, weight, meta(TOKENS, dtype=torch.int64), 0.7, keep)
+    torch.autograd.backward(scores, [torch.empty_like(x) for x in scores])
+
+
+def divergence(kind: str, keep: bool = False) -> None:
+    """Forward and backward, from four teachers, two of them wider."""
+    hidden, weight = meta(TOKENS, 4096).requires_grad_(), meta(VOCABULARY, 4096).requires_grad_()
+    heads = {i: meta(VOCABULARY, width) for i, width in enumerate((4096, 4096, 7168, 7168))}
+    teachers = losses.sorted_by_teacher(meta(TOKENS, 7168), heads, meta(TOKENS, dtype=torch.int64))
+    backward(losses.Divergence.apply(hidden, weight, teachers, kind, keep))
 
 
 def hopper(kind: int) -> None:
@@ -204,6 +221,13 @@ CASES: dict[str, Callable[[], None]] = {
     "experts, 64 rows": lambda: expert_layer(2048, 256, 4096, 2048, 6),
     "experts, decoding": lambda: expert_layer(32, 256, 4096, 2048, 6),
     "experts, fp32": lambda: expert_layer(16384, 256, 4096, 2048, 6, FP32),
+    "loss, tokens": token_loss,
+    "loss, tokens, fp32 head": lambda: token_loss(FP32),
+    "loss, tokens, kept": lambda: token_loss(keep=True),
+    "loss, reverse KL": lambda: divergence("reverse"),
+    "loss, reverse KL, kept": lambda: divergence("reverse", keep=True),
+    "loss, forward KL": lambda: divergence("forward"),
+    "loss, Jensen-Shannon": lambda: divergence("jensen_shannon"),
     "hopper, window": lambda: hopper(0),
     "hopper, HCA": lambda: hopper(1),
     "hopper, CSA": lambda: hopper(2),

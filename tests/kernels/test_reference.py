@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.kernels import attention, compress, hyper, indexer, losses, moe, norm, rope, sampling
+from amalgam.kernels import attention, compress, hyper, indexer, moe, norm, rope, sampling
 
 from . import naive
 
@@ -253,29 +253,6 @@ def test_route():
     replayed, _ = moe.route(x, gate, topk=2, scaling=1.5, bias=bias, chosen=chosen)
     chosen[4] = ids[4]
     assert torch.equal(replayed, chosen)
-
-
-@pytest.mark.parametrize("pieces", [False, True])
-def test_losses_over_the_vocabulary(pieces: bool, monkeypatch: pytest.MonkeyPatch):
-    if pieces:
-        monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 20)
-    hidden, head, targets = torch.randn(7, 5), torch.randn(9, 5), torch.randint(0, 9, (7,))
-    teacher_hidden, teacher_head = torch.randn(7, 4), torch.randn(9, 4)
-
-    def naive_logprob(h, w):
-        p = torch.exp(h @ w.t() / 0.7)
-        return torch.log(p.gather(1, targets.unsqueeze(1)).squeeze(1) / p.sum(1))
-
-    compare(lambda h, w: losses.token_logprobs(h, w, targets, 0.7), naive_logprob, hidden, head)
-
-    def kl(h, w):
-        return losses.reverse_kl(h, w, teacher_hidden.to(h.dtype), teacher_head.to(h.dtype))
-
-    def naive_kl(h, w):
-        p, q = torch.softmax(h @ w.t(), 1), torch.softmax(teacher_hidden.double() @ teacher_head.double().t(), 1)
-        return (p * (p / q).log()).sum(1)
-
-    compare(kl, naive_kl, hidden, head)
 
 
 def test_philox_known_answers():
