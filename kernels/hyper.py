@@ -1,11 +1,64 @@
-"""Manifold-constrained hyper-connections: the residual as `n` streams, mixed by a doubly stochastic matrix."""
+"""Manifold-constrained hyper-connections: the residual as `n` streams, mixed by a doubly stochastic matrix.
+
+What a sublayer gives waits as an `Update` until the streams are next read: then one operation adds it, mixes the
+streams, collapses them and norms what the next sublayer gets.
+"""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import fused
+from .norm import rms_norm
 from .project import LANES, filled
 from .upcast import upcast
+
+
+class Update(NamedTuple):
+    """What a sublayer adds to the streams: its output [T, d], and how, post [n, T] and comb [n, n, T] in fp32."""
+
+    output: Tensor
+    post: Tensor
+    comb: Tensor
+
+
+def enter(
+    streams: Tensor, update: Update | None, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor, *,
+    iterations: int, norm_eps: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The streams [T, n, d] with `update`; a sublayer's input [T, d], normed by weight [d]; its post and comb.
+
+    `expand`, `mixing`, `collapse` and `rms_norm` one after another; fn, base and scale as `mixing` takes them.
+    """
+    if fused(streams):
+        from .fused.hyper import Site
+
+        options = iterations, norm_eps, eps
+        new, x, post, comb = Site.apply(streams, *(update or [None] * 3), fn, base, scale, weight, *options)  # pyright: ignore
+        return streams if new is None else new, x, post, comb
+    streams = streams if update is None else expand(streams, *update)
+    pre, post, comb = mixing(streams, fn, base, scale, iterations=iterations, norm_eps=norm_eps, eps=eps)
+    return streams, rms_norm(collapse(streams, pre), weight, norm_eps), post, comb
+
+
+def leave(
+    streams: Tensor, update: Update | None, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor, *,
+    norm_eps: float, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The streams with `update`, and the hidden states [T, d] that they collapse to after the last, normed.
+
+    `expand`, `head_mixing`, `collapse` and `rms_norm`; fn, base and scale as `head_mixing` takes them.
+    """
+    if fused(streams):
+        from .fused.hyper import Site
+
+        new, x, _, _ = Site.apply(streams, *(update or [None] * 3), fn, base, scale, weight, 0, norm_eps, eps)  # pyright: ignore
+        return streams if new is None else new, x
+    streams = streams if update is None else expand(streams, *update)
+    pre = head_mixing(streams, fn, base, scale, norm_eps=norm_eps, eps=eps)
+    return streams, rms_norm(collapse(streams, pre), weight, norm_eps)
 
 
 def mixing(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iterations: int, norm_eps: float, eps: float):

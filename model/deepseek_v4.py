@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
 from ..kernels.dispatch import wants_triton
-from ..kernels.hyper import collapse, expand, head_mixing, mixing
+from ..kernels.hyper import Update, enter, leave
 from ..kernels.moe import experts, route, swiglu
 from ..kernels.project import project
 from ..kernels.rope import inverse_frequencies
@@ -42,23 +42,12 @@ class HyperConnection(nn.Module):
         self.base = nn.Parameter(torch.zeros((2 + n) * n))
         self.scale = nn.Parameter(torch.ones(3))
 
-    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The sublayer's input [T, d], post [n, T] and comb [n, n, T] for streams [T, n, d]."""
+    def forward(self, streams: Tensor, update: Update | None, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The streams [T, n, d] with `update`; the sublayer's input [T, d], after `norm`; its post and comb."""
         c = self.config
-        pre, post, comb = mixing(
-            streams,
-            self.fn,
-            self.base,
-            self.scale,
-            iterations=c.hc_sinkhorn_iters,
-            norm_eps=c.rms_norm_eps,
-            eps=c.hc_eps,
-        )
-        return collapse(streams, pre), post, comb
-
-    def expand(self, streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-        """The streams [T, n, d] after a sublayer that gave `output` [T, d]."""
-        return expand(streams, output, post, comb)
+        weights = (self.fn, self.base, self.scale, norm.weight)
+        iterations = c.hc_sinkhorn_iters
+        return enter(streams, update, *weights, iterations=iterations, norm_eps=c.rms_norm_eps, eps=c.hc_eps)
 
 
 class HyperHead(nn.Module):
@@ -69,10 +58,11 @@ class HyperHead(nn.Module):
         self.hc_base = nn.Parameter(torch.zeros(n))
         self.hc_scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, streams: Tensor) -> Tensor:
+    def forward(self, streams: Tensor, update: Update | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """The streams [T, n, d] with the last update, and what they collapse to [T, d], after `norm`."""
         c = self.config
-        weights = (self.hc_fn, self.hc_base, self.hc_scale)
-        return collapse(streams, head_mixing(streams, *weights, norm_eps=c.rms_norm_eps, eps=c.hc_eps))
+        weights = (self.hc_fn, self.hc_base, self.hc_scale, norm.weight)
+        return leave(streams, update, *weights, norm_eps=c.rms_norm_eps, eps=c.hc_eps)
 
 
 class Router(nn.Module):
@@ -152,24 +142,27 @@ class Block(nn.Module):
     def forward(
         self,
         streams: Tensor,
+        update: Update | None,
         tokens: Tensor,
         place: Packed | Chunk,
         cache: LayerCache | None,
         replay: Tensor | None,
         index_loss: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """New streams [T, n, d], expert ids [T, k], `Attention.forward`'s KL; a chunk's `cache` is updated in place."""
-        x, post, comb = self.attn_hc(streams)
-        x, kl = self.input_layernorm(x), None
+    ) -> tuple[Tensor, Update, Tensor, Tensor | None]:
+        """New streams [T, n, d] and the update that is to come, expert ids [T, k], `Attention.forward`'s KL.
+
+        `update` is the block's before; a chunk's `cache` is updated in place.
+        """
+        streams, x, post, comb = self.attn_hc(streams, update, self.input_layernorm)
+        kl = None
         if isinstance(place, Packed):
             x, kl = self.self_attn(x, place, index_loss)
         else:
             assert cache is not None
             x = self.self_attn.extend(x, place, cache)
-        streams = self.attn_hc.expand(streams, x, post, comb)
-        x, post, comb = self.ffn_hc(streams)
-        x, ids = self.mlp(self.post_attention_layernorm(x), tokens, replay)
-        return self.ffn_hc.expand(streams, x, post, comb), ids, kl
+        streams, x, post, comb = self.ffn_hc(streams, Update(x, post, comb), self.post_attention_layernorm)
+        x, ids = self.mlp(x, tokens, replay)
+        return streams, Update(x, post, comb), ids, kl
 
 
 class Backbone(nn.Module):
@@ -326,17 +319,18 @@ class DeepseekV4(LanguageModel):
             name = str(dtype).removeprefix("torch.")
             raise ValueError(f"V4's fp32 parameters were cast to {name}; run DeepSpeed without its bf16 section")
         streams = self.model.embed_tokens(tokens).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
-        chosen, divergences = [], []
+        update, chosen, divergences = None, [], []
         for i, (block, cache) in enumerate(zip(self.model.layers, caches, strict=True)):
             own = None if replay is None else replay[:, i]
-            streams, ids, kl = block(streams, tokens, place, cache, own, index_loss)
+            streams, update, ids, kl = block(streams, update, tokens, place, cache, own, index_loss)
             chosen.append(ids)
             divergences += [] if kl is None else [kl]
         index_kl = None
         if divergences:
             of_query = torch.stack(divergences).mean(0)
             index_kl = F.pad(of_query[:-1], (1, 0)).masked_fill(place.position == 0, 0.0)
-        return Output(self.model.norm(self.model.hc_head(streams)), torch.stack(chosen, dim=1), streams, index_kl)
+        streams, hidden = self.model.hc_head(streams, update, self.model.norm)
+        return Output(hidden, torch.stack(chosen, dim=1), streams, index_kl)
 
 
 def _check(tokens: Tensor, position: Tensor) -> None:

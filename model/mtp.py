@@ -41,8 +41,8 @@ class MTP(Block):
         """Pairs of streams [T, n, d] and the embeddings [T, d] of the tokens after them -> hidden states [T, d]."""
         pairs = self.e_proj(self.enorm(following)).unsqueeze(1) + self.h_proj(self.hnorm(streams))
         no_tokens = pairs.new_zeros(0, dtype=torch.int64)  # which only a hash layer asks for
-        pairs, _, _ = super().forward(pairs, no_tokens, place, cache, None)
-        return self.norm(self.hc_head(pairs))
+        pairs, update, _, _ = super().forward(pairs, None, no_tokens, place, cache, None)
+        return self.hc_head(pairs, update, self.norm)[1]
 
 
 def mtp_logprobs(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..kernels.attention import keys_of_blocks
 from ..kernels.compress import gather, stored
+from ..kernels.hyper import Update
 from ..kernels.moe import swiglu
 from ..kernels.places import Seen, Windows
 from ..kernels.rope import apply_rope
@@ -50,6 +51,14 @@ def _rounded(rotation: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _normalized(x: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(upcast(x).square().mean(-1, keepdim=True) + eps).to(x.dtype)
+
+
+def _updated(streams: Tensor, update: Update | None) -> Tensor:
+    """update's post [T, n] and comb [T, n, n] are `_HyperConnection`'s."""
+    if update is None:
+        return streams
+    output, post, comb = update.output, update.post.to(streams.dtype), update.comb.to(streams.dtype)
+    return post.unsqueeze(-1) * output.unsqueeze(1) + torch.matmul(comb.transpose(1, 2), streams)
 
 
 class _RMSNorm(RMSNorm):
@@ -100,8 +109,10 @@ class _Attention(Attention):
 
 
 class _HyperConnection(HyperConnection):
-    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, streams: Tensor, update: Update | None, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """post [T, n] and comb [T, n, n] are this class's own."""
         c, n = self.config, self.config.hc_mult
+        streams = _updated(streams, update)
         logits = F.linear(_normalized(upcast(streams.flatten(1)), c.rms_norm_eps), self.fn)
         pre, post, comb = logits.split([n, n, n * n], dim=-1)
         bias_pre, bias_post, bias_comb = self.base.split([n, n, n * n])
@@ -112,21 +123,15 @@ class _HyperConnection(HyperConnection):
         for _ in range(c.hc_sinkhorn_iters - 1):
             comb = comb / (comb.sum(2, keepdim=True) + c.hc_eps)
             comb = comb / (comb.sum(1, keepdim=True) + c.hc_eps)
-        return (pre.unsqueeze(-1) * streams).sum(1).to(streams.dtype), post, comb
-
-    def expand(self, streams: Tensor, output: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-        """post [T, n] and comb [T, n, n] are this class's own."""
-        dtype = streams.dtype
-        mixed = torch.matmul(comb.to(dtype).transpose(1, 2), streams)
-        return post.to(dtype).unsqueeze(-1) * output.unsqueeze(1) + mixed
+        return streams, norm((pre.unsqueeze(-1) * streams).sum(1).to(streams.dtype)), post, comb
 
 
 class _HyperHead(HyperHead):
-    def forward(self, streams: Tensor) -> Tensor:
-        c = self.config
+    def forward(self, streams: Tensor, update: Update | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        c, streams = self.config, _updated(streams, update)
         logits = F.linear(_normalized(upcast(streams.flatten(1)), c.rms_norm_eps), self.hc_fn)
         pre = torch.sigmoid(logits * self.hc_scale + self.hc_base) + c.hc_eps
-        return (pre.unsqueeze(-1) * streams).sum(1).to(streams.dtype)
+        return streams, norm((pre.unsqueeze(-1) * streams).sum(1).to(streams.dtype))
 
 
 class _Router(Router):

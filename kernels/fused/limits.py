@@ -7,6 +7,7 @@ import torch
 
 from ..dispatch import VARIABLE
 from .attention import HEAD_DIM, SPLIT
+from .hyper import STREAMS
 from .indexer import HEADS
 from .launch import STEP, is_hopper, is_width
 from .router import EXPERTS, TOPK
@@ -32,6 +33,7 @@ def _limits(config: Any, device: torch.device) -> Iterator[tuple[str, Any, bool,
     # On a CPU the kernels for any GPU are interpreted, whatever the width.
     widest = c.num_attention_heads % 64 == 0 and (device.type == "cpu" or is_hopper(device))
     yield "head_dim", c.head_dim, is_width(c.head_dim, most=256) or (widest and c.head_dim == 512), HEAD_DIM
+    yield "hc_mult", c.hc_mult, c.hc_mult in STREAMS, f"one of {STREAMS}"
     if sparse:
         yield "index_head_dim", c.index_head_dim, is_width(c.index_head_dim, most=128), "a power of two from 16 to 128"
     inputs = "hidden_size q_lora_rank o_lora_rank moe_intermediate_size n_routed_experts vocab_size".split()

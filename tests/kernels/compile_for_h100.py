@@ -32,6 +32,7 @@ from amalgam.kernels.fused import (
     hopper_indexer,
     hopper_queries,
     hopper_rows,
+    hyper,
     indexer,
     linear,
     moe,
@@ -121,6 +122,22 @@ def indexed(dtype: torch.dtype = torch.bfloat16) -> None:
     backward(indexer.IndexScores.apply(*(x.requires_grad_() for x in (q, weights, keys)), chosen, seen(4)))
     queries, entries = meta(TOKENS, HEADS, WIDTH, dtype=dtype), meta(TOKENS // 4, WIDTH, dtype=dtype)
     indexer.mass(queries, entries, meta(TOKENS, HEADS, dtype=FP32), seen(4), chosen)
+
+
+def hyper_connections(head: bool = False, first: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Forward and backward of a site: before a sublayer, or before the head; with an output to add, or the first."""
+    n, width = 4, 4096
+    logits = n if head else (2 + n) * n
+    update = (
+        [] if first else [meta(TOKENS, width, dtype=dtype), *(meta(*s, TOKENS, dtype=FP32) for s in ((n,), (n, n)))]
+    )
+    weights = (meta(*s, dtype=FP32) for s in ((logits, n * width), (logits,), (1 if head else 3,), (width,)))
+    leaves = [meta(TOKENS, n, width, dtype=dtype), *(update or [None] * 3), *weights]
+    for leaf in leaves:
+        _ = leaf is None or leaf.requires_grad_()
+    outs: Any = hyper.Site.apply(*leaves, 0 if head else 20, 1e-6, 1e-6)
+    made = [out for out in outs if out is not None]
+    torch.autograd.backward(made, [torch.empty_like(out) for out in made])
 
 
 def backward(result: Any) -> None:
@@ -214,6 +231,10 @@ CASES: dict[str, Callable[[], None]] = {
     "compress, CSA": lambda: compressed(4, 1024, 512, "fp8"),
     "compress, index keys": lambda: compressed(4, 256, 128, "fp4"),
     "compress, HCA": lambda: compressed(128, 512, 512, "full"),
+    "hyper-connections": hyper_connections,
+    "hyper-connections, first": lambda: hyper_connections(first=True),
+    "hyper-connections, head": lambda: hyper_connections(head=True),
+    "hyper-connections, fp32": lambda: hyper_connections(dtype=FP32),
     "indexer": indexed,
     "indexer, fp32": lambda: indexed(FP32),
     "experts, Flash": lambda: expert_layer(16384, 256, 4096, 2048, 6),

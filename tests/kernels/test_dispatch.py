@@ -66,6 +66,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
             {"head_dim": 512},
             "head_dim: 512 (powers of two from 16 to 256, and 512 in bfloat16 with a mu",
         ),
+        ({"hc_mult": 3}, "hc_mult: 3 (one of (1, 2, 4))"),
         ({"index_head_dim": 8}, "index_head_dim: 8 (a power of two from 16 to 128)"),
         ({"index_n_heads": 256}, "index_n_heads: 256 (up to 128)"),
         ({"index_n_heads": 24}, "index_n_heads: 24 (a multiple of 16)"),
