@@ -35,8 +35,8 @@ from amalgam.kernels.fused import (
     hyper,
     indexer,
     linear,
-    moe,
     losses,
+    moe,
     norm,
     router,
 )
