@@ -20,6 +20,7 @@ from .norm import PROGRAMS, turn
 
 ROUNDING = {"full": 0, "fp8": 8, "fp4": 4}
 TILE = 4096  # numbers of a tile of tokens
+SOME, SHARE = 16, 256  # entries whose gradients for the bias a program adds up at once, and all in all
 
 
 @triton.jit
@@ -171,14 +172,14 @@ def _backward(
 
 @triton.jit
 def _bias_backward(
-    grad_scores, of_bias, first, number, entries,
+    grad_scores, parts, first, number, entries, share,
     RATIO: tl.constexpr, C: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, SOME: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The sum over entries of a slot's score gradients: program (slot, channels)."""
-    slot, c = tl.program_id(0), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    """The sum over a share of the entries of a slot's score gradients: program (slot, channels, part)."""
+    slot, c, part = tl.program_id(0), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(2)
     sums = tl.zeros([CHANNELS], tl.float32)
-    for i in range(0, entries, SOME):
+    for i in range(part * share, tl.minimum(part * share + share, entries), SOME):
         e = i + tl.arange(0, SOME)
         position = tl.load(number + e, mask=e < entries, other=0) * RATIO + slot
         if OVERLAP:  # the first half of the channels is that of the window before
@@ -187,7 +188,7 @@ def _bias_backward(
         real = (e < entries) & (position >= 0)
         some = tl.load(grad_scores + row[:, None] * C + c[None, :], mask=real[:, None], other=0.0)
         sums += tl.sum(some, 0)
-    tl.store(of_bias + slot * C + c, sums)
+    tl.store(parts + (part * RATIO + slot) * C + c, sums)
 
 
 def _shape(bias: Tensor, width: int) -> dict[str, Any]:
@@ -229,8 +230,8 @@ class Compress(torch.autograd.Function):
         entries, width = windows.number.shape[0], weight.shape[0]
         # Tokens that no entry has yet, and halves of channels that none will use, get zeros.
         of_values, of_scores = torch.zeros_like(values), torch.zeros_like(scores)
-        of_bias, programs = torch.zeros_like(bias), max(min(entries, PROGRAMS), 1)
-        parts = values.new_zeros(programs, width)
+        programs, shares = max(min(entries, PROGRAMS), 1), max(triton.cdiv(entries, SHARE), 1)
+        parts, of_bias = values.new_zeros(programs, width), bias.new_zeros(shares, *bias.shape)
         if entries:
             shape = _shape(bias, width)
             rotation = torch.view_as_real(windows.rotation.contiguous())
@@ -240,8 +241,8 @@ class Compress(torch.autograd.Function):
                 **shape, PAIRS=rotation.shape[1], ROUNDING=ctx.rounding, num_warps=4,
             )  # fmt: skip
             channels = min(width, 128)
-            _bias_backward[(bias.shape[0], bias.shape[1] // channels)](
-                of_scores, of_bias, windows.first, windows.number, entries,
-                RATIO=shape["RATIO"], C=shape["C"], D=width, CHANNELS=channels, SOME=16, OVERLAP=shape["OVERLAP"],
+            _bias_backward[(bias.shape[0], bias.shape[1] // channels, shares)](
+                of_scores, of_bias, windows.first, windows.number, entries, SHARE,
+                RATIO=shape["RATIO"], C=shape["C"], D=width, CHANNELS=channels, SOME=SOME, OVERLAP=shape["OVERLAP"],
             )  # fmt: skip
-        return of_values, of_scores, of_bias, parts.sum(0).to(weight.dtype), None, None, None, None
+        return of_values, of_scores, of_bias.sum(0), parts.sum(0).to(weight.dtype), None, None, None, None

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..places import Seen
-from .attention_backward import sum_pairs
+from .attention_backward import PAIR_BYTES, sum_pairs
 from .launch import LOG2E, check_dtypes, check_width, is_hopper, next_power, precision
 
 KEYS = 128  # of a tile
@@ -324,8 +324,8 @@ class IndexScores(torch.autograd.Function):
         padded = triton.cdiv(topk, size) * size
         of_q, of_weights = torch.empty_like(q), torch.empty_like(weights)
         total = torch.zeros_like(keys, dtype=torch.float32)
-        chunk = max(2**30 // (padded * q.shape[2] * 4), 1)
-        pairs = q.new_empty(min(chunk, queries) * padded, q.shape[2], dtype=torch.float32)
+        chunk = max(PAIR_BYTES // (padded * q.shape[2] * q.element_size()), 1)
+        pairs = q.new_empty(min(chunk, queries) * padded, q.shape[2])
         for start in range(0, queries, chunk):
             some = min(chunk, queries - start)
             _gathered_backward[(some,)](

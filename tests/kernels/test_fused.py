@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels import attention, compress, indexer, norm, project, rope
+from amalgam.kernels.fused import compress as fused_compress
 from amalgam.kernels.fused import hopper_indexer
 from amalgam.kernels.fused import indexer as fused_indexer
 from amalgam.kernels.fused.attention import attend_forward
@@ -116,8 +117,9 @@ def test_norm_and_rope(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("ratio, channels", [(4, 32), (5, 16), (1, 32)])
-def test_compression(ratio: int, channels: int):
-    place = naive.layout([9, 2, 3 * ratio], 4, ratio)
+def test_compression(ratio: int, channels: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fused_compress, "SHARE", 16)  # several of them, where the ratio is 1
+    place = naive.layout([19, 2, 3 * ratio], 4, ratio)
     windows, total = place.entries[ratio].windows, int(place.start.numel())
 
     def entries(values, scores, bias, weight):
