@@ -29,7 +29,7 @@ class Muon(torch.optim.AdamW):
     A step overwrites Muon's gradients. At stages 1 to 3 it is a collective.
     """
 
-    def __init__(self, groups: list[dict], matrices: dict[nn.Parameter, Matrices], dtype: torch.dtype, **adamw: Any):
+    def __init__(self, groups: list[dict], matrices: dict[Tensor, Matrices], dtype: torch.dtype, **adamw: Any):
         super().__init__(groups, **adamw)
         self._matrices, self._updates = matrices, partial(to_updates, dtype=dtype)
         self._shards: dict[Tensor, Shards] = {}

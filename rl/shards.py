@@ -109,7 +109,9 @@ class Shards:
         _copy(sent, parts)
 
 
-def _cuts(rank: int, matrices: Sequence[Matrices], owned: list[list[list[int]]], places: Sequence[int]) -> Iterator[Cut]:
+def _cuts(
+    rank: int, matrices: Sequence[Matrices], owned: list[list[list[int]]], places: Sequence[int]
+) -> Iterator[Cut]:
     for i, (shapes, place) in enumerate(zip(matrices, places, strict=True)):
         begin = 0
         for n, m in shapes:

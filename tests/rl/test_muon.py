@@ -16,7 +16,7 @@ from amalgam.model import load
 from amalgam.rl import shards
 from amalgam.rl.shards import Shards
 
-from .small_learner import ENGINES, batches, nll, optimization, sent
+from .small_learner import ENGINES, batches, nll, sent
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -105,3 +105,107 @@ def test_updates_are_those_of_whole_matrices(learner, checkpoint, tmp_path, rank
         assert_steps(*states[-2:], step=seed)
     muons = {name.removesuffix("/momentum") for name in states[0] if name.endswith("/momentum")}
     assert muons == {n for n, p in load(checkpoint).named_parameters() if p.requires_grad and matrices(n, p)}
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 1), (2, 3)])
+def test_a_resumed_run_is_bit_equal(learner, tmp_path, ranks, stage):
+    data = batches(3)
+    straight = learner(ranks, stage, **SETTINGS)
+    for i, rows in enumerate(data):
+        straight.step(rows, nll, scale=1.0)
+        if i == 0:
+            straight.save_state(tmp_path)
+    expected = sent(straight).manifest
+    resumed = learner(ranks, stage, **SETTINGS)
+    assert resumed.load_state(tmp_path) == 1
+    for rows in data[1:]:
+        resumed.step(rows, nll, scale=1.0)
+    assert sent(resumed).manifest == expected
+
+
+def test_a_state_moves_to_other_ranks_and_stages_but_not_to_adamw(learner, tmp_path):
+    (rows,) = batches(1)
+    before = None
+    for step, (ranks, stage) in enumerate([(2, 3), (1, 1), (2, 2), (2, 3)]):
+        ours = learner(ranks, stage, **SETTINGS)
+        if before is not None:
+            assert ours.load_state(tmp_path) == step
+        before = saved(ours, tmp_path)
+        ours.step(rows, random_gradients, seed=step + 1)
+        assert_steps(before, saved(ours, tmp_path), step + 1)
+    other = learner(2, 3)
+    with pytest.raises(UserError, match=r"must be of the same model and optimizer$"):
+        other.load_state(tmp_path)
+
+
+class Mail:
+    """`torch.distributed` among threads, one a rank."""
+
+    def __init__(self, ranks: int):
+        self.barrier, self.boxes, self.rank = threading.Barrier(ranks, timeout=60), {}, threading.local()
+
+    def all_to_all_single(self, got: Tensor, sent: Tensor, sizes_in: list[int], sizes_out: list[int]) -> None:
+        self.boxes[self.rank.own] = sent.clone().split(sizes_out)
+        self.barrier.wait()
+        came = [box[self.rank.own] for _, box in sorted(self.boxes.items())]
+        assert [len(x) for x in came] == sizes_in
+        got.copy_(torch.cat(came))
+        self.barrier.wait()
+
+
+@pytest.mark.parametrize("together", [1 << 28, 1, 60])
+@pytest.mark.parametrize("cut_each", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_shards(monkeypatch, ranks, cut_each, together):
+    """Parameters one after another and cut as a whole (stages 1 and 2), or each by itself (3); some ranks get nothing.
+
+    The update of a matrix is a number of its own for each of its elements.
+    """
+    matrices = [[(4, 6)] * 5, [(7, 3)], [(2, 2), (2, 2), (4, 2)], [(1, 1)], [(30, 4)]]
+    wholes = [torch.randn(sum(n * m for n, m in shapes)) for shapes in matrices]
+    expected, seen, lock = [x.clone() for x in wholes], [], threading.Lock()
+
+    def updates(found):
+        with lock:
+            seen.extend(x.shape for x in found)
+        for x in found:
+            x.copy_(x.mT.flatten().cumsum(0).view(x.shape))
+
+    for x, shapes in zip(expected, matrices, strict=True):
+        parts = x.split([n * m for n, m in shapes])
+        updates([part.view(shape) for part, shape in zip(parts, shapes, strict=True)])
+    seen.clear()
+    begins = [0, *torch.tensor([len(x) for x in wholes]).cumsum(0).tolist()]
+    share = -(-begins[-1] // ranks)
+    owned, places, flats = [], [], []
+    for rank in range(ranks):
+        runs, offsets, pieces = [], [], []
+        for x, begin in zip(wholes, begins, strict=False):
+            size = -(-len(x) // ranks)
+            first, last = (
+                (rank * size, (rank + 1) * size) if cut_each else (rank * share - begin, share + rank * share - begin)
+            )
+            first, last = min(max(first, 0), len(x)), min(max(last, 0), len(x))
+            runs.append((first, last - first))
+            offsets.append(sum(len(piece) for piece in pieces))
+            pieces += [x[first:last], torch.zeros(size - last + first if cut_each else 0)]
+        owned.append(runs)
+        places.append(offsets)
+        flats.append(torch.cat(pieces))
+    monkeypatch.setattr(shards, "BATCH", together)
+    mail = Mail(ranks)
+    monkeypatch.setattr(shards, "distributed", mail)
+
+    def run(rank: int) -> None:
+        mail.rank.own = rank
+        Shards(rank, matrices, torch.tensor(owned), places[rank]).apply(flats[rank], updates)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == sorted(torch.Size(shape) for shapes in matrices for shape in shapes)
+    for i, x in enumerate(expected):
+        found = [flat[at[i] :][: runs[i][1]] for flat, at, runs in zip(flats, places, owned, strict=True)]
+        assert torch.equal(torch.cat(found), x)
