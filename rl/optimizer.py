@@ -1,6 +1,6 @@
 """The learner's optimizer: AdamW, or Muon for a model's matrices and AdamW for all else; DeepSpeed steps it.
 
-DeepSpeed has a Muon of its own, which is not used: it takes other Newton-Schulz coefficients and another size.
+DeepSpeed's own Muon is not used: it has other Newton-Schulz coefficients and updates of another size.
 """
 
 from collections.abc import Sequence
@@ -59,19 +59,17 @@ class Muon(torch.optim.AdamW):
         )
 
     def _update(self, held: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-        if held[0] in self._shards:
-            ((flat,), (tensor,)) = held, tensors
-            self._shards[flat].apply(tensor, self._updates)
+        if shards := self._shards.get(held[0]):
+            shards.apply(tensors[0], self._updates)
         else:
             self._updates([m for p, x in zip(held, tensors, strict=True) for m in _split(x, self._matrices[p])])
 
     def shard(self, zero: Any, stage: int, rank: int) -> None:
         """Reads from DeepSpeed's optimizer of stage 1 to 3 which rank holds what (a collective)."""
-        lists, flats = (
-            (zero.fp16_groups, zero.fp32_partitioned_groups_flat)
-            if stage == 3
-            else (zero.bit16_groups, zero.single_partition_of_fp32_groups)
-        )
+        if stage == 3:
+            lists, flats = zero.fp16_groups, zero.fp32_partitioned_groups_flat
+        else:
+            lists, flats = zero.bit16_groups, zero.single_partition_of_fp32_groups
         for parameters, flat in zip(lists, flats, strict=True):
             if parameters[0] in self._matrices:
                 runs = [_run_3(zero, p, rank) if stage == 3 else _run(p) for p in parameters]

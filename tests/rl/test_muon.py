@@ -159,7 +159,7 @@ class Mail:
 def test_shards(monkeypatch, ranks, cut_each, together):
     """Parameters one after another and cut as a whole (stages 1 and 2), or each by itself (3); some ranks get nothing.
 
-    The update of a matrix is a number of its own for each of its elements.
+    What stands for an update depends on all of a matrix's elements, and on where each is.
     """
     matrices = [[(4, 6)] * 5, [(7, 3)], [(2, 2), (2, 2), (4, 2)], [(1, 1)], [(30, 4)]]
     wholes = [torch.randn(sum(n * m for n, m in shapes)) for shapes in matrices]
@@ -182,10 +182,8 @@ def test_shards(monkeypatch, ranks, cut_each, together):
         runs, offsets, pieces = [], [], []
         for x, begin in zip(wholes, begins, strict=False):
             size = -(-len(x) // ranks)
-            first, last = (
-                (rank * size, (rank + 1) * size) if cut_each else (rank * share - begin, share + rank * share - begin)
-            )
-            first, last = min(max(first, 0), len(x)), min(max(last, 0), len(x))
+            first, length = (rank * size, size) if cut_each else (rank * share - begin, share)
+            first, last = min(max(first, 0), len(x)), min(max(first + length, 0), len(x))
             runs.append((first, last - first))
             offsets.append(sum(len(piece) for piece in pieces))
             pieces += [x[first:last], torch.zeros(size - last + first if cut_each else 0)]
