@@ -1,11 +1,11 @@
 """Muon as V4 was pretrained with it (paper 2.4): its update of matrices, on plain tensors.
 
 A matrix here is whatever is orthogonalized by itself: one expert, one half of a fused projection. Tensors
-[..., n, m] hold many; views do (`gate_up.unflatten(1, (2, -1))`). What of a model is a matrix, what goes to AdamW, and
-where a sharded learner holds whole matrices is the caller's to say; no learner of this package does so yet.
+[..., n, m] hold many; views do (`gate_up.unflatten(1, (2, -1))`). What of a model is a matrix is `model/matrices.py`'s
+to say, what goes to AdamW and who holds whole matrices the learner's (`rl/optimizer.py`, `rl/shards.py`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,20 @@ def newton_schulz(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 @torch.no_grad()
+def to_updates(matrices: Sequence[Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
+    """Each matrix of fp32 [..., n, m] becomes its update, in place: GAIN sqrt(max(n, m)) times `newton_schulz` of it.
+
+    Matrices of one shape are orthogonalized together, up to BATCH numbers.
+    """
+    for group in _alike(matrices):
+        n, m = group[0].shape[-2:]
+        flat = [x.reshape(-1, n, m) for x in group]
+        found = newton_schulz(torch.cat(flat) if len(flat) > 1 else flat[0], dtype)
+        for x, update in zip(group, found.split([len(x) for x in flat]), strict=True):
+            x.copy_(update.view(x.shape)).mul_(GAIN * max(n, m) ** 0.5)
+
+
+@torch.no_grad()
 def muon_step(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor],
@@ -42,31 +56,31 @@ def muon_step(
     lr: float,
     momentum: float = 0.95,
     weight_decay: float = 0.1,
-    dtype: torch.dtype = torch.bfloat16,
+    updates: Callable[[Sequence[Tensor]], None] = to_updates,
 ) -> None:
-    """One step in place, of weights and momenta [..., n, m] in fp32, each dimension before the last two a batch.
+    """One step in place, of fp32 weights and momenta [..., n, m], each dimension before the last two a batch.
 
-    Momentum M = momentum M + G; with O the orthogonalized G + momentum M (Nesterov), the weight becomes
-    W (1 - lr weight_decay) - lr GAIN sqrt(max(n, m)) O. Matrices of one shape are orthogonalized together.
+    Momentum M = momentum M + G; the weight becomes W (1 - lr weight_decay) - lr U, with U the update of
+    G + momentum M (Nesterov), which `updates` puts in its place. The gradients are overwritten by U. All else goes by
+    element, so that tensors may hold matrices in any shape, or parts of them, that `updates` knows.
     """
-    for held, gradient in zip(momenta, gradients, strict=True):
+    for gradient, held in zip(gradients, momenta, strict=True):
         held.mul_(momentum).add_(gradient)
-    for group in _alike(weights):
-        n, m = weights[group[0]].shape[-2:]
-        ahead = [gradients[i].add(momenta[i], alpha=momentum).reshape(-1, n, m) for i in group]
-        flat = newton_schulz(torch.cat(ahead) if len(ahead) > 1 else ahead[0], dtype)
-        for i, update in zip(group, flat.split([len(x) for x in ahead]), strict=True):
-            weights[i].mul_(1 - lr * weight_decay)
-            weights[i].sub_(update.reshape(weights[i].shape), alpha=lr * GAIN * max(n, m) ** 0.5)
+        gradient.add_(held, alpha=momentum)
+    updates(gradients)
+    for weight, update in zip(weights, gradients, strict=True):
+        weight.mul_(1 - lr * weight_decay).sub_(update, alpha=lr)
 
 
-def _alike(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Numbers of tensors whose matrices have one shape, up to BATCH numbers together."""
-    groups: dict[torch.Size, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        group = groups.setdefault(tensor.shape[-2:], [])
-        if group and sum(tensors[j].numel() for j in group) + tensor.numel() > BATCH:
-            yield groups.pop(tensor.shape[-2:])
-            group = groups.setdefault(tensor.shape[-2:], [])
-        group.append(i)
+def _alike(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors whose matrices have one shape, up to BATCH numbers together."""
+    groups: dict[torch.Size, list[Tensor]] = {}
+    sizes: dict[torch.Size, int] = {}
+    for tensor in tensors:
+        shape = tensor.shape[-2:]
+        if sizes.get(shape, 0) + tensor.numel() > BATCH and shape in groups:
+            yield groups.pop(shape)
+            sizes[shape] = 0
+        groups.setdefault(shape, []).append(tensor)
+        sizes[shape] = sizes.get(shape, 0) + tensor.numel()
     yield from groups.values()

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..model.auto import check_config, has_indexer
+from ..model.auto import check_config, has_indexer, is_v4
 from ..model.config import resolve
 from ..model.template import speaker
 from ..rewards.domains import Domain
@@ -12,8 +12,8 @@ from .recipe import BASE, Average, Distill, Pretrain, Recipe
 
 
 def check_models(recipe: Recipe, domains: dict[str, Domain]) -> None:
-    """UserError for a base that is not built or cannot be asked a domain's problems, a teacher of other tokens, or an
-    indexer to train where there is none."""
+    """UserError for a base that is not built or cannot be asked a domain's problems, a teacher of other tokens, an
+    indexer to train where there is none, or Muon for a model whose matrices are not known."""
     for stage in recipe.stages.values():
         if isinstance(stage, Pretrain):
             check_config(resolve(stage.init), recipe.precision)
@@ -34,6 +34,12 @@ def check_models(recipe: Recipe, domains: dict[str, Domain]) -> None:
                 raise UserError(
                     f"stages.{stage}.indexer.weight: {folder} has no indexer, which only CSA layers of DeepSeek-V4 "
                     "have; leave the key out"
+                )
+        if not isinstance(settings, Average) and settings.optimizer.name == "muon":
+            folder = origin(recipe, stage)
+            if not is_v4(folder):
+                raise UserError(
+                    f"stages.{stage}.optimizer.name: muon is for DeepSeek-V4, and {folder} is another model; give adamw"
                 )
         if isinstance(settings, Distill):
             student = origin(recipe, settings.from_)

@@ -74,7 +74,7 @@ def _split(document: Document, domains: list[str]) -> tuple[dict[str, list[str]]
 
 
 def _write_out(stage: dict[str, Any], domain: str | None, domains: list[str]) -> None:
-    """Replace a stage's shorthand in place: absent domains, and patterns in from, of and teachers.
+    """Replace a stage's shorthand in place: absent domains, an optimizer's name alone, patterns in from, of, teachers.
 
     domain: the one in the stage's name.
     """
@@ -84,6 +84,8 @@ def _write_out(stage: dict[str, Any], domain: str | None, domains: list[str]) ->
         given = stage.setdefault("domains", domains)
         if isinstance(given, list) and all(isinstance(name, str) for name in given):
             domains = given
+    if isinstance(optimizer := stage.get("optimizer"), str):
+        stage["optimizer"] = {"name": optimizer}
     if domain is not None and isinstance(stage.get("from"), str):
         stage["from"] = stage["from"].replace(DOMAIN, domain)
     if isinstance(of := stage.get("of"), str | list):

@@ -29,6 +29,7 @@ from ..settings import Precision
 from .balance import Loads, figures
 from .cluster import log_to_stderr
 from .memory import Span
+from .optimizer import ADAMW, MUON, create_moments, new_optimizer
 from .packing import Batch, tensors
 from .settings import Optimization
 from .state import Shapes, read_state, write_state
@@ -41,8 +42,6 @@ COMMON = ("grad_norm", "lr", "load_max", "load_idle")
 """Metrics of a step that are the same on all ranks; all others are sums."""
 
 _PACKAGE = __name__.partition(".")[0]
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch names them
-_PARTS = ("weight", *_MOMENTS)
 _BUCKET_ELEMENTS = 50_000_000  # of one reduction; DeepSpeed's default would allocate 2 GB for it
 
 
@@ -110,6 +109,7 @@ class LearnerWorker:
         self._engine: Any = None
         self._model: Any = None
         self._trained: dict[str, nn.Parameter] = {}
+        self._moments: dict[str, tuple[str, ...]] = {}
         self._biases: dict[str, Tensor] = {}
         self._loads: Any = None
         self._shared: dict[str, Tensor] = {}
@@ -154,6 +154,7 @@ class LearnerWorker:
         import deepspeed
 
         from ..model import load
+        from ..model.matrices import matrices
 
         self._unload()
         self.memory = Span()
@@ -164,6 +165,8 @@ class LearnerWorker:
         for part in unfreeze:
             self._model.unfreeze(part)
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        muons = matrices(self._model) if optimization.name == "muon" else {}
+        self._moments = {name: MUON if name in muons else ADAMW for name in self._trained}
         self._loads = Loads(self._model)
         self._biases = {}  # that the balance rule changes, and so belong to the state
         if optimization.balance_speed:
@@ -173,11 +176,12 @@ class LearnerWorker:
             lists = [module for module in self._model.modules() if isinstance(module, nn.ModuleList)]
             kinds = {type(layer) for layers in lists for layer in layers}
             deepspeed.utils.set_z3_leaf_modules(self._model, list(kinds))
+        optimizer = new_optimizer(self._trained, muons, optimization, self._device)
         self._engine, *_ = deepspeed.initialize(
-            model=_Objective(self._model), optimizer=self._new_optimizer(), config=self._config()
+            model=_Objective(self._model), optimizer=optimizer, config=self._config()
         )
         self._engine.set_gradient_accumulation_boundary(True)
-        self._create_moments()
+        create_moments(self._engine, self._stage, self._rank)
 
     def _unload(self) -> None:
         """Lets go of the engine and its memory."""
@@ -185,21 +189,10 @@ class LearnerWorker:
             return
         self._engine.destroy()
         self._engine = self._model = None
-        self._trained, self._biases, self._loads, self._shared = {}, {}, None, {}
+        self._trained, self._moments, self._biases, self._loads, self._shared = {}, {}, {}, None, {}
         if self._stage == 3:
             _clear_stage_3()
         gc.collect()  # engine, optimizer and hooks refer to each other
-
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        """Weight decay is for matrices only (our choice): a norm's gain or a bias has no reason to shrink."""
-        o = self._optimization
-        matrix = {name: p.ndim >= 2 and not name.endswith("position_bias") for name, p in self._trained.items()}
-        groups = [
-            {"params": [p for name, p in self._trained.items() if matrix[name]], "weight_decay": o.weight_decay},
-            {"params": [p for name, p in self._trained.items() if not matrix[name]], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
 
     def _config(self) -> dict[str, Any]:
         half = math.ceil(sum(p.numel() for p in self._trained.values()) / 2)
@@ -210,19 +203,8 @@ class LearnerWorker:
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self._optimization.gradient_clipping,
             "zero_optimization": {"stage": self._stage, "overlap_comm": False, **sizes},
+            "zero_allow_untested_optimizer": True,  # Muon's class is not of DeepSpeed's list
         }
-
-    def _create_moments(self) -> None:
-        """AdamW's state as its first step would create it, so that it can be saved and loaded before that.
-
-        (DeepSpeed links parameters to moments after the first group's first step: too early for the second.)
-        """
-        optimizer = self._engine.basic_optimizer
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        for p in self._engine.optimizer.fp32_partitioned_groups_flat if self._stage == 3 else held:
-            optimizer.state[p] = {"step": torch.zeros(()), **{key: torch.zeros_like(p) for key in _MOMENTS}}
-        if self._stage in (1, 2):
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def share(self, arrays: dict[str, np.ndarray]) -> None:
         self._shared = tensors(arrays, self._device)
@@ -325,15 +307,16 @@ class LearnerWorker:
         for name, bias in self._biases.items():
             bias.copy_(tensors[name])
         for name, p in self._trained.items():
-            for part in _PARTS:
+            for part in ("weight", *self._moments[name]):
                 self._set(p, part, tensors[f"{name}/{part}"].to(self._device))
         for state in self._engine.basic_optimizer.state.values():
-            state["step"].fill_(self._steps)
+            if "step" in state:
+                state["step"].fill_(self._steps)
         return self._steps
 
     def _shapes(self) -> Shapes:
         whole = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._trained.items()}
-        parts = {f"{name}/{part}": shape for name, shape in whole.items() for part in _PARTS}
+        parts = {f"{name}/{part}": shape for name, shape in whole.items() for part in ("weight", *self._moments[name])}
         return parts | {name: tuple(bias.shape) for name, bias in self._biases.items()}
 
     def _state(self) -> Iterator[Tensor]:
@@ -342,10 +325,10 @@ class LearnerWorker:
 
         state = self._engine.basic_optimizer.state
         get: Any = utils.safe_get_full_optimizer_state
-        for p in self._trained.values():
+        for name, p in self._trained.items():
             # Below stage 3 a rank has the whole parameter, and the optimizer's fp32 copy equals it.
             yield get(p, None) if self._stage == 3 else p
-            for key in _MOMENTS:
+            for key in self._moments[name]:
                 yield get(p, key) if self._stage else state[p][key]
         yield from self._biases.values()
 

@@ -16,14 +16,16 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimization(Settings):
-    """AdamW under DeepSpeed, as the learner runs it.
+    """AdamW or Muon under DeepSpeed, as the learner runs it.
 
     DeepSeek publishes no optimizer settings of V4's post-training. These are our choice, near what open runs
     of V4 use; each kind of stage has its own default for `lr`.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon` takes the steps of V4's pretraining for matrices (model/matrices.py) and AdamW's for all else."""
     lr: PositiveFloat
-    """Peak learning rate."""
+    """Peak learning rate. Muon's updates are as large as AdamW's."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps in which the rate rises linearly from 0 to `lr`."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
@@ -36,6 +38,8 @@ class Optimization(Settings):
     """Decay rates of AdamW's first and second moment."""
     eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
+    momentum: Beta = 0.95
+    """Muon's momentum. V4's pretraining has 0.95, and a weight decay of 0.1."""
     gradient_clipping: PositiveFloat = 1.0
     """Largest global L2 norm of a step's gradient; a larger one is scaled down to it."""
     balance_speed: float = Field(default=0.0, ge=0)

@@ -78,7 +78,7 @@ def read_state(folder: Path, shapes: Shapes, step: int | None = None) -> tuple[i
     tensors = load_file(file)
     if stray := sorted(tensors.keys() ^ shapes.keys()):
         owner = "the model" if stray[0] in shapes else "this state"
-        raise UserError(f"{file}: {stray[0]}: only {owner} has it; the state must be of the same model")
+        raise UserError(f"{file}: {stray[0]}: only {owner} has it; the state must be of the same model and optimizer")
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise UserError(f"{file}: {name}: shape {list(tensors[name].shape)}, the model has {list(shape)}")

@@ -1,11 +1,15 @@
 """Muon's update against singular value decompositions in float64, one matrix at a time."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from amalgam.kernels import muon
-from amalgam.kernels.muon import muon_step, newton_schulz
+from amalgam.kernels.muon import muon_step, newton_schulz, to_updates
+
+in_fp32 = partial(to_updates, dtype=torch.float32)
 
 
 def naive(x: Tensor) -> Tensor:
@@ -47,8 +51,9 @@ def test_steps_are_those_of_each_matrix_by_itself(batch: int, monkeypatch: pytes
     before = [torch.zeros_like(x) for x in expected]
     for _ in range(3):
         gradients = [torch.randn_like(x) for x in held]
-        arguments = ([x[0].unflatten(1, (2, -1)), *x[1:]] for x in (held, gradients, momenta))
-        muon_step(*arguments, lr=0.1, dtype=torch.float32)
+        overwritten = [x.clone() for x in gradients]
+        arguments = ([x[0].unflatten(1, (2, -1)), *x[1:]] for x in (held, overwritten, momenta))
+        muon_step(*arguments, lr=0.1, updates=in_fp32)
         for weight, gradient, moment in zip(expected, gradients, before, strict=True):
             moment.mul_(0.95).add_(gradient)
             height = 8 if weight.shape[-2] == 16 else weight.shape[-2]  # gate_up's halves lie one after another
@@ -63,5 +68,5 @@ def test_an_update_has_adamws_size():
     """A root mean square of 0.18, whatever the shape."""
     for shape in ((64, 64), (32, 128), (128, 32)):
         weight = torch.zeros(shape)
-        muon_step([weight], [torch.randn(shape)], [torch.zeros(shape)], lr=1.0, dtype=torch.float32)
+        muon_step([weight], [torch.randn(shape)], [torch.zeros(shape)], lr=1.0, updates=in_fp32)
         assert weight.square().mean().sqrt().item() == pytest.approx(0.18, rel=0.02)

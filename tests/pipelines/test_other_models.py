@@ -147,6 +147,13 @@ def test_training_an_indexer_is_refused(base: Path, tmp_path: Path, stage: str):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo", "merged"])
+def test_muon_is_refused(base: Path, tmp_path: Path, stage: str):
+    with pytest.raises(UserError, match=f"^stages.{stage}.optimizer.name: muon is for DeepSeek-V4, and .*base is ano"):
+        run_recipe(recipe(base, tmp_path, RECIPE, f"stages.{stage}.optimizer=muon"), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_low_precision_is_refused(base: Path, tmp_path: Path):
     with pytest.raises(UserError, match="base: precision: low precision is DeepSeek-V4's alone"):
         run_recipe(recipe(base, tmp_path, RECIPE, "precision={experts: fp4}"), tmp_path / "runs")

@@ -86,6 +86,14 @@ def test_the_resolved_form_holds_overrides_and_comes_back():
     assert list(again.graph()) == list(recipe.graph())
 
 
+def test_an_optimizers_name_may_stand_alone():
+    assert stage(load(SMALL), "merged", Distill).optimizer.name == "adamw"
+    muon = load(SMALL, "stages.merged.optimizer=muon")
+    assert muon == load(SMALL, "stages.merged.optimizer.name=muon")
+    assert stage(muon, "merged", Distill).optimizer.name == "muon"
+    assert load(resolved_yaml(muon)) == muon
+
+
 def test_precision_is_full_unless_the_recipe_says_otherwise():
     assert load(SMALL).precision == FULL
     v4 = load(SMALL, "precision={experts: fp4, indexer: fp4, kv: fp8}")

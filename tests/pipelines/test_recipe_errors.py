@@ -65,6 +65,11 @@ MISTAKES = {
         "betas: [0.9, 1]",
         "r.yaml:18: stages.grpo-{domain}.optimizer.betas.1: 1 is out of range; give a number at least 0 and below 1",
     ),
+    "an optimizer that is not built": (
+        "    optimizer:\n      lr: 1e-4",
+        "    optimizer: sgd",
+        'r.yaml:17: stages.grpo-{domain}.optimizer.name: "sgd" is not possible; choose from adamw, muon',
+    ),
     "yes for true": (
         "    from: base\n  grpo",
         "    from: base\n    evaluate: yes\n  grpo",

@@ -1,0 +1,144 @@
+"""The learner's optimizer: AdamW, or Muon for a model's matrices and AdamW for all else; DeepSpeed steps it.
+
+DeepSpeed's own Muon is not used: it has other Newton-Schulz coefficients and updates of another size.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from ..kernels.muon import muon_step, to_updates
+from ..model.matrices import Matrices
+from .settings import Optimization
+from .shards import Shards
+
+Trained = dict[str, nn.Parameter]
+
+ADAMW = ("exp_avg", "exp_avg_sq")  # its moments, as torch names them
+MUON = ("momentum",)
+
+
+class Muon(torch.optim.AdamW):
+    """Groups that have a "momentum" take Muon's step, all others AdamW's.
+
+    `matrices`: those of each of Muon's parameters. Newton-Schulz runs in `dtype`. Without ZeRO, or at its stage 0, a
+    group holds whole parameters; from stage 1 on DeepSpeed puts one flat tensor into it, which `shard` must know.
+    A step overwrites Muon's gradients. At stages 1 to 3 it is a collective.
+    """
+
+    def __init__(self, groups: list[dict], matrices: dict[Tensor, Matrices], dtype: torch.dtype, **adamw: Any):
+        super().__init__(groups, **adamw)
+        self._matrices, self._updates = matrices, partial(to_updates, dtype=dtype)
+        self._shards: dict[Tensor, Shards] = {}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        groups = self.param_groups
+        for group in groups:
+            if "momentum" in group and group["params"]:
+                self._muon_step(group)
+        self.param_groups = [group for group in groups if "momentum" not in group]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+
+    def _muon_step(self, group: dict[str, Any]) -> None:
+        held = group["params"]
+        muon_step(
+            held,
+            [p.grad for p in held],
+            [self.state[p]["momentum"] for p in held],
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            updates=partial(self._update, held),
+        )
+
+    def _update(self, held: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        if shards := self._shards.get(held[0]):
+            shards.apply(tensors[0], self._updates)
+        else:
+            self._updates([m for p, x in zip(held, tensors, strict=True) for m in _split(x, self._matrices[p])])
+
+    def shard(self, zero: Any, stage: int, rank: int) -> None:
+        """Reads from DeepSpeed's optimizer of stage 1 to 3 which rank holds what (a collective)."""
+        if stage == 3:
+            lists, flats = zero.fp16_groups, zero.fp32_partitioned_groups_flat
+        else:
+            lists, flats = zero.bit16_groups, zero.single_partition_of_fp32_groups
+        for parameters, flat in zip(lists, flats, strict=True):
+            if parameters[0] in self._matrices:
+                runs = [_run_3(zero, p, rank) if stage == 3 else _run(p) for p in parameters]
+                own = torch.tensor([run[:2] for run in runs], device=flat.device)
+                owned = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+                distributed.all_gather(owned, own)
+                places = [place for *_, place in runs]
+                self._shards[flat] = Shards(rank, [self._matrices[p] for p in parameters], torch.stack(owned), places)
+
+
+def new_optimizer(trained: Trained, matrices: dict[str, Matrices], o: Optimization, device: str) -> torch.optim.AdamW:
+    """Muon for the `matrices` of trained parameters, where there are any, and AdamW.
+
+    Weight decay is for matrices and tables only (our choice): a norm's gain or a bias has no reason to shrink.
+    """
+    ours = {name: p for name, p in trained.items() if name in matrices}
+    others = {name: p for name, p in trained.items() if name not in matrices}
+    decayed = {name: p.ndim >= 2 and not name.endswith("position_bias") for name, p in others.items()}
+    groups = [
+        {"params": [p for name, p in others.items() if decayed[name]], "weight_decay": o.weight_decay},
+        {"params": [p for name, p in others.items() if not decayed[name]], "weight_decay": 0.0},
+    ]
+    adamw = {"lr": o.lr, "betas": o.betas, "eps": o.eps}
+    if not ours:
+        return torch.optim.AdamW([group for group in groups if group["params"]], **adamw)
+    muon = {"params": list(ours.values()), "weight_decay": o.weight_decay, "momentum": o.momentum}
+    # On a CPU products in bf16 are not faster than in fp32.
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    groups = [group for group in (muon, *groups) if group["params"]]
+    return Muon(groups, {p: matrices[name] for name, p in ours.items()}, dtype, **adamw)
+
+
+def create_moments(engine: Any, stage: int, rank: int) -> None:
+    """The optimizer's state as its first step would create it, so that it can be saved and loaded before that.
+
+    (DeepSpeed links parameters to moments after the first group's first step: too early for the second.)
+    """
+    optimizer, zero = engine.basic_optimizer, engine.optimizer
+    groups = optimizer.param_groups
+    if stage == 3:
+        held = [(groups[zero.sub_group_to_group_id[i]], p) for i, p in enumerate(zero.fp32_partitioned_groups_flat)]
+    else:
+        held = [(group, p) for group in groups for p in group["params"]]
+    for group, p in held:
+        muon = "momentum" in group
+        moments = {key: torch.zeros_like(p) for key in (MUON if muon else ADAMW)}
+        optimizer.state[p] = moments if muon else {"step": torch.zeros(()), **moments}
+    if stage in (1, 2):
+        zero._lazy_init_hp_params_optimizer_state()
+    if stage and isinstance(optimizer, Muon):
+        optimizer.shard(zero, stage, rank)
+
+
+def _split(x: Tensor, matrices: Matrices) -> list[Tensor]:
+    """The matrices of a whole parameter, as views."""
+    parts = x.view(-1).split([n * m for n, m in matrices])
+    return [part.view(shape) for part, shape in zip(parts, matrices, strict=True)]
+
+
+def _run(p: Any) -> tuple[int, int, int]:
+    """Where this rank's elements of a parameter begin in it, how many they are, where they begin in the flat tensor."""
+    if p._hp_mapping is None:
+        return 0, 0, 0
+    own = p._hp_mapping.lp_fragment_address
+    return own.start, own.numel, p._hp_mapping.hp_fragment_address.start
+
+
+def _run_3(zero: Any, p: Any, rank: int) -> tuple[int, int, int]:
+    """The same at stage 3, where every parameter is cut into shares of one size; the last ones may be padded."""
+    _, place, size = zero.grad_position[zero.get_param_id(p)]
+    begin = min(rank * size, p.ds_numel)
+    return begin, min(size, p.ds_numel - begin), place
