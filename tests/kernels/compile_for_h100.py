@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 from amalgam.kernels.compress import Storage
 from amalgam.kernels.fused import (
     compress,
+    fp8,
     hopper_forward,
     hopper_indexer,
     hopper_queries,
@@ -90,6 +91,15 @@ def decoding() -> None:
 
 def product(rows: int, out: int, depth: int, wide: bool = False) -> None:
     linear.multiply(meta(rows, depth), meta(out, depth), wide=wide)
+
+
+def fp8_linear(rows: int, out: int, depth: int) -> None:
+    """Both operands quantized (the weight through FP4 too), multiplied, and read back."""
+    fp8.quantize(meta(out, depth), False, fp4=True)
+    x, weight = fp8.quantize(meta(rows, depth), True), fp8.quantize(meta(out, depth), False)
+    fp8.multiply(*x, *weight, torch.bfloat16)
+    fp8.dequantize(*x, torch.bfloat16, True)
+    fp8.dequantize(*weight, torch.bfloat16, False)
 
 
 def normed(*shape: int, weight: bool = True, rotated: bool = False) -> None:
@@ -223,6 +233,8 @@ CASES: dict[str, Callable[[], None]] = {
     "linear, 64 columns": lambda: product(TOKENS, 64, 4096),
     "linear, 64 rows": lambda: product(64, 1024, 4096),
     "linear, 16 rows": lambda: product(16, 1024, 4096),
+    "fp8, q_b_proj": lambda: fp8_linear(TOKENS, 32768, 1024),
+    "fp8, 64 rows": lambda: fp8_linear(64, 1024, 4096),
     "norm, hidden": lambda: normed(TOKENS, 4096),
     "norm, streams": lambda: normed(TOKENS, 16384, weight=False),
     "norm, queries": lambda: normed(TOKENS, HEADS, WIDTH, weight=False, rotated=True),
