@@ -95,6 +95,8 @@ def experts_fp8(
     if fused(x):
         from .fused.fp8_experts import experts_forward
 
+        if ids.numel() == 0:
+            return x.new_zeros(x.shape, dtype=torch.float32)
         quantized = quantize_activations(x)
         return experts_forward(quantized, ids, weights, _parts(gate_up), _parts(down), limit, x.dtype, False)[0]
 
@@ -109,12 +111,12 @@ def experts_fp8(
 
 
 def linear_qat(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, i] times the master weight [o, i] -> [T, o] in x's dtype: both rounded to FP8 and multiplied as above.
+    """x [..., i] times the master weight [o, i] -> [..., o] in x's dtype: both rounded to FP8, multiplied as above.
 
     The backward is in x's dtype and takes each rounding for none (straight-through; paper 5.2.1): its products are
     those of the rounded x and weight.
     """
-    return _Linear.apply(x, weight, False)  # pyright: ignore[reportReturnType]
+    return _Linear.apply(x.flatten(0, -2), weight, False).unflatten(0, x.shape[:-1])  # pyright: ignore
 
 
 def experts_qat(
@@ -127,7 +129,8 @@ def experts_qat(
     if fused(x):
         from .fused.fp8_experts import QuantizedExperts
 
-        return QuantizedExperts.apply(x, ids, weights, gate_up, down, limit, fp4)  # pyright: ignore[reportReturnType]
+        keep = torch.is_grad_enabled() and any(a.requires_grad for a in (x, weights, gate_up, down))
+        return QuantizedExperts.apply(x, ids, weights, gate_up, down, limit, fp4, keep)  # pyright: ignore
 
     def product(rows: Tensor, halves: Tensor) -> Tensor:
         return torch.cat([_Linear.apply(rows, half, fp4) for half in halves.unbind(0)], 1)  # pyright: ignore

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import DTYPES, SAME_BITS, STEP
+from .launch import DTYPES, SAME_BITS, STEP, is_hopper
 from .linear import tile_place
 
 BLOCK: tl.constexpr = tl.constexpr(128)  # channels, and of a weight rows, that share a scale
@@ -91,12 +91,11 @@ def as_fp4_tile(x_RC):
     # E2M1's neighbours are `step` apart; 1.5 * 2^23 steps more, and fp32's are too.
     step = (tl.maximum(bits, 0x3F800000) & INFINITE).to(tl.float32, bitcast=True) * 0.5
     size = (size + step * 12582912.0) - step * 12582912.0
-    signed = (size.to(tl.int32, bitcast=True) | (scaled.to(tl.int32, bitcast=True) & -0x80000000)).to(
-        tl.float32, bitcast=True
-    )
+    sign = scaled.to(tl.int32, bitcast=True) ^ bits
+    rounded = (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     largest = tl.max(tl.max(group_RG, 1), 0)
     scale = tl.where(largest == 255, 255, tl.maximum(largest - 6, 0))
-    return regrouped(signed, group_RG, scale), scale
+    return regrouped(rounded, group_RG, scale), scale
 
 
 @triton.jit
@@ -195,7 +194,7 @@ def quantize(x: Tensor, by_row: bool, fp4: bool = False) -> tuple[Tensor, Tensor
     if x.numel():
         _quantize[_grid(x, by_row)](
             x, codes, scales, *x.shape[-2:], R=HEIGHT if by_row else 128, BY_ROW=by_row, FP4=fp4,
-            num_warps=4 if by_row else 8,
+            num_warps=4 if by_row else 8, **SAME_BITS,
         )  # fmt: skip
     return codes, scales.view(torch.float8_e8m0fnu)
 
@@ -206,9 +205,14 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, by_row: bool) 
     if out.numel():
         _dequantize[_grid(codes, by_row)](
             codes, scales.view(torch.uint8), out, *codes.shape[-2:], R=HEIGHT if by_row else 128, BY_ROW=by_row,
-            num_warps=4 if by_row else 8,
+            num_warps=4 if by_row else 8, **SAME_BITS,
         )  # fmt: skip
     return out
+
+
+def check_hopper(device: torch.device) -> None:
+    if device.type == "cuda" and not is_hopper(device):
+        raise ValueError(f"FP8 products run on Hopper, not on {torch.cuda.get_device_name(device)}")
 
 
 def check_depth(depth: int) -> None:
@@ -219,6 +223,7 @@ def check_depth(depth: int) -> None:
 def multiply(x: Tensor, x_scales: Tensor, weight: Tensor, w_scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes x [T, i] times weight [o, i] -> [T, o] in bf16 or fp32."""
     rows, depth, out = x.shape[0], x.shape[1], weight.shape[0]
+    check_hopper(x.device)
     check_depth(depth)
     if out % STEP:
         raise ValueError(f"out_features: {out}; the Triton kernels take multiples of {STEP}")

@@ -29,6 +29,7 @@ from amalgam.kernels.compress import Storage
 from amalgam.kernels.fused import (
     compress,
     fp8,
+    fp8_experts,
     hopper_forward,
     hopper_indexer,
     hopper_queries,
@@ -205,6 +206,27 @@ def expert_layer(
     backward(moe.Experts.apply(x, ids, weights, gate_up, down, 10.0, True))
 
 
+def low_experts(tokens: int, fp4: bool = False) -> None:
+    """Flash's experts in low precision: for a rollout, from packed FP4 if `fp4`, or quantized, forward and backward."""
+    experts, hidden, inner, k = 256, 4096, 2048, 6
+    x, ids, weights = meta(tokens, hidden), meta(tokens, k, dtype=torch.int64), meta(tokens, k, dtype=FP32)
+    if fp4:
+        scales = torch.float8_e8m0fnu
+        up, down = (
+            (
+                meta(*shape, depth // 2, dtype=torch.int8),
+                meta(*shape[:-1], shape[-1] // 128, depth // 128, dtype=scales),
+                meta(*shape, depth // 32, dtype=scales),
+            )
+            for shape, depth in (((experts, 2, inner), hidden), ((experts, hidden), inner))
+        )
+        fp8_experts.experts_forward(fp8.quantize(x, True), ids, weights, up, down, 10.0, x.dtype, False)
+    else:
+        leaves = (x, weights, meta(experts, 2 * inner, hidden), meta(experts, hidden, inner))
+        x, weights, up, down = (leaf.requires_grad_() for leaf in leaves)
+        backward(fp8_experts.QuantizedExperts.apply(x, ids, weights, up, down, 10.0, True, True))
+
+
 def hopper_scores() -> None:
     q, keys, weights = meta(TOKENS, 64, 128), meta(TOKENS // 4, 128), meta(TOKENS, 64, dtype=FP32)
     out = meta(TOKENS, TOKENS // 4, dtype=FP32)
@@ -254,6 +276,10 @@ CASES: dict[str, Callable[[], None]] = {
     "experts, 64 rows": lambda: expert_layer(2048, 256, 4096, 2048, 6),
     "experts, decoding": lambda: expert_layer(32, 256, 4096, 2048, 6),
     "experts, fp32": lambda: expert_layer(16384, 256, 4096, 2048, 6, FP32),
+    "fp8, experts": lambda: low_experts(16384),
+    "fp8, experts, 64 rows": lambda: low_experts(2048),
+    "fp8, experts in FP4": lambda: low_experts(16384, fp4=True),
+    "fp8, experts in FP4, 64 rows": lambda: low_experts(32, fp4=True),
     "loss, tokens": token_loss,
     "loss, tokens, fp32 head": lambda: token_loss(FP32),
     "loss, tokens, kept": lambda: token_loss(keep=True),
