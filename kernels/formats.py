@@ -31,15 +31,15 @@ def quantize_fp8(weight: Tensor, tile: tuple[int, int] = FP8_TILE) -> tuple[Tens
 
 
 def encode_fp8(x: Tensor, tile: tuple[int, int] = FP8_TILE) -> tuple[Tensor, Tensor]:
-    """`quantize_fp8` for what computes on: a tile with a NaN or an infinity gets NaN codes and a NaN scale, no error."""
+    """`quantize_fp8` without its error: a tile with a NaN or an infinity gets NaN codes and a NaN scale."""
     values, exponent = _scaled_fp8(x, tile)
     return _from_tiles(values, x.shape).to(torch.float8_e4m3fn), _as_scales(exponent)
 
 
 def encode_fp4_as_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [..., N, K] rounded to FP4, then stored as `fp4_to_fp8` does, where NaNs and infinities are as `encode_fp8`.
+    """weight [..., N, K] rounded to FP4, then stored as `fp4_to_fp8` does, without the errors of either.
 
-    A value that FP8 does not hold (`fp4_to_fp8` has an error for it) is rounded.
+    A value that FP8 does not hold is rounded; a tile with a NaN or an infinity gets NaN codes and a NaN scale.
     """
     _check_groups(weight)
     values, exponent = _scaled_fp4(weight)
@@ -56,7 +56,7 @@ def decode_fp8(
 
 
 def fp4_blocks(scales: Tensor) -> Tensor:
-    """The scales of FP8 that `fp4_to_fp8` gives, float8_e8m0fnu [..., ceil(N/128), ceil(K/128)], for FP4's [..., N, K/32]."""
+    """FP4's scales [..., N, K/32] -> those that `fp4_to_fp8` gives, float8_e8m0fnu [..., ceil(N/128), ceil(K/128)]."""
     groups = _in_tiles(scales.view(torch.uint8).int(), _GROUPS)
     return _block_scale(groups.amax((-3, -1))).to(torch.uint8).view(torch.float8_e8m0fnu)
 

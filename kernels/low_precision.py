@@ -1,8 +1,8 @@
 """Products and experts in V4's low precision, for rollouts, and their forward in quantization-aware training.
 
 As in DeepSeek's inference code: activations are rounded to FP8 as they come, a scale for each token and 128 channels;
-weights are FP8 with a scale for each 128 x 128, experts' may be FP4 (formats.py has the rules). A product's sum over 128
-channels is multiplied by both scales and added up in fp32. On a GPU (Hopper) the sum of a block keeps about 14 bits.
+weights are FP8 with a scale for each 128 x 128, experts' may be FP4 (formats.py has the rules). A sum over 128 channels
+is multiplied by both scales, and these are added up in fp32. On a GPU (Hopper) the sum of 128 keeps about 14 bits.
 Nothing here waits for the device: a tile that holds a NaN or an infinity becomes NaN.
 """
 
@@ -60,7 +60,7 @@ def quantize_weight(weight: Tensor, fp4: bool = False) -> Fp8:
 
 
 def fp4_weight(packed: Tensor, groups: Tensor) -> Fp4:
-    """A checkpoint's FP4 weight, checked (so it waits for the device): ValueError where FP8 does not hold its values."""
+    """A checkpoint's FP4 weight, checked, which waits for the device: ValueError where FP8 does not hold its values."""
     if (fit := fp8_fit(packed, groups)).fitting < fit.blocks:
         raise ValueError(
             f"{fit.blocks - fit.fitting} of {fit.blocks} blocks of 128 x 128 do not fit FP8 without loss; "
@@ -84,13 +84,11 @@ def multiply(x: Fp8, weight: Fp8, dtype: torch.dtype) -> Tensor:
     return sums.to(dtype)
 
 
-def experts_fp8(
-    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Fp8 | Fp4, down: Fp8 | Fp4, limit: float
-) -> Tensor:
+def experts_fp8(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Fp8 | Fp4, down: Fp8 | Fp4, limit: float) -> Tensor:
     """`moe.experts` with both products in FP8: x [T, d] bf16 or fp32, ids int64, weights fp32 [T, k] -> fp32 [T, d].
 
-    gate_up [E, 2, I, d] (gates, then ups, so that no tile holds both), down [E, d, I]; both FP8 or both FP4, and of
-    the two the same bits where they are the same values. No gradient.
+    gate_up [E, 2, I, d] (gates, then ups, so that no tile holds both), down [E, d, I]. FP4 has the bits of its FP8
+    (`formats.fp4_to_fp8`). No gradient.
     """
     if fused(x):
         from .fused.fp8_experts import experts_forward
@@ -149,12 +147,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad, (codes, scales, *weight) = grads[0], ctx.saved_tensors
+        grad, (x, x_scales, weight, weight_scales) = grads[0], ctx.saved_tensors
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_x = grad @ _decode(*weight, grad.dtype, False)
+            of_x = grad @ _decode(weight, weight_scales, grad.dtype, False)
         if ctx.needs_input_grad[1]:
-            of_weight = (grad.t() @ _decode(codes, scales, grad.dtype, True)).to(ctx.dtype)
+            of_weight = (grad.t() @ _decode(x, x_scales, grad.dtype, True)).to(ctx.dtype)
         return of_x, of_weight, None
 
 
@@ -168,7 +166,9 @@ def _decode(codes: Tensor, scales: Tensor, dtype: torch.dtype, by_row: bool) -> 
 
 def _parts(weight: Fp8 | Fp4) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales, and of FP4 the groups' scales."""
-    return (weight.packed, weight.scales, weight.groups) if isinstance(weight, Fp4) else (*weight, None)
+    if isinstance(weight, Fp4):
+        return weight.packed, weight.scales, weight.groups
+    return weight.codes, weight.scales, None
 
 
 def _as_fp8(weight: Fp8 | Fp4) -> Fp8:

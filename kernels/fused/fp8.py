@@ -1,8 +1,8 @@
 """Triton kernels of low precision: E4M3 codes with power-of-two scales made, read back, and multiplied.
 
 Hopper's FP8 products keep about 14 bits of a sum. So a product of 128 channels is one sum there, which the kernel then
-multiplies with both scales and adds up in fp32, block after block: nothing is split, and every row of a result goes
-through `wgmma`'s 64 rows, in decoding too, as the smaller `mma.sync` multiplies FP8 in another way and so in other bits.
+multiplies with both scales and adds up in fp32, block after block: nothing is split. Every row of a result goes through
+`wgmma`'s 64 rows, in decoding too: the smaller `mma.sync` multiplies FP8 in another way, and so in other bits.
 """
 
 import torch
@@ -73,9 +73,10 @@ def as_tile(x_RC):
 
 
 @triton.jit
-def regrouped(x_RGC, group_RG, scale):
-    """E4M3 codes [R, 128] of numbers in units of their group's scale (a byte, int32), in units of `scale`."""
-    shift = tl.maximum(group_RG - scale, -64)
+def regrouped(x_RGC, group_RG, scale, LESS: tl.constexpr):
+    """E4M3 codes [R, 128] in units of `scale` for numbers in those of their group's scale times 2^-LESS. Scales are
+    bytes, int32."""
+    shift = tl.maximum(group_RG - scale, -64) + LESS
     codes = (x_RGC * ((shift + 127) << 23).to(tl.float32, bitcast=True)[:, :, None]).to(tl.float8e4nv)
     return tl.reshape(codes, [x_RGC.shape[0], BLOCK])
 
@@ -95,7 +96,7 @@ def as_fp4_tile(x_RC):
     rounded = (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     largest = tl.max(tl.max(group_RG, 1), 0)
     scale = tl.where(largest == 255, 255, tl.maximum(largest - 6, 0))
-    return regrouped(rounded, group_RG, scale), scale
+    return regrouped(rounded, group_RG, scale, 0), scale
 
 
 @triton.jit
@@ -154,7 +155,7 @@ def _multiply(
     x, x_scales, weight, w_scales, y, rows, depth, out,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y = x times weightᵀ, in two tiles of COLUMNS side by side, which divides 128: each has one scale for 128 channels.
+    """y = x times weightᵀ, in two tiles of COLUMNS, a divisor of 128: each has one scale for 128 channels.
 
     Limited by the L2 cache: 48 KiB for 8.4 MFLOP of 128 by 256 by 128, 5.9 TB/s at 1000 TFLOP/s. One sum in fp32 of a
     block at a time stands beside those of both tiles: 64 + 128 registers a thread of 8 warps.
@@ -181,7 +182,7 @@ def _scales(x: Tensor, by_row: bool) -> Tensor:
 
 def _grid(x: Tensor, by_row: bool) -> tuple[int, int, int]:
     rows, depth = x.shape[-2:]
-    return triton.cdiv(rows, HEIGHT if by_row else 128), triton.cdiv(depth, 128), x[..., 0, 0].numel()
+    return -(-rows // (HEIGHT if by_row else 128)), -(-depth // 128), x[..., 0, 0].numel()
 
 
 def quantize(x: Tensor, by_row: bool, fp4: bool = False) -> tuple[Tensor, Tensor]:

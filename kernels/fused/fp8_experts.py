@@ -31,9 +31,9 @@ def _weight_tile(weight, groups, row, k, scale, all_rows, depth, COLUMNS: tl.con
         at = groups + r.to(tl.int64) * (depth // 32) + g
         group = tl.load(at, mask=(r < all_rows) & (g < depth // 32), other=0).to(tl.int32)
         pairs = tl.reshape(tl.join(packed, packed >> 4), [COLUMNS, 4, 32])
-        # Exponent and mantissa of E2M1 as fp32's are the number times 2^-126; times 2^63 twice it is itself.
-        size = ((pairs & 7) << 22 | (pairs & 8) << 28).to(tl.float32, bitcast=True)
-        tile = regrouped(size * 9223372036854775808.0 * 9223372036854775808.0, group, scale.to(tl.int32))
+        # Exponent and mantissa of E2M1 as fp32's are the number times 2^-126, which takes two factors of 2^63.
+        number = ((pairs & 7) << 22 | (pairs & 8) << 28).to(tl.float32, bitcast=True)
+        tile = regrouped(number * 9223372036854775808.0, group, scale.to(tl.int32), 63)
     else:
         tile = weight.load([row, k])
     return tile

@@ -123,7 +123,7 @@ def experts_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of x, weights, gate_up and down for that of the result, fp32 [T, d].
 
-    `needed` says of x, ids, weights, gate_up and down which are wanted; `stored`, what the second product saw of hidden.
+    `needed` says of x, ids, weights, gate_up and down which are wanted; `stored`, what the second product was given.
     """
     grad = grad.to(x.dtype).contiguous()
     of_hidden = rows_times_weights(grad, down, rows, transposed=False, gathered=True)

@@ -206,8 +206,8 @@ def expert_layer(
     backward(moe.Experts.apply(x, ids, weights, gate_up, down, 10.0, True))
 
 
-def low_experts(tokens: int, fp4: bool = False) -> None:
-    """Flash's experts in low precision: for a rollout, from packed FP4 if `fp4`, or quantized, forward and backward."""
+def low_experts(tokens: int, fp4: bool = False, train: bool = False) -> None:
+    """Flash's experts in low precision: from packed FP4, or from masters, forward and, if `train`, backward."""
     experts, hidden, inner, k = 256, 4096, 2048, 6
     x, ids, weights = meta(tokens, hidden), meta(tokens, k, dtype=torch.int64), meta(tokens, k, dtype=FP32)
     if fp4:
@@ -223,8 +223,9 @@ def low_experts(tokens: int, fp4: bool = False) -> None:
         fp8_experts.experts_forward(fp8.quantize(x, True), ids, weights, up, down, 10.0, x.dtype, False)
     else:
         leaves = (x, weights, meta(experts, 2 * inner, hidden), meta(experts, hidden, inner))
-        x, weights, up, down = (leaf.requires_grad_() for leaf in leaves)
-        backward(fp8_experts.QuantizedExperts.apply(x, ids, weights, up, down, 10.0, True, True))
+        x, weights, up, down = (leaf.requires_grad_(train) for leaf in leaves)
+        out: Any = fp8_experts.QuantizedExperts.apply(x, ids, weights, up, down, 10.0, True, train)
+        _ = train and backward(out)
 
 
 def hopper_scores() -> None:
@@ -276,7 +277,7 @@ CASES: dict[str, Callable[[], None]] = {
     "experts, 64 rows": lambda: expert_layer(2048, 256, 4096, 2048, 6),
     "experts, decoding": lambda: expert_layer(32, 256, 4096, 2048, 6),
     "experts, fp32": lambda: expert_layer(16384, 256, 4096, 2048, 6, FP32),
-    "fp8, experts": lambda: low_experts(16384),
+    "fp8, experts": lambda: low_experts(16384, train=True),
     "fp8, experts, 64 rows": lambda: low_experts(2048),
     "fp8, experts in FP4": lambda: low_experts(16384, fp4=True),
     "fp8, experts in FP4, 64 rows": lambda: low_experts(32, fp4=True),
@@ -311,6 +312,7 @@ def taken(kernel: Any) -> dict[str, Any]:
         "spilled": int(found[1]) + int(found[2]),
         "products": len(re.findall(r"tt\.dot |warp_group_dot ", source)),
         "wgmma": ptx.count("wgmma.mma_async"),
+        "fp8": len(re.findall(r"wgmma\.mma_async.*e4m3\.e4m3", ptx)),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
     }
 

@@ -35,10 +35,10 @@ def assert_same(found: low_precision.Fp8, expected: tuple[Tensor, Tensor]) -> No
 
 
 def uneven(*shape: int) -> Tensor:
-    """Numbers whose groups of 32 differ by up to 2^8, with zeros, and ties of both formats."""
+    """Numbers whose groups of 32 differ by up to 2^8, with zeros, ties, and the largest of both formats."""
     x = torch.randn(*shape).unflatten(-1, (-1, 32))
     x = (x * torch.randint(9, x.shape[:-1]).exp2().unsqueeze(-1)).flatten(-2)
-    x[..., 3, :] = 0
+    x[..., 3, :], x[..., 7, :128], x[..., 7, 128:] = 0, 448, -6
     x[..., 5, :32] = torch.tensor([6, 5, -5, 3.5, 2.5, 1.75, 1.25, 0.75, 0.25, -0.25, -0.1, 448, 0.5, 17, 19, 1e-9] * 2)
     return x
 
@@ -57,7 +57,9 @@ def test_codes_and_scales_are_the_definition_s(dtype: torch.dtype):
     assert [found[1].float().isnan().sum() for found in (rows, tiles, fp4)] == [2, 1, 1]
     for (codes, scales), tile in ((rows, ROW), (tiles, formats.FP8_TILE)):
         found = fp8.dequantize(codes, scales, dtype, tile == ROW)
-        torch.testing.assert_close(found, formats.decode_fp8(codes, scales, dtype, tile), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            found, formats.decode_fp8(codes, scales, dtype, tile), rtol=0, atol=0, equal_nan=True
+        )
 
 
 def test_encoding_is_quantization():
@@ -92,8 +94,9 @@ def test_a_product_s_row_is_its_own(how: str):
         assert torch.equal(product(x[rows]), whole[rows])
 
 
-def quantized(gate_up: Tensor, down: Tensor, fp4: bool) -> list[low_precision.Fp8]:
-    return [low_precision.quantize_weight(weight, fp4) for weight in (gate_up.unflatten(1, (2, -1)), down)]
+def quantized(gate_up: Tensor, down: Tensor, fp4: bool) -> tuple[low_precision.Fp8, low_precision.Fp8]:
+    halves = gate_up.unflatten(1, (2, -1))
+    return low_precision.quantize_weight(halves, fp4), low_precision.quantize_weight(down, fp4)
 
 
 def simulated(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, fp4: bool) -> Tensor:
@@ -112,9 +115,12 @@ def simulated(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Te
     "tokens, k, experts, hidden, inner", [(40, 3, 5, 160, 32), (9, 2, 4, 288, 160)], ids=["rows", "tiles"]
 )
 def test_experts(tokens: int, k: int, experts: int, hidden: int, inner: int, fp4: bool, how: str):
-    """Values and every gradient of quantization-aware training; its forward is that of the quantized weights."""
+    """Values and every gradient of quantization-aware training; its forward is that of the quantized weights. What an
+    expert holds that nobody chose, behind the others' last tiles, does not matter."""
     ids, (x, weights, *masters) = chosen(tokens, k, experts), layer(tokens, k, experts, hidden, inner)
     masters = [weight * 0.1 for weight in masters]
+    for weight in masters:
+        weight[-1] = float("nan")
     results = []
     for kind in (torch.float64, torch.float32):
         leaves = [a.to(kind).requires_grad_() for a in (x, weights, *masters)]
@@ -133,10 +139,10 @@ def test_experts(tokens: int, k: int, experts: int, hidden: int, inner: int, fp4
 @torch.no_grad()
 def test_packed_fp4_gives_the_bits_of_its_fp8(how: str):
     ids, (x, weights, gate_up, down) = chosen(30, 2, 4), layer(30, 2, 4, 288, 160)
-    weight = uneven(*gate_up.shape).unflatten(1, (2, -1))
-    packed = [low_precision.fp4_weight(*formats.quantize_fp4(each)) for each in (weight, down)]
+    weight = (uneven(*gate_up.shape) / 64).unflatten(1, (2, -1))
+    up, lower = (low_precision.fp4_weight(*formats.quantize_fp4(each)) for each in (weight, down))
     expected = low_precision.experts_fp8(x, ids, weights, *quantized(weight.flatten(1, 2), down, True), LIMIT)
-    assert torch.equal(low_precision.experts_fp8(x, ids, weights, *packed, LIMIT), expected)
+    assert torch.equal(low_precision.experts_fp8(x, ids, weights, up, lower, LIMIT), expected)
 
 
 @torch.no_grad()
@@ -144,7 +150,7 @@ def test_packed_fp4_gives_the_bits_of_its_fp8(how: str):
 def test_a_token_is_its_own(monkeypatch: pytest.MonkeyPatch):
     """Alone, in a batch, among others of its experts and in tiles of another height."""
     x, weights, gate_up, down = layer(60, 2, 4, 160, 32)
-    x, ids, low = x.bfloat16(), chosen(60, 2, 4), quantized(gate_up, down, False)
+    x, ids, low = x.bfloat16(), chosen(60, 2, 4), quantized(gate_up * 0.1, down, False)
     monkeypatch.setattr(fp8_experts, "height_of", lambda slots, _: 64 if slots < 80 else 128)
     whole = low_precision.experts_fp8(x, ids, weights, *low, LIMIT)
     for rows in (slice(0, 1), slice(7, 12), torch.randperm(60)[:45]):
