@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import fused
-from .formats import FP8_TILE, decode_fp8, dequantize_fp4, encode_fp4_as_fp8, encode_fp8, fp4_blocks, fp8_fit
+from .formats import FP8_TILE, decode_fp8, encode_fp4_as_fp8, encode_fp8, fp4_blocks, fp4_to_fp8, fp8_fit
 from .moe import reference_experts
 from .project import reference_project
 
@@ -174,4 +174,4 @@ def _parts(weight: Fp8 | Fp4) -> tuple[Tensor, Tensor, Tensor | None]:
 def _as_fp8(weight: Fp8 | Fp4) -> Fp8:
     if isinstance(weight, Fp8):
         return weight
-    return Fp8(*encode_fp4_as_fp8(dequantize_fp4(weight.packed, weight.groups)))
+    return Fp8(*fp4_to_fp8(weight.packed, weight.groups))

@@ -11,7 +11,7 @@ from .dispatch import fused
 from .project import LANES, project, project_wide
 from .upcast import upcast
 
-W = TypeVar("W")
+_W = TypeVar("_W")
 
 
 def route(
@@ -71,10 +71,10 @@ def reference_experts(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    up_weights: Sequence[W],
-    down_weights: Sequence[W],
+    up_weights: Sequence[_W],
+    down_weights: Sequence[_W],
     limit: float,
-    product: Callable[[Tensor, W], Tensor],
+    product: Callable[[Tensor, _W], Tensor],
 ) -> Tensor:
     """The definition. `product` takes rows of tokens and an expert's weight, of whatever kind."""
     tokens, k = ids.shape

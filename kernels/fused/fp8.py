@@ -190,6 +190,7 @@ def quantize(x: Tensor, by_row: bool, fp4: bool = False) -> tuple[Tensor, Tensor
     if x.dtype not in DTYPES:
         raise ValueError(f"{x.dtype}; the Triton kernels quantize bfloat16 or float32")
     check_depth(x.shape[-1])
+    check_hopper(x.device)
     x = x.contiguous()
     codes, scales = torch.empty_like(x, dtype=torch.float8_e4m3fn), _scales(x, by_row)
     if x.numel():
@@ -213,7 +214,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, by_row: bool) 
 
 def check_hopper(device: torch.device) -> None:
     if device.type == "cuda" and not is_hopper(device):
-        raise ValueError(f"FP8 products run on Hopper, not on {torch.cuda.get_device_name(device)}")
+        raise ValueError(f"the kernels of low precision run on Hopper, not on {torch.cuda.get_device_name(device)}")
 
 
 def check_depth(depth: int) -> None:
@@ -224,7 +225,6 @@ def check_depth(depth: int) -> None:
 def multiply(x: Tensor, x_scales: Tensor, weight: Tensor, w_scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes x [T, i] times weight [o, i] -> [T, o] in bf16 or fp32."""
     rows, depth, out = x.shape[0], x.shape[1], weight.shape[0]
-    check_hopper(x.device)
     check_depth(depth)
     if out % STEP:
         raise ValueError(f"out_features: {out}; the Triton kernels take multiples of {STEP}")

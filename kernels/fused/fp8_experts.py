@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .fp8 import BLOCK, add_product, as_rows, check_depth, check_hopper, dequantize, described, quantize, regrouped
+from .fp8 import BLOCK, add_product, as_rows, check_depth, dequantize, described, quantize, regrouped
 from .launch import SAME_BITS
 from .moe import BAND, clamped, combine, locate
 from .moe_rows import Rows, sort_rows
@@ -186,7 +186,6 @@ def experts_forward(
     dtype: torch.dtype, keep: bool,
 ) -> tuple[Tensor, Tensor, Rows]:  # fmt: skip
     """`low_precision.experts_fp8` of quantized x; what of its first product the backward needs, if `keep`; its rows."""
-    check_hopper(ids.device)
     if weights.dtype != torch.float32:
         raise ValueError(f"weights: {weights.dtype}; the Triton kernels take float32")
     experts, k = gate_up[0].shape[0], ids.shape[1]

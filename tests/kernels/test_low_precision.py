@@ -138,10 +138,14 @@ def test_experts(tokens: int, k: int, experts: int, hidden: int, inner: int, fp4
 
 @torch.no_grad()
 def test_packed_fp4_gives_the_bits_of_its_fp8(how: str):
-    ids, (x, weights, gate_up, down) = chosen(30, 2, 4), layer(30, 2, 4, 288, 160)
-    weight = (uneven(*gate_up.shape) / 64).unflatten(1, (2, -1))
-    up, lower = (low_precision.fp4_weight(*formats.quantize_fp4(each)) for each in (weight, down))
-    expected = low_precision.experts_fp8(x, ids, weights, *quantized(weight.flatten(1, 2), down, True), LIMIT)
+    """Of any codes and scales, of which several mean the same number."""
+    ids, (x, weights, _, down) = chosen(30, 2, 4), layer(30, 2, 4, 288, 160)
+    packed, groups = torch.randint(-128, 128, (4, 2, 160, 144)), torch.randint(108, 118, (4, 2, 160, 9))
+    stored = [(packed.to(torch.int8), groups.to(torch.uint8).view(torch.float8_e8m0fnu)), formats.quantize_fp4(down)]
+    up, lower = (low_precision.fp4_weight(*each) for each in stored)
+    fp8_up, fp8_lower = (low_precision.Fp8(*formats.fp4_to_fp8(*each)) for each in stored)
+    expected = low_precision.experts_fp8(x, ids, weights, fp8_up, fp8_lower, LIMIT)
+    assert expected.isfinite().all() and expected.ne(0).all()
     assert torch.equal(low_precision.experts_fp8(x, ids, weights, up, lower, LIMIT), expected)
 
 
