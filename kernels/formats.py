@@ -15,6 +15,7 @@ from torch import Tensor
 
 FP8_TILE = (128, 128)  # of a weight; (1, 128) of an activation
 FP4_TILE = (1, 32)
+_GROUPS = FP8_TILE[0], FP8_TILE[1] // FP4_TILE[1]  # FP4's scales in a tile of FP8
 _FP8_FLOOR, _FP4_FLOOR = 1e-4, 6 * 2.0**-126  # a tile's largest magnitude counts as at least this
 
 
@@ -24,9 +25,40 @@ def quantize_fp8(weight: Tensor, tile: tuple[int, int] = FP8_TILE) -> tuple[Tens
     Tiles at the end may be smaller. The rule is scale = 2^ceil(log2(max(amax, 1e-4) / 448)); computed in fp32. A tile
     that holds a NaN or an infinity is a ValueError.
     """
-    values, exponent = _scaled_fp8(weight, tile)
-    _refuse(exponent == 128, "", "holds a NaN or an infinity", tile)
-    return _from_tiles(values, weight.shape).to(torch.float8_e4m3fn), _as_scales(exponent)
+    codes, scales = encode_fp8(weight, tile)
+    _refuse(scales.view(torch.uint8) == 255, "", "holds a NaN or an infinity", tile)
+    return codes, scales
+
+
+def encode_fp8(x: Tensor, tile: tuple[int, int] = FP8_TILE) -> tuple[Tensor, Tensor]:
+    """`quantize_fp8` without its error: a tile with a NaN or an infinity gets NaN codes and a NaN scale."""
+    values, exponent = _scaled_fp8(x, tile)
+    return _from_tiles(values, x.shape).to(torch.float8_e4m3fn), _as_scales(exponent)
+
+
+def encode_fp4_as_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [..., N, K] rounded to FP4, then stored as `fp4_to_fp8` does, without the errors of either.
+
+    A value that FP8 does not hold is rounded; a tile with a NaN or an infinity gets NaN codes and a NaN scale.
+    """
+    _check_groups(weight)
+    values, exponent = _scaled_fp4(weight)
+    exact, scale = _regrouped(_from_tiles(values, weight.shape), exponent + 127)
+    return _from_tiles(exact, weight.shape).to(torch.float8_e4m3fn), scale.to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def decode_fp8(
+    codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32, tile: tuple[int, int] = FP8_TILE
+) -> Tensor:
+    """`dequantize_fp8` without its errors: NaN where codes or scales are."""
+    values = _in_tiles(codes.float(), tile) * scales.float()[..., :, None, :, None]
+    return _from_tiles(values, codes.shape).to(dtype)
+
+
+def fp4_blocks(scales: Tensor) -> Tensor:
+    """FP4's scales [..., N, K/32] -> those that `fp4_to_fp8` gives, float8_e8m0fnu [..., ceil(N/128), ceil(K/128)]."""
+    groups = _in_tiles(scales.view(torch.uint8).int(), _GROUPS)
+    return _block_scale(groups.amax((-3, -1))).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def dequantize_fp8(
@@ -39,8 +71,7 @@ def dequantize_fp8(
     if codes.dtype != torch.float8_e4m3fn:
         raise ValueError(f"FP8 codes must be float8_e4m3fn, got {codes.dtype}")
     _check_scales(scales, codes.shape, tile)
-    values = _in_tiles(codes.float(), tile) * scales.float()[..., :, None, :, None]
-    return _checked(_from_tiles(values, codes.shape).to(dtype), scales, tile)
+    return _checked(decode_fp8(codes, scales, dtype, tile), scales, tile)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,8 +91,7 @@ def quantize_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     The rule is scale = 2^ceil(log2(max(amax, 6 * 2^-126) / 6)); computed in fp32. ValueError: K not a multiple of 32,
     or a group that holds a NaN or an infinity.
     """
-    if weight.shape[-1] % FP4_TILE[1]:
-        raise ValueError(f"FP4 needs rows of a multiple of {FP4_TILE[1]} columns, got shape {list(weight.shape)}")
+    _check_groups(weight)
     values, exponent = _scaled_fp4(weight)
     _refuse(exponent == 128, "", "holds a NaN or an infinity", FP4_TILE)
     return _packed(_from_tiles(values, weight.shape)), _as_scales(exponent)
@@ -127,17 +157,27 @@ def _to_fp8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     _check_scales(scales, values.shape, FP4_TILE)
     _refuse_nan_scale(scales, FP4_TILE)
     group = scales.view(torch.uint8).int()
-    groups = _in_tiles(group, (FP8_TILE[0], FP8_TILE[1] // FP4_TILE[1]))  # [..., n, 128, k, 4]; past the end 0
-    largest = groups.amax((-3, -1))
-    scale = (largest - 6).clamp_min(0)
-    tiles = _in_tiles(values, FP8_TILE)
-    shift = (groups - scale[..., :, None, :, None]).clamp_min(-64)  # below, every value rounds to zero anyway
-    exact = tiles * _power(shift).repeat_interleave(FP4_TILE[1], -1)
+    exact, scale = _regrouped(values, group)
     codes = exact.to(torch.float8_e4m3fn)
     lossless = (codes.float() == exact).all(-1).all(-2)
-    matters = tiles.unflatten(-1, (-1, FP4_TILE[1])).ne(0).any(-1)
-    spread = (largest[..., :, None, :, None] - groups).mul_(matters).amax((-3, -1))
+    matters = _in_tiles(values, FP8_TILE).unflatten(-1, (-1, FP4_TILE[1])).ne(0).any(-1)
+    groups = _in_tiles(group, _GROUPS)
+    spread = (groups.amax((-3, -1))[..., :, None, :, None] - groups).mul_(matters).amax((-3, -1))
     return _from_tiles(codes, values.shape), scale.to(torch.uint8).view(torch.float8_e8m0fnu), lossless, spread
+
+
+def _regrouped(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """E2M1 values fp32 [..., N, K] with scale bytes int32 [..., N, K/32] -> tiles of 128 x 128 in units of their own
+    scale, fp32, and the bytes of those, int32."""
+    groups = _in_tiles(group, _GROUPS)  # [..., n, 128, k, 4]; past the end 0
+    scale = _block_scale(groups.amax((-3, -1)))
+    shift = (groups - scale[..., :, None, :, None]).clamp_min(-64)  # below, every value rounds to zero anyway
+    return _in_tiles(values, FP8_TILE) * _power(shift).repeat_interleave(FP4_TILE[1], -1), scale
+
+
+def _block_scale(largest: Tensor) -> Tensor:
+    """The byte of a block's scale for its groups' largest; int32. 255, NaN, stays."""
+    return torch.where(largest == 255, 255, (largest - 6).clamp_min(0))
 
 
 # Tiles: [..., N, K] as [..., n, rows, k, columns], zeros past the end.
@@ -222,6 +262,11 @@ def _check_scales(scales: Tensor, shape: torch.Size, tile: tuple[int, int]) -> N
     wanted = [*shape[:-2], -(-shape[-2] // tile[0]), -(-shape[-1] // tile[1])]
     if list(scales.shape) != wanted:
         raise ValueError(f"values of shape {list(shape)} have scales of shape {wanted}, got {list(scales.shape)}")
+
+
+def _check_groups(weight: Tensor) -> None:
+    if weight.shape[-1] % FP4_TILE[1]:
+        raise ValueError(f"FP4 needs rows of a multiple of {FP4_TILE[1]} columns, got shape {list(weight.shape)}")
 
 
 def _refuse_vector(shape: torch.Size) -> None:

@@ -1,5 +1,8 @@
 """Mixture of experts: routing, and the clamped SwiGLU of the chosen experts without padding or capacity."""
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,6 +10,8 @@ from torch import Tensor
 from .dispatch import fused
 from .project import LANES, project, project_wide
 from .upcast import upcast
+
+_W = TypeVar("_W")
 
 
 def route(
@@ -59,21 +64,27 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
 
         keep = torch.is_grad_enabled() and any(a.requires_grad for a in (x, weights, gate_up, down))
         return Experts.apply(x, ids, weights, gate_up, down, limit, keep)  # pyright: ignore[reportReturnType]
-    return reference_experts(x, ids, weights, gate_up, down, limit)
+    return reference_experts(x, ids, weights, gate_up.unbind(0), down.unbind(0), limit, project)
 
 
 def reference_experts(
-    x: Tensor, ids: Tensor, weights: Tensor, gate_up_weights: Tensor, down: Tensor, limit: float
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up_weights: Sequence[_W],
+    down_weights: Sequence[_W],
+    limit: float,
+    product: Callable[[Tensor, _W], Tensor],
 ) -> Tensor:
+    """The definition. `product` takes rows of tokens and an expert's weight, of whatever kind."""
     tokens, k = ids.shape
     order = ids.flatten().argsort(stable=True)
-    counts = torch.bincount(ids.flatten(), minlength=gate_up_weights.shape[0]).tolist()
+    counts = torch.bincount(ids.flatten(), minlength=len(up_weights)).tolist()
     used = [e for e, count in enumerate(counts) if count]
     sizes = [counts[e] for e in used]
-    up_weights, down_weights = gate_up_weights.unbind(0), down.unbind(0)
     inputs = x.index_select(0, order // k).split(sizes)
-    gate_up = torch.cat([project(rows, up_weights[e]) for e, rows in zip(used, inputs, strict=True)])
+    gate_up = torch.cat([product(rows, up_weights[e]) for e, rows in zip(used, inputs, strict=True)])
     hidden = (swiglu(upcast(gate_up), limit) * weights.flatten()[order].unsqueeze(-1)).to(x.dtype).split(sizes)
-    outputs = torch.cat([project(rows, down_weights[e]) for e, rows in zip(used, hidden, strict=True)])
+    outputs = torch.cat([product(rows, down_weights[e]) for e, rows in zip(used, hidden, strict=True)])
     slots = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return upcast(outputs.index_select(0, slots).view(tokens, k, -1)).sum(1)

@@ -32,7 +32,7 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def _locate(tile, expert_of_tile, first, count, across, ROWS: tl.constexpr, BAND: tl.constexpr):
+def locate(tile, expert_of_tile, first, count, across, ROWS: tl.constexpr, BAND: tl.constexpr):
     """Expert, first row and number of the column tile of `tile`, of which there are `across` for a tile of rows.
 
     An expert's tiles are neighbours in time, and bands of BAND tiles of rows go across together: each tile of weights
@@ -68,7 +68,7 @@ def _up(
     """
     across = inner // COLUMNS
     for tile in tl.range(tl.program_id(0), tl.load(total) * across, tl.num_programs(0), flatten=True):
-        expert, row, number = _locate(tile, expert_of_tile, first, count, across, ROWS, BAND)
+        expert, row, number = locate(tile, expert_of_tile, first, count, across, ROWS, BAND)
         column = number * COLUMNS
         slot = tl.load(slot_of_row + row + tl.arange(0, ROWS))
         real = slot >= 0
@@ -103,7 +103,7 @@ def _rows_times_weights(
     """
     across = width // COLUMNS
     for tile in tl.range(tl.program_id(0), tl.load(total) * across, tl.num_programs(0), flatten=True):
-        expert, row, number = _locate(tile, expert_of_tile, first, count, across, ROWS, BAND)
+        expert, row, number = locate(tile, expert_of_tile, first, count, across, ROWS, BAND)
         column = number * COLUMNS
         if GATHERED:
             slot = tl.load(slot_of_row + row + tl.arange(0, ROWS))

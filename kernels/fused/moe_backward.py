@@ -6,7 +6,7 @@ Rounding is the definition's: the gradient of each product's result comes in x's
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -119,11 +119,11 @@ def _weights_grad(x: Tensor, tokens: Tensor, rows: Rows, like: Tensor, gathered_
 
 def experts_backward(
     grad: Tensor, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, projected: Tensor, rows: Rows,
-    limit: float, needed: Sequence[bool],
+    limit: float, needed: Sequence[bool], stored: Callable[[Tensor], Tensor] = lambda hidden: hidden,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of x, weights, gate_up and down for that of the result, fp32 [T, d].
 
-    `needed` says of x, ids, weights, gate_up and down which are wanted.
+    `needed` says of x, ids, weights, gate_up and down which are wanted; `stored`, what the second product was given.
     """
     grad = grad.to(x.dtype).contiguous()
     of_hidden = rows_times_weights(grad, down, rows, transposed=False, gathered=True)
@@ -131,7 +131,7 @@ def experts_backward(
     del of_hidden
     of_x = of_gate_up = of_down = None
     if needed[4]:
-        of_down = _weights_grad(hidden, grad, rows, down, gathered_first=True)
+        of_down = _weights_grad(stored(hidden), grad, rows, down, gathered_first=True)
     del hidden
     if needed[3]:
         of_gate_up = _weights_grad(grads, x, rows, gate_up, gathered_first=False)

@@ -28,6 +28,8 @@ from triton.runtime.jit import JITFunction
 from amalgam.kernels.compress import Storage
 from amalgam.kernels.fused import (
     compress,
+    fp8,
+    fp8_experts,
     hopper_forward,
     hopper_indexer,
     hopper_queries,
@@ -90,6 +92,15 @@ def decoding() -> None:
 
 def product(rows: int, out: int, depth: int, wide: bool = False) -> None:
     linear.multiply(meta(rows, depth), meta(out, depth), wide=wide)
+
+
+def fp8_linear(rows: int, out: int, depth: int) -> None:
+    """Both operands quantized (the weight through FP4 too), multiplied, and read back."""
+    fp8.quantize(meta(out, depth), False, fp4=True)
+    x, weight = fp8.quantize(meta(rows, depth), True), fp8.quantize(meta(out, depth), False)
+    fp8.multiply(*x, *weight, torch.bfloat16)
+    fp8.dequantize(*x, torch.bfloat16, True)
+    fp8.dequantize(*weight, torch.bfloat16, False)
 
 
 def normed(*shape: int, weight: bool = True, rotated: bool = False) -> None:
@@ -195,6 +206,28 @@ def expert_layer(
     backward(moe.Experts.apply(x, ids, weights, gate_up, down, 10.0, True))
 
 
+def low_experts(tokens: int, fp4: bool = False, train: bool = False) -> None:
+    """Flash's experts in low precision: from packed FP4, or from masters, forward and, if `train`, backward."""
+    experts, hidden, inner, k = 256, 4096, 2048, 6
+    x, ids, weights = meta(tokens, hidden), meta(tokens, k, dtype=torch.int64), meta(tokens, k, dtype=FP32)
+    if fp4:
+        scales = torch.float8_e8m0fnu
+        up, down = (
+            (
+                meta(*shape, depth // 2, dtype=torch.int8),
+                meta(*shape[:-1], shape[-1] // 128, depth // 128, dtype=scales),
+                meta(*shape, depth // 32, dtype=scales),
+            )
+            for shape, depth in (((experts, 2, inner), hidden), ((experts, hidden), inner))
+        )
+        fp8_experts.experts_forward(fp8.quantize(x, True), ids, weights, up, down, 10.0, x.dtype, False)
+    else:
+        leaves = (x, weights, meta(experts, 2 * inner, hidden), meta(experts, hidden, inner))
+        x, weights, up, down = (leaf.requires_grad_(train) for leaf in leaves)
+        out: Any = fp8_experts.QuantizedExperts.apply(x, ids, weights, up, down, 10.0, True, train)
+        _ = train and backward(out)
+
+
 def hopper_scores() -> None:
     q, keys, weights = meta(TOKENS, 64, 128), meta(TOKENS // 4, 128), meta(TOKENS, 64, dtype=FP32)
     out = meta(TOKENS, TOKENS // 4, dtype=FP32)
@@ -223,6 +256,8 @@ CASES: dict[str, Callable[[], None]] = {
     "linear, 64 columns": lambda: product(TOKENS, 64, 4096),
     "linear, 64 rows": lambda: product(64, 1024, 4096),
     "linear, 16 rows": lambda: product(16, 1024, 4096),
+    "fp8, q_b_proj": lambda: fp8_linear(TOKENS, 32768, 1024),
+    "fp8, 64 rows": lambda: fp8_linear(64, 1024, 4096),
     "norm, hidden": lambda: normed(TOKENS, 4096),
     "norm, streams": lambda: normed(TOKENS, 16384, weight=False),
     "norm, queries": lambda: normed(TOKENS, HEADS, WIDTH, weight=False, rotated=True),
@@ -242,6 +277,10 @@ CASES: dict[str, Callable[[], None]] = {
     "experts, 64 rows": lambda: expert_layer(2048, 256, 4096, 2048, 6),
     "experts, decoding": lambda: expert_layer(32, 256, 4096, 2048, 6),
     "experts, fp32": lambda: expert_layer(16384, 256, 4096, 2048, 6, FP32),
+    "fp8, experts": lambda: low_experts(16384, train=True),
+    "fp8, experts, 64 rows": lambda: low_experts(2048),
+    "fp8, experts in FP4": lambda: low_experts(16384, fp4=True),
+    "fp8, experts in FP4, 64 rows": lambda: low_experts(32, fp4=True),
     "loss, tokens": token_loss,
     "loss, tokens, fp32 head": lambda: token_loss(FP32),
     "loss, tokens, kept": lambda: token_loss(keep=True),
@@ -273,6 +312,7 @@ def taken(kernel: Any) -> dict[str, Any]:
         "spilled": int(found[1]) + int(found[2]),
         "products": len(re.findall(r"tt\.dot |warp_group_dot ", source)),
         "wgmma": ptx.count("wgmma.mma_async"),
+        "fp8": len(re.findall(r"wgmma\.mma_async.*e4m3\.e4m3", ptx)),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
     }
 

@@ -49,3 +49,9 @@ def test_matrices_are_multiplied_by_warpgroups(kernels):
     multiplying = [each for each in kernels if each[1]["products"] and each[0] not in SLOW | FEW_ROWS]
     assert len({kernel["kernel"] for _, kernel in multiplying}) >= 8
     assert [each for each in multiplying if not each[1]["wgmma"] or each[1]["mma"]] == []
+
+
+def test_fp8_is_multiplied_as_fp8(kernels):
+    found = [kernel for case, kernel in kernels if case.startswith("fp8") and kernel["fp8"]]
+    assert {kernel["kernel"] for kernel in found} == {"_multiply", "_up", "_down"}
+    assert all(kernel["wgmma"] == kernel["fp8"] == 8 for kernel in found)  # 128 channels of two tiles, 32 at a time

@@ -1,0 +1,233 @@
+"""Triton kernels of the experts in low precision: FP8 products of sorted rows, of weights in FP8 or in packed FP4.
+
+As in moe.py an expert's slots are neighbouring rows, padded to whole tiles, and a row's sums do not depend on the
+others'. What the second product reads is quantized where the first one makes it. FP4 weights become, tile by tile, the
+FP8 codes of formats.fp4_to_fp8, and so give its bits. Legend as in moe.py.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .fp8 import BLOCK, add_product, as_rows, check_depth, dequantize, described, quantize, regrouped
+from .launch import SAME_BITS
+from .moe import BAND, clamped, combine, locate
+from .moe_rows import Rows, sort_rows
+
+COLUMNS = 128  # of a tile of weights, whose scales are one for 128 channels; a program has two side by side
+Weights = tuple[Tensor, Tensor, Tensor | None]  # codes or packed FP4, scales, of FP4 the groups' scales
+
+
+@triton.jit
+def _weight_tile(weight, groups, row, k, scale, all_rows, depth, COLUMNS: tl.constexpr, FP4: tl.constexpr):
+    """E4M3 codes of a weight's rows from `row` on and 128 channels from `k` on; of FP4's in units of `scale`."""
+    if FP4:
+        packed = weight.load([row, k // 2]).to(tl.int32)
+        r, g = row + tl.arange(0, COLUMNS)[:, None], k // 32 + tl.arange(0, 4)[None, :]
+        at = groups + r.to(tl.int64) * (depth // 32) + g
+        group = tl.load(at, mask=(r < all_rows) & (g < depth // 32), other=0).to(tl.int32)
+        pairs = tl.reshape(tl.join(packed, packed >> 4), [COLUMNS, 4, 32])
+        # Exponent and mantissa of E2M1 as fp32's are the number times 2^-126, which takes two factors of 2^63.
+        number = ((pairs & 7) << 22 | (pairs & 8) << 28).to(tl.float32, bitcast=True)
+        tile = regrouped(number * 9223372036854775808.0, group, scale.to(tl.int32), 63)
+    else:
+        tile = weight.load([row, k])
+    return tile
+
+
+@triton.jit
+def _up(
+    x, x_scales, gate_up, w_scales, groups, projected, hidden, h_scales,
+    weights, slot_of_row, expert_of_tile, first, count, total, limit, depth, inner, all_rows,
+    K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr, WHOLE: tl.constexpr,
+    KEEP: tl.constexpr, FP4: tl.constexpr,
+):  # fmt: skip
+    """hidden = codes and scales of weight * swiglu(gate_up of gathered rows of x); `projected` is what the backward
+    needs, if KEEP, and of the dtype that hidden is rounded to before. COLUMNS is 128, a block of hidden.
+
+    Limited by the L2 cache as fp8.py's product: 48 KiB for 8.4 MFLOP of 128 rows.
+    """
+    across, blocks = tl.cdiv(inner, COLUMNS), tl.cdiv(depth, BLOCK)
+    tile = tl.program_id(0)
+    if tile >= tl.load(total) * across:
+        return
+    expert, row, number = locate(tile, expert_of_tile, first, count, across, ROWS, BAND)
+    column = number * COLUMNS
+    r = row + tl.arange(0, ROWS)
+    slot = tl.load(slot_of_row + r)
+    real, token = slot >= 0, (slot // K).to(tl.int64)
+    at, of_rows = x + token[:, None] * depth + tl.arange(0, BLOCK)[None, :], x_scales + token * blocks
+    first_gate, of_gate = expert * 2 * inner + column, w_scales + (expert * 2 * across + number).to(tl.int64) * blocks
+    gates, ups = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    for block in tl.range(0, blocks):
+        k = block * BLOCK
+        if WHOLE:
+            some = tl.load(at + k, mask=real[:, None], other=0.0)
+        else:
+            some = tl.load(at + k, mask=real[:, None] & (k + tl.arange(0, BLOCK) < depth)[None, :], other=0.0)
+        scale_R = tl.load(of_rows + block, mask=real, other=127)
+        scale = tl.load(of_gate + block)
+        codes = _weight_tile(gate_up, groups, first_gate, k, scale, all_rows, depth, COLUMNS, FP4)
+        gates = add_product(gates, some, codes, scale_R, scale)
+        scale = tl.load(of_gate + across * blocks + block)
+        codes = _weight_tile(gate_up, groups, first_gate + inner, k, scale, all_rows, depth, COLUMNS, FP4)
+        ups = add_product(ups, some, codes, scale_R, scale)
+    kind = projected.dtype.element_ty
+    gate, up = gates.to(kind), ups.to(kind)
+    c = column + tl.arange(0, COLUMNS)
+    if KEEP:
+        place = projected + r.to(tl.int64)[:, None] * 2 * inner + c[None, :]
+        tl.store(place, gate, mask=(c < inner)[None, :])
+        tl.store(place + inner, up, mask=(c < inner)[None, :])
+    weight = tl.load(weights + slot, mask=real, other=0.0)
+    g, sigmoid, u = clamped(gate.to(tl.float32), up.to(tl.float32), limit)
+    made = (g * sigmoid * u * weight[:, None]).to(kind).to(tl.float32)
+    code, scale_R = as_rows(tl.where((c < inner)[None, :], made, 0.0))
+    hidden.store([row, column], code)
+    tl.store(h_scales + r.to(tl.int64) * across + number, scale_R.to(tl.uint8))
+
+
+@triton.jit
+def _down(
+    rows, r_scales, weights, w_scales, groups, out, expert_of_tile, first, count, total, depth, width, all_rows,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr, FP4: tl.constexpr,
+):  # fmt: skip
+    """out [P, width] = rows [P, depth] times an expert's weights [width, depth]ᵀ, in two tiles of 128 side by side."""
+    across, blocks = tl.cdiv(width, 2 * COLUMNS), tl.cdiv(depth, BLOCK)
+    tile = tl.program_id(0)
+    if tile >= tl.load(total) * across:
+        return
+    expert, row, number = locate(tile, expert_of_tile, first, count, across, ROWS, BAND)
+    column, last = number * 2 * COLUMNS, tl.cdiv(width, BLOCK) - 1
+    of_rows = r_scales + (row + tl.arange(0, ROWS)).to(tl.int64) * blocks
+    of_expert = w_scales + expert.to(tl.int64) * (last + 1) * blocks
+    of_left = of_expert + column // BLOCK * blocks
+    of_right = of_expert + tl.minimum((column + COLUMNS) // BLOCK, last) * blocks
+    start = expert * width + column
+    left, right = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    for block in tl.range(0, blocks):
+        k = block * BLOCK
+        some, scale_R = rows.load([row, k]), tl.load(of_rows + block)
+        scale = tl.load(of_left + block)
+        codes = _weight_tile(weights, groups, start, k, scale, all_rows, depth, COLUMNS, FP4)
+        left = add_product(left, some, codes, scale_R, scale)
+        scale = tl.load(of_right + block)
+        codes = _weight_tile(weights, groups, start + COLUMNS, k, scale, all_rows, depth, COLUMNS, FP4)
+        right = add_product(right, some, codes, scale_R, scale)
+    out.store([row, column], left.to(out.dtype))
+    out.store([row, column + COLUMNS], right.to(out.dtype))
+
+
+def height_of(slots: int, experts: int) -> int:
+    """Rows of a tile, by how many an expert has on average; `wgmma` takes 64 at least (fp8.py says why)."""
+    return 64 if slots <= 64 * experts else 128
+
+
+def _described(codes: Tensor, groups: Tensor | None) -> tuple[TensorDescriptor, Tensor]:
+    """What a kernel takes of FP8 codes [.., K], or of packed FP4 [.., K/2] with its groups' scales."""
+    if groups is None:
+        return described(codes, COLUMNS, 128), codes
+    return described(codes.view(torch.uint8), COLUMNS, 64), groups.view(torch.uint8)
+
+
+def project_up(
+    x: tuple[Tensor, Tensor], weights: Tensor, gate_up: Tensor, scales: Tensor, groups: Tensor | None,
+    rows: Rows, limit: float, dtype: torch.dtype, keep: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+    """The first product [P, 2I], of no use unless `keep`; and hidden, codes [P, I] and scales [P, ceil(I/128)].
+
+    x is codes [T, d] and scales; gate_up codes [E, 2, I, d], or packed FP4 [E, 2, I, d/2] with the scales of its
+    `groups`; scales [E, 2, ceil(I/128), ceil(d/128)].
+    """
+    codes, x_scales = x
+    depth, inner, slots = codes.shape[1], gate_up.shape[2], rows.slot.numel()
+    check_depth(depth)
+    check_depth(inner)
+    across = triton.cdiv(inner, COLUMNS)
+    hidden = codes.new_empty(slots, inner)
+    h_scales = codes.new_empty(slots, across, dtype=torch.uint8)
+    projected = codes.new_empty(slots if keep else 1, 2 * inner, dtype=dtype)
+    described_weights, group_scales = _described(gate_up, groups)
+    _up[(rows.expert.numel() * across,)](
+        codes, x_scales.view(torch.uint8), described_weights, scales.view(torch.uint8), group_scales,
+        projected, described(hidden, rows.height, COLUMNS), h_scales,
+        weights, rows.slot, rows.expert, rows.first, rows.counts, rows.total, limit, depth, inner,
+        gate_up[..., 0].numel(), K=weights.shape[1], ROWS=rows.height, COLUMNS=COLUMNS, BAND=BAND,
+        WHOLE=depth % 128 == 0, KEEP=keep, FP4=groups is not None,
+        num_warps=8, num_stages=4 if rows.height == 64 else 3, **SAME_BITS,
+    )  # fmt: skip
+    return projected, (hidden, h_scales)
+
+
+def project_down(
+    x: tuple[Tensor, Tensor], down: Tensor, scales: Tensor, groups: Tensor | None, rows: Rows, dtype: torch.dtype
+) -> Tensor:
+    """x, codes [P, I] and scales, times down, codes [E, d, I] or packed FP4 [E, d, I/2] -> [P, d]."""
+    codes, x_scales = x
+    depth, width = codes.shape[1], down.shape[1]
+    check_depth(width)
+    out = codes.new_empty(codes.shape[0], width, dtype=dtype)
+    described_weights, group_scales = _described(down, groups)
+    _down[(rows.expert.numel() * triton.cdiv(width, 2 * COLUMNS),)](
+        described(codes, rows.height, 128), x_scales, described_weights, scales.view(torch.uint8), group_scales,
+        described(out, rows.height, COLUMNS), rows.expert, rows.first, rows.counts, rows.total,
+        depth, width, down[..., 0].numel(), ROWS=rows.height, COLUMNS=COLUMNS, BAND=BAND, FP4=groups is not None,
+        num_warps=8, num_stages=4 if rows.height == 64 else 3, **SAME_BITS,
+    )  # fmt: skip
+    return out
+
+
+def experts_forward(
+    x: tuple[Tensor, Tensor], ids: Tensor, weights: Tensor, gate_up: Weights, down: Weights, limit: float,
+    dtype: torch.dtype, keep: bool,
+) -> tuple[Tensor, Tensor, Rows]:  # fmt: skip
+    """`low_precision.experts_fp8` of quantized x; what of its first product the backward needs, if `keep`; its rows."""
+    if weights.dtype != torch.float32:
+        raise ValueError(f"weights: {weights.dtype}; the Triton kernels take float32")
+    experts, k = gate_up[0].shape[0], ids.shape[1]
+    rows = sort_rows(ids, experts, height_of(ids.numel(), experts))
+    projected, hidden = project_up(x, weights.contiguous(), *gate_up, rows, limit, dtype, keep)
+    return combine(project_down(hidden, *down, rows, dtype), rows, k, torch.float32), projected, rows
+
+
+class QuantizedExperts(torch.autograd.Function):
+    """`low_precision.experts_qat`. It keeps codes, a byte a number, and makes the operands of the backward of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float, fp4: bool,
+        keep: bool,
+    ) -> Tensor:  # fmt: skip
+        if ids.numel() == 0:
+            ctx.save_for_backward(x, weights, gate_up, down)
+            return x.new_zeros(x.shape, dtype=torch.float32)
+        tokens, (up, up_scales) = quantize(x, True), quantize(gate_up.unflatten(1, (2, -1)), False, fp4)
+        lower = quantize(down, False, fp4)
+        out, projected, rows = experts_forward(
+            tokens, ids, weights, (up, up_scales, None), (*lower, None), limit, x.dtype, keep
+        )
+        ctx.save_for_backward(weights, *tokens, up, up_scales, *lower, projected, *rows[1:])
+        ctx.height, ctx.limit, ctx.dtypes = rows.height, limit, (x.dtype, gate_up.dtype, down.dtype)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from .moe_backward import experts_backward
+
+        if len(ctx.saved_tensors) == 4:
+            x, *others = (torch.zeros_like(a) for a in ctx.saved_tensors)
+            return x, None, *others, None, None, None
+        weights, x, x_scales, up, up_scales, down, down_scales, projected, *rest = ctx.saved_tensors
+        dtype, *masters = ctx.dtypes
+        of_x, of_weights, *of_masters = experts_backward(
+            grads[0], dequantize(x, x_scales, dtype, True), weights.contiguous(),
+            dequantize(up, up_scales, dtype, False).flatten(1, 2), dequantize(down, down_scales, dtype, False),
+            projected, Rows(ctx.height, *rest), ctx.limit, ctx.needs_input_grad,
+            stored=lambda hidden: dequantize(*quantize(hidden, True), hidden.dtype, True),
+        )  # fmt: skip
+        found = [grad if grad is None else grad.to(kind) for grad, kind in zip(of_masters, masters, strict=True)]
+        return of_x, None, of_weights, *found, None, None, None
