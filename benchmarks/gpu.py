@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from attention_floors import Ceilings
+from floors import Ceilings
 from results import machine
 from torch import Tensor
 from triton.testing import do_bench
@@ -16,9 +16,20 @@ from triton.testing import do_bench
 ROOT = Path(__file__).parents[1]
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    """The median of a few runs, each from a cold L2."""
-    return do_bench(run, warmup=20, rep=60, return_mode="median")  # pyright: ignore[reportReturnType]
+def milliseconds(run: Callable[[], object], rep: int = 60) -> float:
+    """The median of as many runs as fit into `rep` ms, at least one, each from a cold L2."""
+    return do_bench(run, warmup=20, rep=rep, return_mode="median")  # pyright: ignore[reportReturnType]
+
+
+def measured(run: Callable[[], object], rep: int = 60) -> tuple[float, int] | None:
+    """Milliseconds and extra bytes of `run`, whose gradients are there before; None where memory does not suffice."""
+    try:
+        run()
+        return milliseconds(run, rep), extra_bytes(run)
+    except torch.OutOfMemoryError:
+        pass
+    torch.cuda.empty_cache()  # only here has the exception let go of what was allocated
+    return None
 
 
 def extra_bytes(run: Callable[[], object]) -> int:
@@ -43,6 +54,15 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def on_device(run: Callable[[], object]) -> float:
+    """Milliseconds of one CUDA graph: a few tens of microseconds of launching would hide what a short kernel takes."""
+    return milliseconds(captured(run))
+
+
+def with_backward(function: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
 
 
 @triton.jit

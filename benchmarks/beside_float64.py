@@ -1,4 +1,4 @@
-"""An operation beside its definition in float64, and rows that say how far off it is; for attention_accuracy.py."""
+"""An operation beside its definition in float64, and rows that say how far off it is."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
