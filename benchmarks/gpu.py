@@ -1,7 +1,10 @@
 """What the benchmarks on a GPU share: time, memory, ceilings, and which GPU and which source it was."""
 
 import hashlib
-from collections.abc import Callable
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,32 @@ def on_device(run: Callable[[], object]) -> float:
 
 def with_backward(function: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """RuntimeError where PyTorch would wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def kernel_times(run: Callable[[], object]) -> list[tuple[str, float]]:
+    """Of one run: each kernel, copy and fill that the device did, by name, and its milliseconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        found.export_chrome_trace(str(file))
+        events = json.loads(file.read_bytes())["traceEvents"]
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    return [(event["name"], event["dur"] / 1000) for event in events if event.get("cat") in kinds]
 
 
 @triton.jit

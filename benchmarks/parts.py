@@ -30,10 +30,12 @@ COLUMNS = {
     "bound": "bound", "x floor": "ratio", "no gather": "ratio_without_gather", "x one teacher": "over_one",
     "det./atomic": "over_atomic", "cuBLAS ms": "cublas_ms", "x cuBLAS": "over_cublas", "GiB": "extra_gib",
     "KiB/token": "extra_kib_a_token", "eager ms": "eager_ms", "eager GiB": "eager_gib", "x faster": "faster",
-    "ours ms": "ours_ms", "x ours": "over_ours", "rel. difference": "difference", "numbers": "numbers",
-    "differing": "differing", "goal": "goal", "relative errors": "errors",
+    "ours ms": "ours_ms", "x ours": "over_ours", "rel. difference": "difference",
+    "largest difference": "largest_difference", "numbers": "numbers", "differing": "differing", "waits": "waits",
+    "goal": "goal", "relative errors": "errors",
 }  # fmt: skip
-FOUND = ("errors", "differing", "difference", "failed", "ms")  # what of a row is said as soon as it is there
+# What of a row is said as soon as it is there: the first that it has.
+FOUND = ("errors", "differing", "difference", "largest_difference", "waits", "failed", "ms")
 
 
 def told(row: Row, key: str) -> str:
