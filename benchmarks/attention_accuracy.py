@@ -13,8 +13,9 @@ from itertools import accumulate
 
 import attention_oracles as oracles
 import torch
-from attention_errors import BOUND, Inputs, alone, by_autograd, compare, poisoned, row, rows, told
-from attention_kernels import Rows, Setting, products_of, random_choice
+from attention_kernels import Setting, products_of, random_choice
+from beside_float64 import BOUND, Inputs, alone, by_autograd, compare, poisoned, row, rows, told
+from parts import Rows
 from torch import Tensor
 
 from amalgam.kernels import attention as op

@@ -7,8 +7,9 @@ from typing import Any
 import attention_floors as floors
 import gpu
 import torch
-from attention_floors import Work, product, row
-from attention_kernels import KINDS, Rows, Setting, products_of
+from attention_kernels import KINDS, Setting, products_of
+from floors import Work, product, row
+from parts import Rows
 from torch import Tensor, nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Attention, DeepseekV4RotaryEmbedding
 
@@ -70,17 +71,6 @@ def block_work(setting: Setting, kind: str, tokens: int) -> list[Work]:
     return works
 
 
-def measured(run: Callable[[], object]) -> tuple[float, int] | None:
-    """Milliseconds and extra bytes of `run`, whose gradients are there before; None where memory does not suffice."""
-    try:
-        run()
-        return gpu.milliseconds(run), gpu.extra_bytes(run)
-    except torch.OutOfMemoryError:
-        pass
-    torch.cuda.empty_cache()  # only here has the exception let go of what was allocated
-    return None
-
-
 def blocks(setting: Setting) -> Rows:
     """A block of each kind forward and backward, all gradients; ours, and transformers' where it fits."""
     for kind in KINDS:
@@ -89,7 +79,7 @@ def blocks(setting: Setting) -> Rows:
         for tokens in sorted({*setting.sizes, *setting.eager}):
             layout, x = setting.document(tokens), setting.random(tokens, setting.config.hidden_size).requires_grad_()
             grad = torch.randn_like(x)
-            found = measured(lambda: ours(x, layout)[0].backward(grad))  # noqa: B023
+            found = gpu.measured(lambda: ours(x, layout)[0].backward(grad))  # noqa: B023
             if found is None:
                 yield {"name": kind, "tokens": tokens, "failed": "out of memory"}
                 continue
@@ -102,7 +92,7 @@ def blocks(setting: Setting) -> Rows:
 
 def _eager(setting: Setting, theirs: nn.Module, x: Tensor, grad: Tensor) -> tuple[float, int] | None:
     found = eager_inputs(setting, x.shape[0])
-    return measured(lambda: theirs(x.unsqueeze(0), **found)[0].backward(grad.unsqueeze(0)))
+    return gpu.measured(lambda: theirs(x.unsqueeze(0), **found)[0].backward(grad.unsqueeze(0)))
 
 
 def beside(ms: float, tokens: int, eager: tuple[float, int] | None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Times of attention's operations one by one; attention.py is the command."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +9,8 @@ import attention_floors as floors
 import gpu
 import torch
 import torch.nn.functional as F
-from attention_floors import Ceilings, Work, product, row
+from floors import Ceilings, Work, product, row
+from parts import Rows
 from torch import Tensor
 from transformers import DeepseekV4Config
 
@@ -27,7 +28,6 @@ from amalgam.model.layout import Packed, packed
 SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 KINDS = {"sliding": SWA, "CSA": CSA, "HCA": HCA}
 FORWARD, ATOMIC, DETERMINISTIC, INDEXER = 1.6, 2.2, 3.2, 2.0  # goals: at most so many times the floor
-Rows = Iterator[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,6 @@ def inputs(setting: Setting, tokens: int, kind: str) -> Inputs:
     return Inputs(setting.random(tokens, heads, dim), setting.random(tokens, dim), entries, sinks, seen, chosen)
 
 
-def on_device(run: Callable[[], object]) -> float:
-    """Milliseconds of one CUDA graph: a few tens of microseconds of launching would hide what a short kernel takes."""
-    return gpu.milliseconds(gpu.captured(run))
-
-
 def attention(setting: Setting) -> Rows:
     """`attend`, forward; with its backward, deterministic and, where it makes a difference, with atomics."""
     for kind in KINDS:
@@ -124,11 +119,11 @@ def _attention(setting: Setting, kind: str, tokens: int) -> Rows:
     grad = torch.randn_like(given.q)
 
     def both(atomic: bool) -> float:
-        return on_device(
+        return gpu.on_device(
             lambda: attend_backward(grad, *given[:4], *attend_forward(*given), given.seen, given.chosen, atomic)
         )
 
-    ms = on_device(lambda: op.attend(*given))
+    ms = gpu.on_device(lambda: op.attend(*given))
     yield row(f"{kind} forward", tokens, ms, works[:1], setting.ceilings, FORWARD)
     ms = both(False)
     name = f"{kind} forward + backward"
@@ -149,7 +144,7 @@ def indexer(setting: Setting) -> Rows:
         q, weights = setting.random(tokens, heads, dim), setting.random(tokens, heads, dtype=torch.float32)
         keys, topk = setting.random(tokens // ratio, dim), min(config.index_topk, seen.most)
         work = floors.indexer(tokens, heads, dim, ratio, topk)
-        ms = on_device(lambda: select(q, weights, keys, seen, topk))  # noqa: B023
+        ms = gpu.on_device(lambda: select(q, weights, keys, seen, topk))  # noqa: B023
         yield row("scores and top-k", tokens, ms, [work], setting.ceilings, INDEXER)
 
         chosen = select(q, weights, keys, seen, topk)
@@ -158,12 +153,8 @@ def indexer(setting: Setting) -> Rows:
         pairs = floors.keys_seen(tokens, 0, ratio, topk)
         moved = 2 * sum(x.numel() * x.element_size() for x in leaves) + 3 * 4 * tokens * topk
         work = Work(3 * 2 * heads * dim * pairs, moved, 2 * dim * pairs)
-        ms = on_device(_with_backward(lambda q, w, k: index_scores(q, w, k, seen, chosen), leaves, grad))  # noqa: B023
+        ms = gpu.on_device(gpu.with_backward(lambda q, w, k: index_scores(q, w, k, seen, chosen), leaves, grad))  # noqa: B023
         yield row("chosen scores, forward + backward", tokens, ms, [work], setting.ceilings)
-
-
-def _with_backward(function: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) -> Callable[[], object]:
-    return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
 
 
 def products_of(config: DeepseekV4Config) -> dict[str, tuple[int, int, int, int]]:
@@ -194,11 +185,11 @@ def projections(setting: Setting) -> Rows:
         for rows in setting.rows:
             x = setting.random(rows, size_in) if groups == 1 else setting.random(rows, groups, size_in)
             with torch.no_grad():
-                ms, beside = (on_device(lambda f=f: f(x, weight)) for f in (ours, theirs))  # noqa: B023
+                ms, beside = (gpu.on_device(lambda f=f: f(x, weight)) for f in (ours, theirs))  # noqa: B023
             work = product(rows, size_in, size_out, groups, out_bytes)
             yield row(f"{name} forward", rows, ms, [work], setting.ceilings, cublas_ms=beside, over_cublas=ms / beside)
         leaves = [x.requires_grad_(), weight]
-        ms, beside = (on_device(_with_backward(f, leaves, torch.randn_like(f(*leaves)))) for f in (ours, theirs))
+        ms, beside = (gpu.on_device(gpu.with_backward(f, leaves, torch.randn_like(f(*leaves)))) for f in (ours, theirs))
         work = product(setting.rows[-1], size_in, size_out, groups, out_bytes, passes=3)
         beside = {"cublas_ms": beside, "over_cublas": ms / beside}
         yield row(f"{name} forward + backward", setting.rows[-1], ms, [work], setting.ceilings, **beside)
@@ -246,8 +237,8 @@ def _pass(
 ) -> Rows:
     with torch.no_grad():
         grad = torch.randn_like(function(*leaves))
-        ms = on_device(lambda: function(*leaves))
+        ms = gpu.on_device(lambda: function(*leaves))
     yield row(f"{name} forward", tokens, ms, works[:1], setting.ceilings)
     leaves = [x.detach().requires_grad_() for x in leaves]
-    ms = on_device(_with_backward(function, leaves, grad))
+    ms = gpu.on_device(gpu.with_backward(function, leaves, grad))
     yield row(f"{name} forward + backward", tokens, ms, works, setting.ceilings)

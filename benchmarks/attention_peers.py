@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import attention_floors as floors
 import gpu
 import torch
-from attention_floors import row
-from attention_kernels import Inputs, Rows, Setting, inputs
+from attention_kernels import Inputs, Setting, inputs
+from floors import row
+from parts import Rows
 from torch import Tensor
 
 from amalgam.kernels.attention import attend

@@ -18,6 +18,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 from attention_stack import decode, extend, flash_config, parameters, random_stack, train
@@ -45,6 +46,15 @@ class Count:
         self.differing += differing(found, expected)
 
 
+class Ways(NamedTuple):
+    """How rows [T, ...] are drawn and become results [T, ...]: in a pack, with a cache, and a token of each request."""
+
+    inputs: Callable[[DeepseekV4, int, int], Tensor]  # (model, T, seed)
+    train: Callable[..., tuple[Tensor, object]]  # (model, rows, cu_seqlens)
+    extend: Callable[[DeepseekV4, Tensor, Tensor, Cache], Tensor]
+    decode: Callable[[DeepseekV4, Tensor, Cache], Tensor]
+
+
 def differing(a: Tensor, b: Tensor) -> int:
     """How many numbers differ in a bit, as 0 and -0 do, or are not finite."""
     assert a.dtype == b.dtype and a.shape == b.shape
@@ -58,21 +68,24 @@ def random_lengths(count: int, longest: int, draw: random.Random) -> list[int]:
 
 
 @torch.no_grad()
-def forward_counts(model: DeepseekV4, lengths: Sequence[int], tail: int, largest: int, seed: int) -> dict[str, Count]:
+def forward_counts(
+    model: DeepseekV4, lengths: Sequence[int], tail: int, largest: int, seed: int, ways: Ways | None = None
+) -> dict[str, Count]:
     """By way of computing documents of these lengths, what differs from the forward of all in one pack.
 
     Up to `tail` tokens of each are decoded; those before them go to the cache in chunks of up to `largest` a document.
     """
-    draw, x = random.Random(seed), inputs(model, sum(lengths), seed)
-    whole, device = train(model, x, borders(lengths, x.device))[0], x.device
+    ways = ways or Ways(inputs, train, extend, decode)
+    draw, x = random.Random(seed), ways.inputs(model, sum(lengths), seed)
+    whole, device = ways.train(model, x, borders(lengths, x.device))[0], x.device
     counts = {way: Count() for way in ("alone", "in another order", "in chunks", "token by token", "from a CUDA graph")}
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     ends = [start + n for start, n in zip(starts, lengths, strict=True)]
     for start, end in zip(starts, ends, strict=True):
-        counts["alone"].add(train(model, x[start:end], borders([end - start], device))[0], whole[start:end])
+        counts["alone"].add(ways.train(model, x[start:end], borders([end - start], device))[0], whole[start:end])
     order = draw.sample(range(len(lengths)), len(lengths))
     rows = torch.cat([torch.arange(starts[i], ends[i], device=device) for i in order])
-    mixed = train(model, x[rows], borders([lengths[i] for i in order], device))[0]
+    mixed = ways.train(model, x[rows], borders([lengths[i] for i in order], device))[0]
     counts["in another order"].add(mixed, whole[rows])
 
     cache, at = model.new_cache(len(lengths), max(lengths), slack=1), list(starts)
@@ -82,18 +95,18 @@ def forward_counts(model: DeepseekV4, lengths: Sequence[int], tail: int, largest
         sizes = [draw.randint(0, min(stop - a, most)) for stop, a in zip(stops, at, strict=True)]
         if any(sizes):
             rows = torch.cat([torch.arange(a, a + n, device=device) for a, n in zip(at, sizes, strict=True)])
-            counts["in chunks"].add(extend(model, x[rows], borders(sizes, device), cache), whole[rows])
+            counts["in chunks"].add(ways.extend(model, x[rows], borders(sizes, device), cache), whole[rows])
             at = [a + n for a, n in zip(at, sizes, strict=True)]
     copy = cache.select(torch.arange(len(lengths), device=device))
-    for rows, found in leaving(model, x, at, ends, copy):
+    for rows, found in leaving(model, x, at, ends, copy, ways.decode):
         counts["token by token"].add(found, whole[rows])
-    for rows, found in replayed(model, x, at, ends, cache):
+    for rows, found in replayed(model, x, at, ends, cache, ways.decode):
         counts["from a CUDA graph"].add(found, whole[rows])
     return counts
 
 
 def leaving(
-    model: DeepseekV4, x: Tensor, at: list[int], ends: list[int], cache: Cache
+    model: DeepseekV4, x: Tensor, at: list[int], ends: list[int], cache: Cache, decode: Callable[..., Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of x from `at` up to `ends` for each request, a token a step, and what they become; who ends leaves."""
     while at:
@@ -106,10 +119,10 @@ def leaving(
 
 
 def replayed(
-    model: DeepseekV4, x: Tensor, at: list[int], ends: list[int], cache: Cache
+    model: DeepseekV4, x: Tensor, at: list[int], ends: list[int], cache: Cache, decode: Callable[..., Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The same by a step of one shape: who ends stays, empty, and is fed what does not matter."""
-    next_tokens = widest_step(model, x[at], cache)
+    next_tokens = widest_step(model, x[at], cache, decode)
     running = list(range(len(at)))
     while running:
         found = next_tokens(x[at])
@@ -121,7 +134,9 @@ def replayed(
             cache.clear(torch.tensor(ended, device=x.device))
 
 
-def widest_step(model: DeepseekV4, x: Tensor, cache: Cache) -> Callable[[Tensor], Tensor]:
+def widest_step(
+    model: DeepseekV4, x: Tensor, cache: Cache, decode: Callable[..., Tensor]
+) -> Callable[[Tensor], Tensor]:
     """A replayed graph; on a CPU, which has none, the step that it would record."""
 
     def step(x: Tensor) -> Tensor:

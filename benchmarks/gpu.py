@@ -1,14 +1,17 @@
 """What the benchmarks on a GPU share: time, memory, ceilings, and which GPU and which source it was."""
 
 import hashlib
-from collections.abc import Callable
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from attention_floors import Ceilings
+from floors import Ceilings
 from results import machine
 from torch import Tensor
 from triton.testing import do_bench
@@ -16,9 +19,20 @@ from triton.testing import do_bench
 ROOT = Path(__file__).parents[1]
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    """The median of a few runs, each from a cold L2."""
-    return do_bench(run, warmup=20, rep=60, return_mode="median")  # pyright: ignore[reportReturnType]
+def milliseconds(run: Callable[[], object], rep: int = 60) -> float:
+    """The median of as many runs as fit into `rep` ms, at least one, each from a cold L2."""
+    return do_bench(run, warmup=20, rep=rep, return_mode="median")  # pyright: ignore[reportReturnType]
+
+
+def measured(run: Callable[[], object], rep: int = 60) -> tuple[float, int] | None:
+    """Milliseconds and extra bytes of `run`, whose gradients are there before; None where memory does not suffice."""
+    try:
+        run()
+        return milliseconds(run, rep), extra_bytes(run)
+    except torch.OutOfMemoryError:
+        pass
+    torch.cuda.empty_cache()  # only here has the exception let go of what was allocated
+    return None
 
 
 def extra_bytes(run: Callable[[], object]) -> int:
@@ -43,6 +57,41 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def on_device(run: Callable[[], object]) -> float:
+    """Milliseconds of one CUDA graph: a few tens of microseconds of launching would hide what a short kernel takes."""
+    return milliseconds(captured(run))
+
+
+def with_backward(function: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """RuntimeError where PyTorch would wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def kernel_times(run: Callable[[], object]) -> list[tuple[str, float]]:
+    """Of one run: each kernel, copy and fill that the device did, by name, and its milliseconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        found.export_chrome_trace(str(file))
+        events = json.loads(file.read_bytes())["traceEvents"]
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    return [(event["name"], event["dur"] / 1000) for event in events if event.get("cat") in kinds]
 
 
 @triton.jit

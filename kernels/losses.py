@@ -80,11 +80,11 @@ def packed_logprobs(
 ) -> Tensor:
     """fp32 [T]: each token's log-prob under the state `ahead` tokens before it; 0 for a document's first `ahead`.
 
-    hidden [T, d] of a pack of documents, head [V, d], tokens int64 [T], cu_seqlens [B + 1].
+    hidden [T, d] of a pack of documents, head [V, d], tokens int64 [T], cu_seqlens [B + 1] (there or on the host).
     """
     ahead = min(ahead, tokens.shape[0])
     scores = token_logprobs(hidden[: tokens.shape[0] - ahead], head, tokens[ahead:], temperature)
-    cu = cu_seqlens.long()
+    cu = cu_seqlens.to(tokens.device, torch.int64, non_blocking=True)
     place = torch.arange(tokens.shape[0], device=tokens.device) - torch.repeat_interleave(
         cu[:-1], cu.diff(), output_size=tokens.shape[0]
     )

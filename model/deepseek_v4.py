@@ -256,6 +256,7 @@ class DeepseekV4(LanguageModel):
     ) -> Output:
         """A pack of whole documents: tokens int64 [T], cu_seqlens [B + 1]; no document sees another.
 
+        With cu_seqlens on the host, neither this nor its backward waits for the device.
         `replay` int64 [T, L, k] forces recorded expert ids on learned layers (rows with -1 choose by themselves).
         `index_loss` asks for `index_kl` (kernels/indexer.py), the mean over CSA layers (our choice), of the query that
         predicts each token: 0 for a document's first. Its gradient reaches the indexers alone, if they are unfrozen.

@@ -104,20 +104,24 @@ class Packed:
 
 
 def packed(cu_seqlens: Tensor, window: int, ratios: set[int], frequencies: Frequencies) -> Packed:
-    """The layout of a pack; cu_seqlens [B + 1] starts with 0, rises strictly and ends with T (ValueError otherwise)."""
-    cu = _borders(cu_seqlens, least=1)
+    """The layout of a pack; cu_seqlens [B + 1] starts with 0, rises strictly and ends with T (ValueError otherwise).
+
+    It lies where `frequencies` do. If cu_seqlens is on the host, nothing waits for a device.
+    """
+    host, device = _borders(cu_seqlens.cpu(), least=1), frequencies["main"].device
+    cu, total = host.to(device, non_blocking=True), int(host[-1])
     lengths = cu.diff()
-    document = torch.repeat_interleave(torch.arange(lengths.numel(), device=cu.device), lengths)
+    document = torch.repeat_interleave(lengths, output_size=total)
     layout = Packed(cu[document], window, {})
     layout.rotation = {kind: rotations(layout.position, f) for kind, f in frequencies.items()}
     for ratio in ratios:
-        counts = lengths // ratio
+        counts, of_host = lengths // ratio, host.diff() // ratio
         first = F.pad(counts.cumsum(0), (1, 0))
-        owner = torch.repeat_interleave(torch.arange(counts.numel(), device=cu.device), counts)
-        number = torch.arange(owner.numel(), device=cu.device) - first[owner]
+        owner = torch.repeat_interleave(counts, output_size=int(of_host.sum()))
+        number = torch.arange(owner.numel(), device=device) - first[owner]
         windows = Windows(cu[owner].int(), number.int(), rotations(number * ratio, frequencies["compress"]))
         count = (layout.position + 1) // ratio
-        layout.entries[ratio] = Entries(windows, first[document], count, int(count.max()))
+        layout.entries[ratio] = Entries(windows, first[document], count, int(of_host.max()))
     return layout
 
 

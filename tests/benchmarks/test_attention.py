@@ -25,14 +25,17 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     import attention_floors  # pyright: ignore[reportMissingImports]
     import attention_kernels  # pyright: ignore[reportMissingImports]
     import attention_peers  # pyright: ignore[reportMissingImports]
+    import floors  # pyright: ignore[reportMissingImports]
     import gpu  # pyright: ignore[reportMissingImports]
+    import parts  # pyright: ignore[reportMissingImports]
 
-    monkeypatch.setattr(gpu, "milliseconds", lambda run: (run(), 2.0)[1])
+    monkeypatch.setattr(gpu, "milliseconds", lambda run, rep=60: (run(), 2.0)[1])
     monkeypatch.setattr(gpu, "extra_bytes", lambda run: 2**20)
     monkeypatch.setattr(gpu, "captured", lambda run: run)
     return SimpleNamespace(
-        command=attention, blocks=attention_blocks, floors=attention_floors, kernels=attention_kernels,
-        peers=attention_peers, gpu=gpu,
+        command=attention, blocks=attention_blocks, floors=floors, attention=attention_floors,
+        kernels=attention_kernels, peers=attention_peers, gpu=gpu, parts=parts,
+        measure=lambda name, setting: parts.measure(attention.PARTS[name], setting),
     )  # fmt: skip
 
 
@@ -60,9 +63,9 @@ def setting(bench: SimpleNamespace):
 )
 def test_floors_of_attention(bench, tokens, ratio, topk, mean, forward, times, backward, back_times):
     ceilings = bench.floors.Ceilings(798, 3000, 5500)
-    assert round(bench.floors.keys_seen(tokens, 128, ratio, topk) / tokens) == mean
-    work = bench.floors.attention(tokens, **FLASH, ratio=ratio, topk=topk)
-    back = bench.floors.attention_backward(tokens, **FLASH, ratio=ratio, topk=topk)
+    assert round(bench.attention.keys_seen(tokens, 128, ratio, topk) / tokens) == mean
+    work = bench.attention.attention(tokens, **FLASH, ratio=ratio, topk=topk)
+    back = bench.attention.attention_backward(tokens, **FLASH, ratio=ratio, topk=topk)
     assert (round(work.flop / 1e9), round(back.flop / 1e9)) == (forward, backward)
     assert list(work.times(ceilings).values()) == pytest.approx(times, rel=0.01)
     assert work.floor(ceilings) == pytest.approx(max(times), rel=0.01)
@@ -72,7 +75,7 @@ def test_floors_of_attention(bench, tokens, ratio, topk, mean, forward, times, b
 def test_floors_of_the_indexer_and_of_products(bench):
     floors, ceilings = bench.floors, bench.floors.Ceilings(798, 3000, 5500)
     for tokens, gflop, ms in ((4096, 34, 0.043), (16384, 550, 0.69), (65536, 8796, 11.0)):
-        work = floors.indexer(tokens, 64, 128, 4, 512)
+        work = bench.attention.indexer(tokens, 64, 128, 4, 512)
         assert round(work.flop / 1e9) == gflop and work.floor(ceilings) == pytest.approx(ms, rel=0.01)
     assert floors.product(4096, 1024, 32768).floor(ceilings) == pytest.approx(0.344, rel=0.01)
     assert floors.product(4096, 4096, 1024, groups=8).floor(ceilings) == pytest.approx(0.344, rel=0.01)
@@ -112,7 +115,7 @@ def test_the_choice_is_of_complete_entries_and_rises(bench):
 
 def test_every_part_measures_what_it_says(bench, setting, capsys):
     found = {
-        name: bench.command.measure(name, setting)
+        name: bench.measure(name, setting)
         for name in bench.command.PARTS
         if name != "accuracy" and not hasattr(bench.peers, name)  # test_attention_accuracy.py, and below
     }
@@ -146,10 +149,10 @@ def test_what_does_not_fit_is_said(bench, setting, monkeypatch):
 
     monkeypatch.setattr(bench.gpu, "extra_bytes", full)
     monkeypatch.setattr(bench.blocks, "KINDS", {"sliding": tiny.SWA})
-    rows = bench.command.measure("blocks", setting)["rows"]
+    rows = bench.measure("blocks", setting)["rows"]
     assert rows[0] == {"name": "sliding", "tokens": 17, "failed": "out of memory"} and len(rows) == 1
-    assert bench.command.told(rows[0], "ms") == "out of memory"
-    assert bench.command.told({"eager": "out of memory"}, "eager_ms") == "out of memory"
+    assert bench.parts.told(rows[0], "ms") == "out of memory"
+    assert bench.parts.told({"eager": "out of memory"}, "eager_ms") == "out of memory"
 
 
 def test_ten_times_faster_is_a_goal_at_8192_tokens(bench):
@@ -202,7 +205,7 @@ def test_flashmla_gets_the_same_attention(bench, setting, monkeypatch, wrong):
 
         library.impl("sparse_prefill_fwd", operator, "CPU")
         monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
-        rows = bench.command.measure("flashmla", setting)["rows"]
+        rows = bench.measure("flashmla", setting)["rows"]
     assert [row["tokens"] for row in rows] == [17] and all((row["difference"] < 0.02) != wrong for row in rows)
 
 
@@ -217,7 +220,7 @@ def test_veomni_gets_the_same_attention(bench, setting, monkeypatch):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))
     kernels = SimpleNamespace(sparse_attn_tilelang=attention)
     monkeypatch.setitem(sys.modules, "veomni.ops.kernels.deepseek_v4", kernels)
-    rows = bench.command.measure("veomni", setting)["rows"]
+    rows = bench.measure("veomni", setting)["rows"]
     assert [row["tokens"] for row in rows] == [17, 17] and all(row["difference"] < 0.02 for row in rows)
 
 
@@ -242,7 +245,7 @@ def results(bench, monkeypatch, tmp_path) -> Path:
         yield {"name": "first", "tokens": 1, "ms": 3.0}
         raise ValueError("no such kernel")
 
-    for module in (results, bench.command):
+    for module in (results, bench.parts):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     good = {"name": "x", "tokens": 8, "ms": 1.0, "ratio": 1.5, "goal": 1.6, "met": True}
     monkeypatch.setattr(bench.command, "PARTS", {"a": lambda s: iter([good]), "b": broken, "flashmla": broken})
@@ -283,7 +286,7 @@ def test_wrong_options_are_refused(bench, monkeypatch, results, capsys):
 
 
 def test_cells(bench):
-    told = bench.command.told
+    told = bench.parts.told
     assert [told({"ms": ms}, "ms") for ms in (1234.5, 123.45, 1.23456, 1e-5)] == ["1,234", "123.5", "1.235", "1.0e-05"]
     assert [told({"goal": 1.6, "met": met}, "goal") for met in (True, False)] == ["1.6 met", "1.6 MISSED"]
     assert (told({"tokens": 4096}, "tokens"), told({"bound": "gather"}, "bound"), told({}, "ratio")) == (

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's 
 def small(bench, setting, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:  # noqa: F811
     """The benchmark's modules and few, small cases: splits hold 4 entries, and a document has up to 9."""
     import attention_accuracy  # pyright: ignore[reportMissingImports]
-    import attention_errors  # pyright: ignore[reportMissingImports]
     import attention_oracles  # pyright: ignore[reportMissingImports]
+    import beside_float64  # pyright: ignore[reportMissingImports]
 
     monkeypatch.setattr(torch, "seed", lambda: 0)
     monkeypatch.setattr("amalgam.kernels.fused.attention.SPLIT", 4)
@@ -30,8 +30,8 @@ def small(bench, setting, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:  
     monkeypatch.setattr(attention_accuracy, "SIZES", sizes)
     config = tiny.config(**tiny.FUSED, sliding_window=4, compress_rates={tiny.CSA: 2, tiny.HCA: 5})
     return SimpleNamespace(
-        accuracy=attention_accuracy, errors=attention_errors, oracles=attention_oracles,
-        setting=replace(setting, config=config), measure=bench.command.measure,
+        accuracy=attention_accuracy, errors=beside_float64, oracles=attention_oracles,
+        setting=replace(setting, config=config), measure=bench.measure,
     )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def test_a_gradient_s_fault_and_what_is_not_written_show(small, bench):  # noqa:
     errors = small.errors.compare({"x": torch.randn(5)}, faulty, lambda x: x**2, torch.float32)
     assert errors == {"value": None, "x": pytest.approx(0.02, rel=1e-4)}
     (row,) = small.errors.rows("square", 5, torch.float32, errors)
-    assert not row["met"] and bench.command.told(row, "errors") == "value not finite, x 2.0e-02"
+    assert not row["met"] and bench.parts.told(row, "errors") == "value not finite, x 2.0e-02"
     assert small.errors.row("square", 5, {"value": 1e-4}, 1e-4)["met"]
 
 

@@ -1,6 +1,6 @@
-"""An operation beside its definition in float64, and rows that say how far off it is; for attention_accuracy.py."""
+"""An operation beside its definition in float64, and rows that say how far off it is."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -96,6 +96,6 @@ def rows(
         yield row(f"{name}, {kind}", tokens, some, bound)
 
 
-def row(name: str, tokens: int, errors: Errors, bound: float) -> dict[str, Any]:
+def row(name: str, tokens: int, errors: Mapping[str, float | None], bound: float) -> dict[str, Any]:
     met = all(each is not None and each <= bound for each in errors.values())
     return {"name": name, "tokens": tokens, "errors": errors, "goal": bound, "met": met}
