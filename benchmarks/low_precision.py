@@ -19,7 +19,7 @@ from typing import Any
 
 import gpu
 import torch
-from attention_floors import Ceilings, Work
+from floors import Ceilings, Work
 from results import print_table, write_result
 from torch import Tensor
 

@@ -1,9 +1,9 @@
 """A whole training step, ours and transformers', and where its time goes; training.py is the command.
 
-Weights take part in bf16, but for those that V4 keeps in fp32. The optimizer has fp32 masters of them, and AdamW's
-groups are the learner's: matrices decay. A step is forward, backward, clipping, update, and the copy of the masters
-into the weights. `model FLOP` are those of products and attention, forward and backward, without what is computed
-again; `of peak %` is their rate over that of a large product measured in the same run.
+Weights take part in bf16, but for those that V4 keeps in fp32. The optimizer is the learner's, on fp32 masters of them.
+A step is forward, backward, clipping, update, and the copy of the masters into the weights. `model FLOP` are those of
+products and attention, forward and backward, without what is computed again; `of peak %` is their rate over that of a
+large product measured in the same run.
 """
 
 import copy
@@ -25,12 +25,14 @@ from training_setting import Setting
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from triton.runtime.jit import KernelInterface
 
-from amalgam.kernels.muon import muon_step
 from amalgam.model import DeepseekV4, initialize
+from amalgam.model.matrices import matrices
+from amalgam.rl.optimizer import Muon, new_optimizer
+from amalgam.rl.settings import Optimization
 
 RATES = {8_192: 150_000, 32_768: 200_000}  # goals with AdamW, tokens a second by tokens of a step
 MEMORY = {8_192: 8.0}  # goal: GiB beyond weights, gradients and optimizer state
-CLIPPING, LR, BETAS, DECAY = 1.0, 1e-4, (0.9, 0.95), 0.1
+OPTIMIZATION = Optimization(lr=1e-4, weight_decay=0.1)
 REP = 1000  # milliseconds that steps are timed for
 GROUPS = {
     "attention": "attention attention_backward hopper_forward hopper_queries hopper_rows",
@@ -57,16 +59,12 @@ class Trainer:
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor], muon: bool = False):
         self.loss = loss
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = {name: p.detach().float().requires_grad_() for name, p in self.weights.items()}
-        whole = {name: p.ndim >= 2 and not name.endswith("position_bias") for name, p in self.masters.items()}
-        self.matrices = [name for name in self.masters if muon and whole[name] and is_muon(name)]
-        self.momenta = [torch.zeros_like(self.masters[name]) for name in self.matrices]
-        rest = [name for name in self.masters if name not in self.matrices]
-        groups = [
-            {"params": [self.masters[name] for name in rest if whole[name] == decays], "weight_decay": DECAY * decays}
-            for decays in (True, False)
-        ]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=LR, betas=BETAS)
+        self.masters = {name: nn.Parameter(p.detach().float()) for name, p in self.weights.items()}
+        device = next(model.parameters()).device.type
+        self.optimizer = new_optimizer(self.masters, matrices(model) if muon else {}, OPTIMIZATION, device)
+        if isinstance(self.optimizer, Muon):  # whose state the learner makes ahead
+            for p in self.optimizer.param_groups[0]["params"]:
+                self.optimizer.state[p]["momentum"] = torch.zeros_like(p)
 
     def backward(self) -> Tensor:
         for p in self.weights.values():
@@ -78,14 +76,8 @@ class Trainer:
     def update(self) -> None:
         for name, master in self.masters.items():
             grad = self.weights[name].grad
-            master.grad = None if grad is None else grad.float()
-        torch.nn.utils.clip_grad_norm_(self.masters.values(), CLIPPING)
-        if self.matrices:
-            masters = [self.masters[name] for name in self.matrices]
-            split = [[halves(name, each) for name, each in zip(self.matrices, of, strict=True)] for of in (
-                masters, [m.grad if m.grad is not None else torch.zeros_like(m) for m in masters], self.momenta
-            )]  # fmt: skip
-            muon_step(*split, lr=LR, weight_decay=DECAY)
+            master.grad = torch.zeros_like(master) if grad is None else grad.float()
+        torch.nn.utils.clip_grad_norm_(self.masters.values(), OPTIMIZATION.gradient_clipping)
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(list(self.weights.values()), list(self.masters.values()))  # pyright: ignore
@@ -104,16 +96,6 @@ class Trainer:
         backward = gpu.extra_bytes(self.backward) - sum(p.nbytes for p in self.weights.values())
         update = gpu.extra_bytes(self.update) - sum(p.nbytes for p in self.masters.values())
         return max(backward, update)
-
-
-def is_muon(name: str) -> bool:
-    """Of matrices, those that V4 gives to Muon: not the embedding, the head, gates and hyper-connections."""
-    return not any(part in name for part in ("embed_tokens", "lm_head", ".gate.", "_hc.", "hc_head"))
-
-
-def halves(name: str, x: Tensor) -> Tensor:
-    """Each half of a fused projection is a matrix of its own."""
-    return x.unflatten(1, (2, -1)) if name.endswith("gate_up_proj") else x
 
 
 def ours(setting: Setting) -> DeepseekV4:

@@ -16,14 +16,14 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's 
 def bench(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     monkeypatch.setenv("AMALGAM_KERNELS", "triton")
-    import attention_floors  # pyright: ignore[reportMissingImports]
+    import floors  # pyright: ignore[reportMissingImports]
     import gpu  # pyright: ignore[reportMissingImports]
     import low_precision  # pyright: ignore[reportMissingImports]
 
     monkeypatch.setattr(gpu, "milliseconds", lambda run: (run(), 2.0)[1])
     monkeypatch.setattr(low_precision, "PRODUCTS", {"product": (32, 160)})
     monkeypatch.setattr(low_precision, "ROWS", (3,))
-    setting = low_precision.Setting(attention_floors.Ceilings(798, 3000, 5500), "cpu")
+    setting = low_precision.Setting(floors.Ceilings(798, 3000, 5500), "cpu")
     return SimpleNamespace(command=low_precision, setting=setting)
 
 
