@@ -152,6 +152,12 @@ def hopper_scores() -> None:
     hopper_indexer.scores(q, weights, keys, out, seen(4), TOPK, False)
 
 
+def choice() -> None:
+    """Among the entries of 65,536 and of 131,072 tokens."""
+    for width in (16_384, 32_768):
+        indexer._best(meta(64, width, dtype=FP32), places(64), 4, TOPK, meta(64, TOPK, dtype=torch.int32))
+
+
 def hopper_splits() -> None:
     """Decoding with more entries than a program sums up."""
     q, rows, entries = meta(32, HEADS, WIDTH), meta(32 * WINDOW, WIDTH), meta(32 * 2048, WIDTH)
@@ -184,6 +190,7 @@ CASES: dict[str, Callable[[], None]] = {
     "compress, HCA": lambda: compressed(128, 512, 512, "full"),
     "indexer": indexed,
     "indexer, fp32": lambda: indexed(FP32),
+    "choice, long": choice,
     "hopper, window": lambda: hopper(0),
     "hopper, HCA": lambda: hopper(1),
     "hopper, CSA": lambda: hopper(2),
