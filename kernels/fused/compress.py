@@ -20,7 +20,7 @@ from .norm import PROGRAMS, turn
 
 ROUNDING = {"full": 0, "fp8": 8, "fp4": 4}
 TILE = 4096  # numbers of a tile of tokens
-SOME, SHARE = 16, 256  # entries whose gradients for the bias a program adds up at once, and all in all
+SOME, SHARE = 16, 256  # entries whose gradients for the bias a program adds up at once, and in all: a multiple
 
 
 @triton.jit

@@ -158,13 +158,14 @@ def _store(grad_q, head, sums, own: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(
-    grad_q, pairs, of_rows, chosen, lse, position, row_first, entry_first,
+def _multiply(
+    own: gl.constexpr, grad_q, pairs, of_rows, chosen, of_heads, position, row_first, entry_first,
     keys_s, query_s, grad_s, weights_s, slope_s, full, empty, query_full, query_empty,
     weights_full, weights_empty, slope_full, scale, ratio, topk, items,
     D: gl.constexpr, W: gl.constexpr, BLOCKS: gl.constexpr, KIND: gl.constexpr, ATOMIC: gl.constexpr,
 ):  # fmt: skip
-    """The probabilities; the lower half of the channels."""
+    """The first warpgroup, whose `of_heads` is lse: the probabilities, and the lower half of the channels. The second,
+    whose is delta: the slopes, and the upper half."""
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     of_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
     h = gl.arange(0, HEADS, gl.SliceLayout(1, of_scores))
@@ -172,7 +173,7 @@ def _weigh(
     query_turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         t, head, place, count, end = _item(item, position, ratio, topk, W, BLOCKS, KIND)
-        lse_H = gl.load(lse + head.to(gl.int64) + h)
+        number_H = gl.load(of_heads + head.to(gl.int64) + h)
         first, first_entry = gl.load(row_first + t), gl.load(entry_first + t)
         row = item * ((topk + BLOCK - 1) // BLOCK * BLOCK)
         sums = gl.zeros([HEADS, D // 2], gl.float32, of_sums)
@@ -181,68 +182,33 @@ def _weigh(
         for i in range(0, end, BLOCK):
             # Always 0, which the compiler does not know: else it keeps the operands' addresses in registers.
             zero = turn >> 30
-            scores = masked(_products(query_s, keys_s, full, turn, zero), i, place, 0, count, W, KIND)
-            weights = gl.exp2(scores * scale - lse_H[:, None])
-            mbarrier.wait(weights_empty, (turn & 1) ^ 1)
-            weights_s.index(zero).store(weights.to(gl.bfloat16))
+            if own == 0:
+                scores = masked(_products(query_s, keys_s, full, turn, zero), i, place, 0, count, W, KIND)
+                weights = gl.exp2(scores * scale - number_H[:, None])
+                mbarrier.wait(weights_empty, (turn & 1) ^ 1)
+                weights_s.index(zero).store(weights.to(gl.bfloat16))
+            else:
+                inner = _products(grad_s, keys_s, full, turn, zero)
+                mbarrier.wait(weights_full, turn & 1)
+                weights = weights_s.index(zero).load(of_scores).to(gl.float32)
+                slope = weights * (inner - number_H[:, None]) * (scale * 0.6931471805599453)
+                # Since the weights are there, nobody reads the slopes of the tile before.
+                slope_s.index(zero).store(slope.to(gl.bfloat16))
             fence_async_shared()
             barrier()
-            mbarrier.arrive(weights_full, count=1)
+            mbarrier.arrive(weights_full if own == 0 else slope_full, count=1)
             if KIND != 2:  # the pairs need the query once more
                 mbarrier.arrive(query_empty, count=1, pred=i + BLOCK >= end)
-            mbarrier.wait(slope_full, turn & 1)
+            if own == 0:
+                mbarrier.wait(slope_full, turn & 1)
             sums = _add(
-                0, sums, pairs, of_rows, chosen + t.to(gl.int64) * topk, i, row, place, first, first_entry, count, zero,
-                keys_s, query_s, grad_s, weights_s, slope_s, empty, weights_empty, D, W, KIND, ATOMIC,
+                own, sums, pairs, of_rows, chosen + t.to(gl.int64) * topk, i, row, place, first, first_entry, count,
+                zero, keys_s, query_s, grad_s, weights_s, slope_s, empty, weights_empty, D, W, KIND, ATOMIC,
             )  # fmt: skip
             turn += 1
         if KIND == 2:
             mbarrier.arrive(query_empty, count=1)
-        _store(grad_q, head, sums, 0, D)
-
-
-@gluon.jit
-def _incline(
-    grad_q, pairs, of_rows, chosen, delta, position, row_first, entry_first,
-    keys_s, query_s, grad_s, weights_s, slope_s, full, empty, query_full, query_empty,
-    weights_full, weights_empty, slope_full, scale, ratio, topk, items,
-    D: gl.constexpr, W: gl.constexpr, BLOCKS: gl.constexpr, KIND: gl.constexpr, ATOMIC: gl.constexpr,
-):  # fmt: skip
-    """The slopes; the upper half of the channels."""
-    of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    of_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
-    h = gl.arange(0, HEADS, gl.SliceLayout(1, of_scores))
-    turn = 0
-    query_turn = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        t, head, place, count, end = _item(item, position, ratio, topk, W, BLOCKS, KIND)
-        delta_H = gl.load(delta + head.to(gl.int64) + h)
-        first, first_entry = gl.load(row_first + t), gl.load(entry_first + t)
-        row = item * ((topk + BLOCK - 1) // BLOCK * BLOCK)
-        sums = gl.zeros([HEADS, D // 2], gl.float32, of_sums)
-        mbarrier.wait(query_full, query_turn & 1)
-        query_turn += 1
-        for i in range(0, end, BLOCK):
-            zero = turn >> 30
-            inner = _products(grad_s, keys_s, full, turn, zero)
-            mbarrier.wait(weights_full, turn & 1)
-            weights = weights_s.index(zero).load(of_scores).to(gl.float32)
-            slope = weights * (inner - delta_H[:, None]) * (scale * 0.6931471805599453)
-            # Since the weights are there, nobody reads the slopes of the tile before.
-            slope_s.index(zero).store(slope.to(gl.bfloat16))
-            fence_async_shared()
-            barrier()
-            mbarrier.arrive(slope_full, count=1)
-            if KIND != 2:
-                mbarrier.arrive(query_empty, count=1, pred=i + BLOCK >= end)
-            sums = _add(
-                1, sums, pairs, of_rows, chosen + t.to(gl.int64) * topk, i, row, place, first, first_entry, count, zero,
-                keys_s, query_s, grad_s, weights_s, slope_s, empty, weights_empty, D, W, KIND, ATOMIC,
-            )  # fmt: skip
-            turn += 1
-        if KIND == 2:
-            mbarrier.arrive(query_empty, count=1)
-        _store(grad_q, head, sums, 1, D)
+        _store(grad_q, head, sums, own, D)
 
 
 @gluon.jit
@@ -275,17 +241,17 @@ def queries_kernel(
     gl.warp_specialize(
         [
             (
-                _weigh,
+                _multiply,
                 (
-                    grad_q, pairs, of_rows, chosen, lse, position, row_first, entry_first, keys_s, query_s, grad_s,
+                    0, grad_q, pairs, of_rows, chosen, lse, position, row_first, entry_first, keys_s, query_s, grad_s,
                     weights_s, slope_s, full, empty, query_full, query_empty, weights_full, weights_empty, slope_full,
                     scale, ratio, topk, items, D, W, BLOCKS, KIND, ATOMIC,
                 ),
             ),
             (
-                _incline,
+                _multiply,
                 (
-                    grad_q, pairs, of_rows, chosen, delta, position, row_first, entry_first, keys_s, query_s, grad_s,
+                    1, grad_q, pairs, of_rows, chosen, delta, position, row_first, entry_first, keys_s, query_s, grad_s,
                     weights_s, slope_s, full, empty, query_full, query_empty, weights_full, weights_empty, slope_full,
                     scale, ratio, topk, items, D, W, BLOCKS, KIND, ATOMIC,
                 ),

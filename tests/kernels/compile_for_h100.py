@@ -234,6 +234,12 @@ def hopper_scores() -> None:
     hopper_indexer.scores(q, weights, keys, out, seen(4), TOPK, False)
 
 
+def choice() -> None:
+    """Among the entries of 65,536 and of 131,072 tokens."""
+    for width in (16_384, 32_768):
+        indexer._best(meta(64, width, dtype=FP32), places(64), 4, TOPK, meta(64, TOPK, dtype=torch.int32))
+
+
 def hopper_splits() -> None:
     """Decoding with more entries than a program sums up."""
     q, rows, entries = meta(32, HEADS, WIDTH), meta(32 * WINDOW, WIDTH), meta(32 * 2048, WIDTH)
@@ -272,6 +278,7 @@ CASES: dict[str, Callable[[], None]] = {
     "hyper-connections, fp32": lambda: hyper_connections(dtype=FP32),
     "indexer": indexed,
     "indexer, fp32": lambda: indexed(FP32),
+    "choice, long": choice,
     "experts, Flash": lambda: expert_layer(16384, 256, 4096, 2048, 6),
     "experts, 128 of 768": lambda: expert_layer(16384, 128, 2048, 768, 8),
     "experts, 64 rows": lambda: expert_layer(2048, 256, 4096, 2048, 6),
