@@ -65,7 +65,7 @@ def measure(part: Callable[[Any], Rows], setting: Any) -> dict[str, Any]:
     try:
         for row in part(setting):
             rows.append(row)
-            key = next((key for key in FOUND if key in row), "ms")
+            key = next((key for key in FOUND if row.get(key) is not None), "ms")
             print(f"  {row['name']}, {row['tokens']:,}: {told(row, key)}", flush=True)
     except Exception as error:  # the other parts can still be measured
         traceback.print_exc()

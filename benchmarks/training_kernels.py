@@ -50,7 +50,8 @@ def liger(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
 
 
 def experts(setting: Setting) -> Rows:
-    """Gather, both products with SwiGLU between them, and the sum by token; beside others', timed as ours."""
+    """Gather, both products with SwiGLU between them, and the sum by token; beside others', timed as ours: launched one
+    by one, as Liger's cannot be a CUDA graph."""
     kinds: dict[str, Callable[..., Tensor]] = {"": routed_experts, "torch._grouped_mm: ": grouped_mm}
     if find_spec("liger_kernel"):
         kinds["Liger: "] = liger
@@ -89,9 +90,9 @@ def _experts(
     forward = Work(2 * 3 * tokens * shape.topk * shape.hidden * shape.inner, numbers)
     backward = Work(2 * forward.flop, 2 * numbers)
     with torch.no_grad():
-        ms = gpu.on_device(lambda: run(*leaves))
+        ms = gpu.milliseconds(lambda: run(*leaves))
     yield _rated(row(f"{name} forward", tokens, ms, [forward], setting.ceilings, difference=off), FORWARD, off)
-    ms = gpu.on_device(gpu.with_backward(run, leaves, torch.randn_like(value)))
+    ms = gpu.milliseconds(gpu.with_backward(run, leaves, torch.randn_like(value)))
     yield _rated(row(f"{name} forward + backward", tokens, ms, [forward, backward], setting.ceilings), BACKWARD, off)
 
 
