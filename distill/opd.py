@@ -9,6 +9,7 @@ from torch import Tensor
 from ..kernels.losses import divergence
 from ..model.language_model import LanguageModel
 from ..rl.packing import Row
+from ..rl.training_graph import recordable
 from ..rl.trajectory import Trajectory
 
 
@@ -42,6 +43,7 @@ def distillation_loss(
     return total, {"loss": total}
 
 
+@recordable
 def loss(
     model: LanguageModel, batch: dict[str, Tensor], shared: dict[str, Tensor], *, indexer_weight: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:

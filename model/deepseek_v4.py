@@ -23,7 +23,7 @@ from ..settings import FULL
 from .attention import Attention, CSACompressor, Indexer, RMSNorm, linear
 from .cache import Cache, LayerCache
 from .language_model import LanguageModel, Output
-from .layout import Chunk, Packed, chunk, packed, step
+from .layout import Chunk, Packed, chunk, packed, packed_by_sizes, step
 
 # What V4 keeps in fp32 whatever the model's dtype, by part of the name (transformers keeps the same parameters).
 FP32_ISLANDS = ("_hc.", "hc_head.", ".sinks", "position_bias", "e_score_correction_bias", "norm.weight", "_frequencies")
@@ -197,6 +197,7 @@ class DeepseekV4(LanguageModel):
     """
 
     numerics = "deepseek"
+    longest: int | None = None  # tokens of a document at most, while packs are laid out by their sizes alone
     main_frequencies: Tensor
     compress_frequencies: Tensor
 
@@ -263,10 +264,16 @@ class DeepseekV4(LanguageModel):
         """
         if index_loss and not self._indexers():
             raise ValueError("the model has no CSA layer, and so no indexer that could have a loss")
-        ratios = {ratio for ratio, _ in self.compressors}
-        layout = packed(cu_seqlens, self.config.sliding_window, ratios, self.frequencies())
+        layout = self.lay_out(cu_seqlens, tokens.numel(), {ratio for ratio, _ in self.compressors})
         _check(tokens, layout.position)
         return self._run(tokens, layout, [None] * self.config.num_hidden_layers, replay, index_loss)
+
+    def lay_out(self, cu_seqlens: Tensor, tokens: int, ratios: set[int]) -> Packed:
+        """The layout of a pack with the entries of `ratios`; where `longest` is set, nothing asks the device."""
+        window, frequencies = self.config.sliding_window, self.frequencies()
+        if self.longest is None:
+            return packed(cu_seqlens, window, ratios, frequencies)
+        return packed_by_sizes(cu_seqlens, tokens, self.longest, window, ratios, frequencies)
 
     def new_cache(self, requests: int, capacity: int, slack: int = 0) -> Cache:
         """An empty cache for `requests`, with room for `capacity` tokens each; `slack` is what `rollback` may drop."""

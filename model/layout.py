@@ -108,20 +108,40 @@ def packed(cu_seqlens: Tensor, window: int, ratios: set[int], frequencies: Frequ
 
     It lies where `frequencies` do. If cu_seqlens is on the host, nothing waits for a device.
     """
-    host, device = _borders(cu_seqlens.cpu(), least=1), frequencies["main"].device
-    cu, total = host.to(device, non_blocking=True), int(host[-1])
-    lengths = cu.diff()
-    document = torch.repeat_interleave(lengths, output_size=total)
+    host = _borders(cu_seqlens.cpu(), least=1)
+    lengths = host.diff()
+    sizes = {ratio: (int((lengths // ratio).sum()), int(lengths.max()) // ratio) for ratio in ratios}
+    cu = host.to(frequencies["main"].device, non_blocking=True)
+    return _packed(cu, int(host[-1]), window, sizes, frequencies)
+
+
+def packed_by_sizes(
+    cu_seqlens: Tensor, tokens: int, longest: int, window: int, ratios: set[int], frequencies: Frequencies
+) -> Packed:
+    """`packed`, with shapes that follow from the sizes alone: it may be recorded in a CUDA graph.
+
+    cu_seqlens [B + 1] lies where `frequencies` do, may repeat its end, and is not looked at here: it has to end with
+    `tokens`, and no document may have more than `longest`. Behind the entries that there are come some that are none.
+    """
+    sizes = {ratio: (tokens // ratio, longest // ratio) for ratio in ratios}
+    return _packed(cu_seqlens.long(), tokens, window, sizes, frequencies)
+
+
+def _packed(
+    cu: Tensor, tokens: int, window: int, sizes: dict[int, tuple[int, int]], frequencies: Frequencies
+) -> Packed:
+    """`sizes`: by ratio how many entries there are at most, and of one document."""
+    lengths, document = cu.diff(), _owners(cu[1:], tokens)
     layout = Packed(cu[document], window, {})
     layout.rotation = {kind: rotations(layout.position, f) for kind, f in frequencies.items()}
-    for ratio in ratios:
-        counts, of_host = lengths // ratio, host.diff() // ratio
-        first = F.pad(counts.cumsum(0), (1, 0))
-        owner = torch.repeat_interleave(counts, output_size=int(of_host.sum()))
-        number = torch.arange(owner.numel(), device=device) - first[owner]
+    for ratio, (entries, most) in sizes.items():
+        ends = (lengths // ratio).cumsum(0)
+        first = F.pad(ends, (1, 0))
+        owner = _owners(ends, entries)
+        number = torch.arange(entries, device=cu.device) - first[owner]
+        number = number.where(owner < lengths.numel(), -1)
         windows = Windows(cu[owner].int(), number.int(), rotations(number * ratio, frequencies["compress"]))
-        count = (layout.position + 1) // ratio
-        layout.entries[ratio] = Entries(windows, first[document], count, int(of_host.max()))
+        layout.entries[ratio] = Entries(windows, first[document], (layout.position + 1) // ratio, most)
     return layout
 
 

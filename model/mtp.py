@@ -24,7 +24,7 @@ from ..kernels.losses import packed_logprobs
 from .attention import RMSNorm, linear
 from .cache import Cache, LayerCache
 from .deepseek_v4 import Block, DeepseekV4, HyperHead
-from .layout import Chunk, Packed, chunk, packed
+from .layout import Chunk, Packed, chunk
 
 
 class MTP(Block):
@@ -66,7 +66,7 @@ def mtp_hidden(model: DeepseekV4, streams: Tensor, following: Tensor, cu_seqlens
 
     A document's last pair has no such token: what is there instead changes nothing but that pair's own state.
     """
-    layout = packed(cu_seqlens, model.config.sliding_window, set(), model.frequencies())
+    layout = model.lay_out(cu_seqlens, following.shape[0], set())
     return mtp_block(model)(streams, following, layout, None)
 
 

@@ -15,6 +15,7 @@ from ..model.checkpoint import replace_folder
 from ..model.mtp import mtp_logprobs
 from ..rl.learner import Learner
 from ..rl.packing import Row
+from ..rl.training_graph import recordable
 from .recipe import Pretrain, Sft
 from .stage import StageRun, speaker
 
@@ -25,6 +26,7 @@ def nll(logprobs: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {"loss": loss, "tokens": (weight > 0).sum()}
 
 
+@recordable
 def loss(
     model: Any,
     batch: dict[str, Tensor],

@@ -17,18 +17,26 @@ class Loads:
     def __init__(self, model: nn.Module):
         self.routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
         self.counting = False
+        self.real: Tensor | None = None  # int64 [T]: 1 for a token that counts and 0 for one that fills a pack up
         self._counts: dict[str, Tensor] = {}  # by router: int64 [E]
         for name, router in self.routers.items():
             router.register_forward_hook(partial(self._count, name))
 
     def start(self, device: str) -> None:
-        """Forgets what was counted. What routers choose counts while `counting` is true."""
-        self._counts = {n: torch.zeros(r.experts, dtype=torch.int64, device=device) for n, r in self.routers.items()}
+        """Forgets what was counted. What routers choose counts while `counting` is true.
+
+        Counts stay where they are: CUDA graphs add to them.
+        """
+        for name, router in self.routers.items():
+            if name not in self._counts:
+                self._counts[name] = torch.zeros(router.experts, dtype=torch.int64, device=device)
+            self._counts[name].zero_()
 
     def _count(self, name: str, router: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         if self.counting:
-            chosen = output[0].flatten()
-            self._counts[name].scatter_add_(0, chosen, torch.ones_like(chosen))
+            chosen = output[0]
+            ones = torch.ones_like(chosen) if self.real is None else self.real.unsqueeze(1).expand_as(chosen)
+            self._counts[name].scatter_add_(0, chosen.flatten(), ones.flatten())
 
     def take(self) -> dict[str, Tensor]:
         """Each router's counts since `start`, of all ranks together (a collective)."""

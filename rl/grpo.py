@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..model.language_model import LanguageModel
 from .packing import Row
+from .training_graph import recordable
 from .trajectory import Trajectory
 
 
@@ -73,6 +74,7 @@ def policy_loss(
     return loss, metrics
 
 
+@recordable
 def loss(
     model: LanguageModel,
     batch: dict[str, Tensor],

@@ -152,21 +152,22 @@ def _backward(
     of_weight = tl.zeros([D], tl.float32)
     for e in range(tl.program_id(0), entries, tl.num_programs(0)):
         start, n = tl.load(first + e), tl.load(number + e)
-        pooled, lse = _pooled(values, scores, bias, start, n, 1, RATIO, C, D, STEP, OVERLAP, False)
-        g = tl.load(grad + tl.full([], e, tl.int64) * D + d).to(tl.float32)[None, :]
-        if ROUNDING == 4:
-            g = hadamard(g, 1, D)
-        g = tl.reshape(turn(g, rotation, e + tl.zeros([1], tl.int32), D, PAIRS, 1, D, True), [D])
-        scale = tl.rsqrt(tl.sum(pooled * pooled, 0) / D + eps)
-        x = pooled * scale
-        of_weight += g * x
-        g *= tl.load(weight + d).to(tl.float32)
-        g = (g - x * (tl.sum(g * x, 0) / D)) * scale
-        for i in range(0, TOKENS, STEP):
-            offset, v, s, real = _tile(values, scores, bias, start, n, i, 1, RATIO, C, D, STEP, OVERLAP, False)
-            of_v = tl.exp(s - lse[None, :]) * g[None, :]
-            tl.store(grad_values + offset, of_v, mask=real[:, None])
-            tl.store(grad_scores + offset, of_v * (v - pooled[None, :]), mask=real[:, None])
+        if n >= 0:  # else no entry, and no gradient
+            pooled, lse = _pooled(values, scores, bias, start, n, 1, RATIO, C, D, STEP, OVERLAP, False)
+            g = tl.load(grad + tl.full([], e, tl.int64) * D + d).to(tl.float32)[None, :]
+            if ROUNDING == 4:
+                g = hadamard(g, 1, D)
+            g = tl.reshape(turn(g, rotation, e + tl.zeros([1], tl.int32), D, PAIRS, 1, D, True), [D])
+            scale = tl.rsqrt(tl.sum(pooled * pooled, 0) / D + eps)
+            x = pooled * scale
+            of_weight += g * x
+            g *= tl.load(weight + d).to(tl.float32)
+            g = (g - x * (tl.sum(g * x, 0) / D)) * scale
+            for i in range(0, TOKENS, STEP):
+                offset, v, s, real = _tile(values, scores, bias, start, n, i, 1, RATIO, C, D, STEP, OVERLAP, False)
+                of_v = tl.exp(s - lse[None, :]) * g[None, :]
+                tl.store(grad_values + offset, of_v, mask=real[:, None])
+                tl.store(grad_scores + offset, of_v * (v - pooled[None, :]), mask=real[:, None])
     tl.store(parts + tl.program_id(0) * D + d, of_weight)
 
 
