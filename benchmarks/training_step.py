@@ -1,9 +1,9 @@
 """A whole training step, ours and transformers', and where its time goes; training.py is the command.
 
 Weights take part in bf16, but for those that V4 keeps in fp32. The optimizer is the learner's, on fp32 masters of them.
-A step is forward, backward, clipping, update, and the copy of the masters into the weights. `model FLOP` are those of
-products and attention, forward and backward, without what is computed again; `of peak %` is their rate over that of a
-large product measured in the same run.
+A step is forward, backward, clipping, update, and the copy of the masters into the weights; ours has forward and
+backward as one CUDA graph. `model FLOP` are those of products and attention, forward and backward, without what is
+computed again; `of peak %` is their rate over that of a large product measured in the same run.
 """
 
 import copy
@@ -17,6 +17,7 @@ from typing import Any
 import attention_blocks
 import attention_kernels
 import gpu
+import numpy as np
 import torch
 from floors import Ceilings
 from parts import Row, Rows
@@ -29,6 +30,7 @@ from amalgam.model import DeepseekV4, initialize
 from amalgam.model.matrices import matrices
 from amalgam.rl.optimizer import Muon, new_optimizer
 from amalgam.rl.settings import Optimization
+from amalgam.rl.training_graph import TrainingGraphs
 
 RATES = {8_192: 150_000, 32_768: 200_000}  # goals with AdamW, tokens a second by tokens of a step
 MEMORY = {8_192: 8.0}  # goal: GiB beyond weights, gradients and optimizer state
@@ -54,10 +56,15 @@ OTHERS = {
 
 
 class Trainer:
-    """`loss` of a model's weights, and steps of its optimizer: AdamW, or Muon for what is a matrix inside a layer."""
+    """`loss` of a model's weights, and steps of its optimizer: AdamW, or Muon for what is a matrix inside a layer.
 
-    def __init__(self, model: nn.Module, loss: Callable[[], Tensor], muon: bool = False):
-        self.loss = loss
+    `recorded`, if given, gives the loss and leaves its gradients, as `backward` does otherwise.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[[], Tensor], muon: bool = False, recorded: "Recorded | None" = None
+    ):
+        self.loss, self.recorded = loss, recorded
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {name: nn.Parameter(p.detach().float()) for name, p in self.weights.items()}
         device = next(model.parameters()).device.type
@@ -67,6 +74,8 @@ class Trainer:
                 self.optimizer.state[p]["momentum"] = torch.zeros_like(p)
 
     def backward(self) -> Tensor:
+        if self.recorded is not None:
+            return self.recorded()
         for p in self.weights.values():
             p.grad = None
         loss = self.loss()
@@ -91,11 +100,12 @@ class Trainer:
 
     def extra_bytes(self) -> int:
         """The most that a step holds beyond weights, gradients in either precision, and the optimizer's state."""
+        weights, masters = (sum(p.nbytes for p in each.values()) for each in (self.weights, self.masters))
+        if self.recorded is not None:  # a graph's memory is its own
+            return self.recorded.graphs.held_bytes() - weights + gpu.extra_bytes(self.update) - masters
         for p in self.weights.values():
             p.grad = None
-        backward = gpu.extra_bytes(self.backward) - sum(p.nbytes for p in self.weights.values())
-        update = gpu.extra_bytes(self.update) - sum(p.nbytes for p in self.masters.values())
-        return max(backward, update)
+        return max(gpu.extra_bytes(self.backward) - weights, gpu.extra_bytes(self.update) - masters)
 
 
 def ours(setting: Setting) -> DeepseekV4:
@@ -135,6 +145,24 @@ def packed_loss(model: DeepseekV4, tokens: Tensor, lengths: list[int]) -> Callab
     return lambda: -model.logprobs(tokens, borders).sum() / tokens.numel()
 
 
+class Recorded:
+    """`packed_loss` and its gradients as the learner has them: on a GPU, from a CUDA graph."""
+
+    def __init__(self, model: DeepseekV4, tokens: Tensor, lengths: list[int]):
+        self.graphs = TrainingGraphs(model)
+        weight = np.full(tokens.numel(), 1 / tokens.numel(), np.float32)
+        borders = np.cumsum([0, *lengths], dtype=np.int32)
+        self.batch = {"tokens": tokens.cpu().numpy(), "weight": weight, "cu_seqlens": borders}
+
+    def __call__(self) -> Tensor:
+        return self.graphs.run(weighted_loss, self.batch, {}, {})["loss"]
+
+
+def weighted_loss(model: DeepseekV4, batch: dict[str, Tensor], shared: dict[str, Tensor]) -> Any:
+    loss = -(batch["weight"] * model.logprobs(batch["tokens"], batch["cu_seqlens"])).sum()
+    return loss, {"loss": loss}
+
+
 def model_flop(config: DeepseekV4Config, lengths: list[int], device: str = "cpu") -> float:
     """Of a step's products and attention, forward and backward; the indexers run forward."""
     sizes = attention_kernels.Setting(config, Ceilings(1, 1, 1), device=device)
@@ -171,7 +199,8 @@ def _ours(
     setting: Setting, name: str, model: DeepseekV4, drawn: Tensor, lengths: list[int], *,
     muon: bool = False, explained: bool = False,
 ) -> Rows:  # fmt: skip
-    tokens, trainer = drawn.numel(), Trainer(model, packed_loss(model, drawn, lengths), muon)
+    tokens, recorded = drawn.numel(), Recorded(model, drawn, lengths)
+    trainer = Trainer(model, packed_loss(model, drawn, lengths), muon, recorded)
     found = gpu.measured(trainer.step, REP)
     if found is None:
         yield {"name": name, "tokens": tokens, "failed": "out of memory"}

@@ -105,6 +105,10 @@ class TrainingGraphs:
             p.grad = gradient
         return dict(zip(result.names, result.metrics.unbind(), strict=True))
 
+    def held_bytes(self) -> int:
+        """Of memory that nothing else can use."""
+        return 0 if self._memory is None else self._memory.held_bytes()
+
     def clear(self) -> None:
         """Forgets all graphs."""
         self._recordings.clear()
@@ -172,6 +176,9 @@ class _Memory:
             assert recording.graph is not None and recording.result is not None
             recording.graph.replay()
             return recording.result._replace(metrics=recording.result.metrics.clone())
+
+    def held_bytes(self) -> int:
+        return sum(segment["total_size"] for segment in self._pool.snapshot())
 
     def _aside(self, compute: Callable[[], _Result]) -> _Result:
         """On the pool's stream, with the pool's memory."""

@@ -38,6 +38,7 @@ def train(bench, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:  # noqa: F
     monkeypatch.setattr(bench.gpu, "kernel_times", lambda run: (run(), [("_up", 5.0), ("ampere_sgemm", 10.0)])[1])
     monkeypatch.setattr(training_accuracy, "SIZES", training_accuracy.Sizes((9,), (shape,), shape, 24, (2, 6, 9)))
     monkeypatch.setattr(training_whole, "RUNS", 2)
+    monkeypatch.setattr("amalgam.rl.training_graph.GRAIN", 1)
     monkeypatch.setattr(training_whole, "CURVES", dict([*training_whole.CURVES.items()][-1:]))
     monkeypatch.setattr(training_whole.bits, "TAIL", 3)
     config = tiny.config(**tiny.FUSED, vocab_size=80)

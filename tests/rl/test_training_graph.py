@@ -85,7 +85,7 @@ def test_what_fills_a_pack_up(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("name", ["sft", "grpo", "opd"])
 def test_a_filled_pack_is_the_pack(name: str, monkeypatch: pytest.MonkeyPatch):
-    """Metrics, gradients and loads; a second batch of the same sizes, too, and one whose indexers have nothing to do."""
+    """Metrics, gradients and loads; of a second batch of the same sizes, too, and of one without work for indexers."""
     monkeypatch.setattr(training_graph, "GRAIN", 8)
     model, (loss, settings) = made(), cases()[name]
     loads = Loads(model)
