@@ -43,7 +43,8 @@ GROUPS = {
     "norms and RoPE": "norm",
     "row-invariant products": "linear",
     "router, sorting": "router moe_rows",
-    "experts": "moe moe_backward",
+    "experts": "moe moe_backward swiglu",
+    "embedding": "embedding",
     "hyper-connections": "hyper hyper_backward",
     "losses over the vocabulary": "losses vocabulary",
 }  # by modules of kernels/fused

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
 from ..kernels.dispatch import wants_triton
+from ..kernels.embedding import embed
 from ..kernels.hyper import Update, enter, leave
-from ..kernels.moe import experts, route, swiglu
+from ..kernels.moe import experts, gated, route
 from ..kernels.project import project
 from ..kernels.rope import inverse_frequencies
-from ..kernels.upcast import upcast
 from ..settings import FULL
 from .attention import Attention, CSACompressor, Indexer, RMSNorm, linear
 from .cache import Cache, LayerCache
@@ -111,7 +111,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = project(x, torch.cat([self.gate_proj.weight, self.up_proj.weight]))
-        return self.down_proj(swiglu(upcast(gate_up), self.limit).to(x.dtype))
+        return self.down_proj(gated(gate_up, self.limit))
 
 
 class MoE(nn.Module):
@@ -125,8 +125,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, replay: Tensor | None) -> tuple[Tensor, Tensor]:
         """[T, d] -> [T, d] and the expert ids [T, k]; the routed sum and the shared expert are added in fp32."""
         ids, weights = self.gate(x, tokens, replay)
-        routed = experts(x, ids, weights, *self.experts.weights(), self.limit)
-        return (routed + upcast(self.shared_experts(x))).to(x.dtype), ids
+        return experts(x, ids, weights, *self.experts.weights(), self.limit, self.shared_experts(x)), ids
 
 
 class Block(nn.Module):
@@ -165,10 +164,16 @@ class Block(nn.Module):
         return streams, Update(x, post, comb), ids, kl
 
 
+class Embedding(nn.Embedding):
+    def forward(self, input: Tensor, copies: int = 1) -> Tensor:
+        """int64 [T] -> [T, copies, d]."""
+        return embed(input, self.weight, copies)
+
+
 class Backbone(nn.Module):
     def __init__(self, config: DeepseekV4Config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         kinds = zip(config.layer_types or (), config.mlp_layer_types or (), strict=True)  # transformers fills both
         self.layers = nn.ModuleList([Block(config, *kind) for kind in kinds])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -326,7 +331,7 @@ class DeepseekV4(LanguageModel):
         if (dtype := self.model.norm.weight.dtype).itemsize < 4:
             name = str(dtype).removeprefix("torch.")
             raise ValueError(f"V4's fp32 parameters were cast to {name}; run DeepSpeed without its bf16 section")
-        streams = self.model.embed_tokens(tokens).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+        streams = self.model.embed_tokens(tokens, self.config.hc_mult)
         update, chosen, divergences = None, [], []
         for i, (block, cache) in enumerate(zip(self.model.layers, caches, strict=True)):
             own = None if replay is None else replay[:, i]

@@ -54,7 +54,7 @@ def mtp_logprobs(
     backbone, the embedding and the head, unless `into_backbone` is False: then the block alone learns.
     """
     head = model.lm_head.weight
-    following = model.model.embed_tokens(F.pad(tokens[1:], (0, 1)))
+    following = model.model.embed_tokens(F.pad(tokens[1:], (0, 1))).squeeze(1)
     if not into_backbone:
         streams, following, head = streams.detach(), following.detach(), head.detach()
     hidden = mtp_hidden(model, streams, following, cu_seqlens)
@@ -85,7 +85,7 @@ def extend_mtp(model: DeepseekV4, streams: Tensor, following: Tensor, cu_seqlens
     """
     places: dict[str, Any] = {**model.places(cache), "compressors": set()}
     layout = chunk(cu_seqlens, cache.length, **places)
-    hidden = mtp_block(model)(streams, model.model.embed_tokens(following), layout, cache.layers[0])
+    hidden = mtp_block(model)(streams, model.model.embed_tokens(following).squeeze(1), layout, cache.layers[0])
     cache.advance(layout.lengths, layout.most)
     return hidden
 

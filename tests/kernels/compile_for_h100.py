@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 from amalgam.kernels.compress import Storage
 from amalgam.kernels.fused import (
     compress,
+    embedding,
     fp8,
     fp8_experts,
     hopper_forward,
@@ -41,6 +42,7 @@ from amalgam.kernels.fused import (
     moe,
     norm,
     router,
+    swiglu,
 )
 from amalgam.kernels.fused.attention import attend_forward
 from amalgam.kernels.fused.attention_backward import attend_backward
@@ -203,7 +205,14 @@ def expert_layer(
     x = meta(tokens, hidden, dtype=dtype).requires_grad_()
     gate_up = meta(experts, 2 * inner, hidden, dtype=dtype).requires_grad_()
     down = meta(experts, hidden, inner, dtype=dtype).requires_grad_()
-    backward(moe.Experts.apply(x, ids, weights, gate_up, down, 10.0, True))
+    shared = swiglu.Gated.apply(meta(tokens, 2 * hidden, dtype=dtype).requires_grad_(), 10.0)
+    backward(moe.Experts.apply(x, ids, weights, gate_up, down, 10.0, True, shared))
+
+
+def embedded() -> None:
+    """Forward and backward."""
+    tokens, table = meta(TOKENS, dtype=torch.int64), meta(VOCABULARY, 4096).requires_grad_()
+    backward(embedding.Embed.apply(tokens, table, 4))
 
 
 def low_experts(tokens: int, fp4: bool = False, train: bool = False) -> None:
@@ -269,6 +278,7 @@ CASES: dict[str, Callable[[], None]] = {
     "norm, queries": lambda: normed(TOKENS, HEADS, WIDTH, weight=False, rotated=True),
     "norm, rows": lambda: normed(TOKENS, WIDTH, rotated=True),
     "rope, output": rotated_back,
+    "embedding": embedded,
     "compress, CSA": lambda: compressed(4, 1024, 512, "fp8"),
     "compress, index keys": lambda: compressed(4, 256, 128, "fp4"),
     "compress, HCA": lambda: compressed(128, 512, 512, "full"),

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.kernels import attention, compress, indexer, norm, project, rope
+from amalgam.kernels import attention, compress, embedding, indexer, norm, project, rope
 from amalgam.kernels.fused import compress as fused_compress
+from amalgam.kernels.fused import embedding as fused_embedding
 from amalgam.kernels.fused import hopper_indexer
 from amalgam.kernels.fused import indexer as fused_indexer
 from amalgam.kernels.fused.attention import attend_forward
@@ -97,6 +98,15 @@ def test_products(dtype: torch.dtype):
     compare(project.project, dtype, torch.randn(3, 7, 32), torch.randn(48, 32))
     compare(project.project_wide, dtype, torch.randn(70, 64), torch.randn(32, 64))
     compare(project.project_groups, dtype, torch.randn(9, 2, 32), torch.randn(2 * 16, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_a_table(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """A token that comes often, one that never comes, the last one; tiles that divide neither runs nor rows."""
+    monkeypatch.setattr(fused_embedding, "TILE", 64)
+    monkeypatch.setattr(fused_embedding, "SUMMED", 16)
+    tokens = torch.tensor([3, 0, 8, 3, 3, 1, 3, 3, 3, 8])
+    compare(lambda table: embedding.embed(tokens, table, 2), dtype, torch.randn(9, 40))
 
 
 def test_a_product_s_row_is_its_own():

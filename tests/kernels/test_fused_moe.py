@@ -18,6 +18,13 @@ def _triton(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("AMALGAM_KERNELS", "triton")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_swiglu(dtype: torch.dtype):
+    """On both sides of the limits; a width and a number of rows that tiles do not divide."""
+    compare(lambda x: moe.gated(x, 1.5), dtype, 2 * torch.randn(7, 2 * 528))
+    assert moe.gated(torch.zeros(0, 8), 1.0).shape == (0, 4)
+
+
 def chosen(tokens: int, k: int, experts: int) -> Tensor:
     """Different experts of a token, at random, but not the last one."""
     return torch.rand(tokens, experts - 1).argsort(1)[:, :k]
@@ -44,10 +51,11 @@ def test_experts(
     ids = chosen(tokens, k, experts)
     limit = 3.0 if dtype == torch.float32 else 1e3  # near the limit, rounding to bf16 decides whether there is gradient
 
-    def ours(x, weights, gate_up, down):
-        return moe.experts(x, ids, weights, gate_up, down, limit)
+    def ours(x, weights, gate_up, down, beside=None):
+        return moe.experts(x, ids, weights, gate_up, down, limit, beside)
 
-    compare(ours, dtype, *layer(tokens, k, experts, hidden, inner), fp32=(1,))
+    inputs = [*layer(tokens, k, experts, hidden, inner), *([torch.randn(tokens, hidden)] if tokens == 90 else [])]
+    compare(ours, dtype, *inputs, fp32=(1,))
 
 
 @pytest.mark.parametrize("tokens, experts", [(1, 7), (70, 7)], ids=["one token", "all to one"])

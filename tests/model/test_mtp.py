@@ -127,7 +127,7 @@ def test_packed_and_from_the_cache():
     model, documents = made(2), random_documents(LENGTHS)
     tokens, cu = torch.cat(documents), borders(documents)
     streams = model(tokens, cu).streams
-    embedded = model.model.embed_tokens(tokens.roll(-1))
+    embedded = model.model.embed_tokens(tokens.roll(-1)).squeeze(1)
     together = mtp_hidden(model, streams, embedded, cu).split(LENGTHS)
     sizes = [n - 1 for n in LENGTHS]
     cache, done = mtp_cache(model, len(sizes), max(sizes)), [0] * len(sizes)

@@ -84,7 +84,7 @@ def test_drafts_are_the_blocks_own(model: DeepseekV4, monkeypatch):
     for request, t in found.items():
         tokens = torch.from_numpy(t.row()["tokens"]).long()
         cu = torch.tensor([0, len(tokens)])
-        hidden = mtp_hidden(model, model(tokens, cu).streams, model.model.embed_tokens(tokens.roll(-1)), cu)
+        hidden = mtp_hidden(model, model(tokens, cu).streams, model.model.embed_tokens(tokens.roll(-1)).squeeze(1), cu)
         best = model.logits(hidden).argmax(-1)
         mine = {place: draft for (r, place), draft in seen.items() if r == request}
         assert len(mine) == t.drafted
