@@ -14,9 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import precision
-from .moe import combine, described, rows_times_weights
+from .moe import clamped, combine, described, rows_times_weights
 from .moe_rows import Rows
-from .swiglu import slopes
 
 TILE = 8, 256  # rows and columns of a step between the products
 
@@ -45,9 +44,13 @@ def _swiglu_backward(
         of_h = tl.load(of_hidden + single, mask=real, other=0.0).to(tl.float32)
         gate = tl.load(projected + double, mask=real, other=0.0).to(tl.float32)
         up = tl.load(projected + double + inner, mask=real, other=0.0).to(tl.float32)
-        product, of_gate, of_up = slopes(gate, up, of_h * weight, limit)
-        of_weight += tl.sum(of_h * product, 1)
-        tl.store(hidden + single, product * weight, mask=real)
+        g, sigmoid, u = clamped(gate, up, limit)
+        silu = g * sigmoid
+        of_weight += tl.sum(of_h * silu * u, 1)
+        tl.store(hidden + single, silu * u * weight, mask=real)
+        of_product = of_h * weight
+        of_gate = tl.where(gate <= limit, of_product * u * sigmoid * (1.0 + g * (1.0 - sigmoid)), 0.0)
+        of_up = tl.where((up >= -limit) & (up <= limit), of_product * silu, 0.0)
         tl.store(grads + double, of_gate, mask=real)
         tl.store(grads + double + inner, of_up, mask=real)
     tl.store(of_weights + slot, of_weight, mask=slot >= 0)

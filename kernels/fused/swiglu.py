@@ -14,15 +14,6 @@ TILE = 2048  # numbers of a tile
 
 
 @triton.jit
-def slopes(gate, up, of_product, limit):
-    """The product silu(min(gate, limit)) clip(up), and the gradients of gate and up for `of_product`, its own."""
-    g, sigmoid, u = clamped(gate, up, limit)
-    silu = g * sigmoid
-    of_gate = tl.where(gate <= limit, of_product * u * sigmoid * (1.0 + g * (1.0 - sigmoid)), 0.0)
-    return silu * u, of_gate, tl.where((up >= -limit) & (up <= limit), of_product * silu, 0.0)
-
-
-@triton.jit
 def _gated(gate_up, out, limit, rows, inner, R: tl.constexpr, C: tl.constexpr):
     r = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
     c = tl.program_id(1) * C + tl.arange(0, C)[None, :]
@@ -41,9 +32,10 @@ def _gated_backward(gate_up, grad, out, limit, rows, inner, R: tl.constexpr, C: 
     gate = tl.load(gate_up + at, mask=real, other=0.0).to(tl.float32)
     up = tl.load(gate_up + at + inner, mask=real, other=0.0).to(tl.float32)
     of = tl.load(grad + r * inner + c, mask=real, other=0.0).to(tl.float32)
-    _, of_gate, of_up = slopes(gate, up, of, limit)
+    g, sigmoid, u = clamped(gate, up, limit)
+    of_gate = tl.where(gate <= limit, of * u * sigmoid * (1.0 + g * (1.0 - sigmoid)), 0.0)
     tl.store(out + at, of_gate, mask=real)
-    tl.store(out + at + inner, of_up, mask=real)
+    tl.store(out + at + inner, tl.where((up >= -limit) & (up <= limit), of * g * sigmoid, 0.0), mask=real)
 
 
 class Gated(torch.autograd.Function):

@@ -205,8 +205,12 @@ def expert_layer(
     x = meta(tokens, hidden, dtype=dtype).requires_grad_()
     gate_up = meta(experts, 2 * inner, hidden, dtype=dtype).requires_grad_()
     down = meta(experts, hidden, inner, dtype=dtype).requires_grad_()
-    shared = swiglu.Gated.apply(meta(tokens, 2 * hidden, dtype=dtype).requires_grad_(), 10.0)
-    backward(moe.Experts.apply(x, ids, weights, gate_up, down, 10.0, True, shared))
+    backward(moe.Experts.apply(x, ids, weights, gate_up, down, x, 10.0, True))
+
+
+def shared_expert() -> None:
+    """What lies between its products, forward and backward."""
+    backward(swiglu.Gated.apply(meta(TOKENS, 2 * 2048).requires_grad_(), 10.0))
 
 
 def embedded() -> None:
@@ -279,6 +283,7 @@ CASES: dict[str, Callable[[], None]] = {
     "norm, rows": lambda: normed(TOKENS, WIDTH, rotated=True),
     "rope, output": rotated_back,
     "embedding": embedded,
+    "shared expert": shared_expert,
     "compress, CSA": lambda: compressed(4, 1024, 512, "fp8"),
     "compress, index keys": lambda: compressed(4, 256, 128, "fp4"),
     "compress, HCA": lambda: compressed(128, 512, 512, "full"),
