@@ -66,14 +66,14 @@ def filled(batch: Batch, tokens: int) -> Batch:
 
 
 class TrainingGraphs:
-    """Graphs of one model's losses. `loads` counts the batches' own tokens alone.
+    """Graphs of one model's losses. `loads` counts the batches' own tokens alone; gradients come multiplied by `times`.
 
-    A pack of new sizes runs as it is laid out for a graph, without one; the second of them is recorded. On a CPU there
-    are no graphs, and all else is the same. All graphs, and what runs without one, use the same memory.
+    The first pack of new sizes runs without a graph, laid out as for one; the second is recorded. On a CPU there are no
+    graphs, and all else is the same. All graphs, and what runs without one, use the same memory.
     """
 
-    def __init__(self, model: DeepseekV4, loads: Loads | None = None):
-        self._model, self._loads = model, loads
+    def __init__(self, model: DeepseekV4, loads: Loads | None = None, times: int = 1):
+        self._model, self._loads, self._times = model, loads, times
         self._weights = [p for p in model.parameters() if p.requires_grad]
         self._device = model.lm_head.weight.device
         self._recordings: OrderedDict[tuple, _Recording] = OrderedDict()
@@ -121,7 +121,7 @@ class TrainingGraphs:
         with self._fixed(longest, real):
             value, metrics = loss(self._model, batch, shared, **settings)
         with torch.autograd.set_multithreading_enabled(False):  # else another thread would not use the pool
-            gradients = torch.autograd.grad(value, self._weights, allow_unused=True)
+            gradients = torch.autograd.grad(value * self._times, self._weights, allow_unused=True)
         together = torch.stack([metric.detach().double() for metric in metrics.values()])
         return _Result([*metrics], together, [None if g is None else g.contiguous() for g in gradients])
 

@@ -230,9 +230,9 @@ class Compress(torch.autograd.Function):
         windows: Windows = ctx.windows
         entries, width = windows.number.shape[0], weight.shape[0]
         # Tokens that no entry has yet, and halves of channels that none will use, get zeros.
-        of_values, of_scores = torch.zeros_like(values), torch.zeros_like(scores)
-        programs, shares = max(min(entries, PROGRAMS), 1), max(triton.cdiv(entries, SHARE), 1)
-        parts, of_bias = values.new_zeros(programs, width), bias.new_zeros(shares, *bias.shape)
+        of_values, of_scores = values.new_zeros(2, *values.shape)
+        programs, shares = min(entries, PROGRAMS), triton.cdiv(entries, SHARE)
+        parts, of_bias = values.new_empty(programs, width), bias.new_empty(shares, *bias.shape)
         if entries:
             shape = _shape(bias, width)
             rotation = torch.view_as_real(windows.rotation.contiguous())
@@ -246,4 +246,5 @@ class Compress(torch.autograd.Function):
                 of_scores, of_bias, windows.first, windows.number, entries, SHARE,
                 RATIO=shape["RATIO"], C=shape["C"], D=width, CHANNELS=channels, SOME=SOME, OVERLAP=shape["OVERLAP"],
             )  # fmt: skip
-        return of_values, of_scores, of_bias.sum(0), parts.sum(0).to(weight.dtype), None, None, None, None
+        of_bias = of_bias[0] if shares == 1 else of_bias.sum(0)
+        return of_values, of_scores, of_bias, parts.sum(0).to(weight.dtype), None, None, None, None

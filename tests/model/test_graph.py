@@ -1,6 +1,6 @@
 """A decoding step can be recorded: it asks the device for nothing, and its shapes do not follow from the lengths.
 
-That a recorded step has the step's bits is tests/benchmarks/test_bits.py's."""
+That a recorded step has the step's bits is tests/benchmarks/test_bits.py's; the learner's are tests/rl's."""
 
 from typing import Any
 
@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amalgam.kernels.losses import token_logprobs
 from amalgam.model import DeepseekV4
 from amalgam.model.graph import DecodeGraph
-from amalgam.model.layout import Chunk, chunk, packed
+from amalgam.model.layout import Chunk, chunk
 
 from .. import tiny
 
@@ -77,19 +76,6 @@ def test_a_step_asks_for_nothing_and_has_one_shape(model: DeepseekV4, monkeypatc
         traces.append(trace.operations)
     assert len(traces[0]) > 100
     assert traces[0] == traces[1] == traces[2]
-
-
-def test_a_learner_s_step_asks_for_nothing(model: DeepseekV4, monkeypatch: pytest.MonkeyPatch):
-    """Forward and backward of a pack, once it is laid out; that asks the host alone, if the borders are there."""
-    monkeypatch.setenv("AMALGAM_KERNELS", "triton")
-    ratios = {ratio for ratio, _ in model.compressors}
-    layout = packed(torch.tensor([0, 3, 21]), model.config.sliding_window, ratios, model.frequencies())
-    tokens = torch.randint(512, (21,))
-    with Trace() as trace:
-        hidden = model._run(tokens, layout, [None] * 3, None).hidden
-        token_logprobs(hidden, model.lm_head.weight, tokens).sum().backward()
-    assert len(trace.operations) > 100
-    model.zero_grad()
 
 
 @torch.no_grad()
