@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -190,9 +190,9 @@ class _Memory:
         return result
 
     def _record(self, recording: _Recording, compute: Callable[[], _Result], name: str) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), cast(Any, self._pool.id)
         try:
-            with torch.cuda.graph(graph, self._pool.id, self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
                 result = compute()
         except RuntimeError as error:
             raise RuntimeError(

@@ -66,6 +66,6 @@ def _tile(x: Tensor) -> dict[str, int]:
     return {"R": TILE // columns, "C": columns}
 
 
-def _grid(x: Tensor) -> tuple[int, int]:
+def _grid(x: Tensor) -> tuple:
     tile = _tile(x)
     return triton.cdiv(x.shape[0], tile["R"]), triton.cdiv(x.shape[1], tile["C"])

@@ -14,7 +14,7 @@ from amalgam.pipelines import sft
 from amalgam.rl import grpo, training_graph
 from amalgam.rl.balance import Loads
 from amalgam.rl.packing import Batch, stack, tensors
-from amalgam.rl.training_graph import TrainingGraphs, filled, sizes_of, why_not
+from amalgam.rl.training_graph import Sizes, TrainingGraphs, filled, sizes_of, why_not
 from tests import tiny
 from tests.model.test_graph import Asked, Trace
 
@@ -65,8 +65,8 @@ def plain(model: DeepseekV4, loss: Any, batch: Batch, settings: dict[str, Any]) 
 
 
 def test_sizes():
-    def of(*lengths: int) -> tuple[int, int]:
-        return tuple(sizes_of(np.cumsum([0, *lengths])))
+    def of(*lengths: int) -> Sizes:
+        return sizes_of(np.cumsum([0, *lengths]))
 
     assert of(1) == (128, 128) and of(129) == (256, 256) and of(100, 28) == (128, 128)
     assert of(4096) == (4096, 4096) and of(4000, 97) == (4608, 4096) and of(*[511] * 16) == (8192, 512)
@@ -159,3 +159,47 @@ def test_where_there_are_no_graphs(caplog: pytest.LogCaptureFixture):
     for _ in range(2):
         assert why_not(made(), sft.loss) == "there are none on cpu"
     assert caplog.messages == ["amalgam.pipelines.sft:loss runs without CUDA graphs: there are none on cpu"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["sft", "grpo", "opd"])
+def test_recorded_steps_have_the_bits_of_steps(name: str):
+    """Of two sizes in turn, which share memory, and after the weights have changed in place."""
+    model, (loss, settings) = made().bfloat16().cuda(), cases()[name]
+    loads, heads = Loads(model), shared("cuda")
+    recorded = TrainingGraphs(model, loads)
+    weights = [p for p in model.parameters() if p.requires_grad]
+
+    def run(graphs: TrainingGraphs, batch: Batch) -> list[torch.Tensor | None]:
+        loads.start("cuda")
+        loads.counting = True
+        metrics = graphs.run(loss, batch, heads, settings)
+        loads.counting = False
+        gradients = [None if p.grad is None else p.grad.clone() for p in weights]
+        return [*metrics.values(), *(counts.clone() for counts in loads.take().values()), *gradients]
+
+    for seed in range(4):  # run, record, replay, replay with other weights
+        if seed == 3:
+            torch._foreach_mul_([p.detach() for p in weights], 1.5)  # pyright: ignore[reportPrivateImportUsage]
+        for lengths in (LENGTHS, [150, 3, 40]):
+            batch = stack(rows(lengths, 16, seed))
+            expected = run(TrainingGraphs(model, loads), batch)
+            for a, b in zip(run(recorded, batch), expected, strict=True):
+                assert (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+
+
+@pytest.mark.gpu
+def test_a_wrong_promise_is_an_error():
+    @training_graph.recordable
+    def asks(model, batch, shared):
+        value = (batch["weight"] * model.logprobs(batch["tokens"], batch["cu_seqlens"])).sum()
+        return value * float(value), {"loss": value}
+
+    model, batch = made().bfloat16().cuda(), stack(rows(LENGTHS, 16))
+    graphs = TrainingGraphs(model)
+    graphs.run(asks, batch, {}, {})
+    with pytest.raises(RuntimeError, match="asks cannot be recorded in a CUDA graph: it asks the host"):
+        graphs.run(asks, batch, {}, {})
+    for _ in range(3):
+        found = graphs.run(sft.loss, batch, {}, {})["loss"]
+    assert found.isfinite()
