@@ -148,14 +148,16 @@ class _Recording:
     """The tensors that a batch of one kind is copied into; and the graph, once there is one, with its result."""
 
     def __init__(self, batch: Batch, device: torch.device):
-        self.inputs = {name: torch.tensor(values, device=device) for name, values in batch.items()}
+        self.inputs = {n: torch.empty_like(torch.from_numpy(x), device=device) for n, x in batch.items()}
         self.seen = False
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: _Result | None = None
 
     def fill(self, batch: Batch) -> None:
         for name, values in batch.items():
-            self.inputs[name].copy_(torch.from_numpy(values), non_blocking=True)
+            there, here = self.inputs[name], torch.from_numpy(values)
+            # From memory that is not pinned a copy would wait for all that the device has still to do.
+            there.copy_(here.pin_memory() if there.is_cuda else here, non_blocking=True)
 
 
 class _Memory:

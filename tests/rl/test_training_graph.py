@@ -200,6 +200,5 @@ def test_a_wrong_promise_is_an_error():
     graphs.run(asks, batch, {}, {})
     with pytest.raises(RuntimeError, match="asks cannot be recorded in a CUDA graph: it asks the host"):
         graphs.run(asks, batch, {}, {})
-    for _ in range(3):
-        found = graphs.run(sft.loss, batch, {}, {})["loss"]
-    assert found.isfinite()
+    values = [float(graphs.run(sft.loss, batch, {}, {})["loss"]) for _ in range(3)]
+    assert values == [values[0]] * 3
