@@ -1,0 +1,109 @@
+"""Kernels over lists of tensors, in one launch: a program takes a block of one tensor, whose address is in a table.
+
+No launch by tensor, and no wait for the device: what is new in a table goes there from pinned memory.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096  # numbers of a program
+WARPS = 8
+ALIGNMENT = 16  # of addresses in bytes and of sizes in numbers: a thread then loads and stores 16 bytes at once
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, None: None}
+
+
+@triton.jit
+def place(table, blocks, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """This program's row of the table, which block of that tensor it has, and which of the block's numbers are there.
+
+    A tensor's size is its row's last column.
+    """
+    program = tl.program_id(0)
+    row, block = tl.load(blocks + 2 * program), tl.load(blocks + 2 * program + 1)
+    row = table + row.to(tl.int64) * COLUMNS
+    left = tl.load(row + COLUMNS - 1) - block.to(tl.int64) * BLOCK
+    if ALIGNED:
+        left = tl.multiple_of(left, 16)
+    return row, block, tl.arange(0, BLOCK) < left
+
+
+@triton.jit
+def part(row, column: tl.constexpr, block, TYPE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointers to the block of the tensor whose address is in a column of the row."""
+    start = tl.load(row + column).to(tl.pointer_type(TYPE)) + block.to(tl.int64) * BLOCK
+    if ALIGNED:
+        start = tl.multiple_of(start, 16)
+    return start + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def clipping(norm, most):
+    """What gradients of that norm are multiplied with, so that it is at most `most`; and whether it is finite."""
+    norm = tl.load(norm)
+    finite = tl.where(tl.abs(norm) < float("inf"), 1, 0)  # Triton's interpreter would take the comparison for fp32
+    return tl.minimum(tl.div_rn(most, norm + 1e-6), 1.0), finite > 0
+
+
+class Lists:
+    """Rows of addresses, then a number of numbers: what the kernels of one grid are given; `aligned` if all rows are."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], aligned: bool, device: torch.device):
+        self.aligned = aligned
+        self.blocks = _blocks(tuple(row[-1] for row in rows), BLOCK, device)
+        self.table = _on_device(rows, device)
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (len(self.blocks),)
+
+
+def by_type(columns: Sequence[Sequence[Any]], free: Sequence[int]) -> Iterator[tuple[list[Any], Lists]]:
+    """Columns of tensors (None: there is none) as lists in which each of the columns `free` has one dtype, or None.
+
+    Gives Triton's names of these. All other columns have to be fp32.
+    """
+    groups: dict[tuple, list[list[int]]] = {}
+    for tensors in zip(*columns, strict=True):
+        for i, x in enumerate(tensors):
+            if _dtype(x) not in (TYPES if i in free else (torch.float32,)):
+                raise ValueError(f"kernels over lists take fp32, and gradients and weights in bf16; got {_dtype(x)}")
+        row = [*map(address, tensors), tensors[0].numel()]
+        aligned = all(number % ALIGNMENT == 0 for number in row)
+        groups.setdefault((aligned, *(_dtype(tensors[i]) for i in free)), []).append(row)
+    for (aligned, *dtypes), rows in groups.items():
+        yield [TYPES[dtype] for dtype in dtypes], Lists(rows, aligned, columns[0][0].device)
+
+
+def address(x: Tensor | None) -> int:
+    """Of a contiguous tensor; 0 for None."""
+    if x is None:
+        return 0
+    if not x.is_contiguous():
+        raise ValueError(f"kernels over lists take contiguous tensors; one has strides {x.stride()}")
+    return x.data_ptr()
+
+
+def _dtype(x: Tensor | None) -> torch.dtype | None:
+    return None if x is None else x.dtype
+
+
+@lru_cache(maxsize=64)
+def _blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+    """int32 [blocks, 2]: of which tensor each is, and which of that."""
+    counts = torch.tensor([-(-size // block) for size in sizes], dtype=torch.int64)
+    rows = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    first = counts.cumsum(0) - counts
+    which = torch.arange(len(rows)) - first[rows]
+    return torch.stack([rows, which], dim=1).to(device, torch.int32)
+
+
+def _on_device(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """int64 [rows, columns]."""
+    table = torch.tensor(rows, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
