@@ -63,18 +63,21 @@ class Lists:
         return (len(self.blocks),)
 
 
-def by_type(columns: Sequence[Sequence[Any]], free: Sequence[int]) -> Iterator[tuple[list[Any], Lists]]:
+def by_type(
+    columns: Sequence[Sequence[Any]], free: Sequence[int], numbers: Sequence[int] = ()
+) -> Iterator[tuple[list[Any], Lists]]:
     """Columns of tensors (None: there is none) as lists in which each of the columns `free` has one dtype, or None.
 
-    Gives Triton's names of these. All other columns have to be fp32.
+    Gives Triton's names of these. All other columns have to be fp32. The rows' `numbers`, if any, are a column more.
     """
     groups: dict[tuple, list[list[int]]] = {}
-    for tensors in zip(*columns, strict=True):
+    for at, tensors in enumerate(zip(*columns, strict=True)):
         for i, x in enumerate(tensors):
             if _dtype(x) not in (TYPES if i in free else (torch.float32,)):
                 raise ValueError(f"kernels over lists take fp32, and gradients and weights in bf16; got {_dtype(x)}")
         row = [*map(address, tensors), tensors[0].numel()]
         aligned = all(number % ALIGNMENT == 0 for number in row)
+        row[-1:-1] = numbers[at : at + 1]
         groups.setdefault((aligned, *(_dtype(tensors[i]) for i in free)), []).append(row)
     for (aligned, *dtypes), rows in groups.items():
         yield [TYPES[dtype] for dtype in dtypes], Lists(rows, aligned, columns[0][0].device)
