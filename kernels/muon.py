@@ -23,12 +23,12 @@ BATCH = 1 << 28  # numbers that are orthogonalized together, unless one tensor h
 def newton_schulz(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Each matrix of x [..., n, m] with its singular values brought to 1, in `dtype`; zeros stay zeros.
 
-    It is scaled by its Frobenius norm first (in fp32, or x's wider dtype). A singular value 1e5 times smaller than the
+    It is scaled by its Frobenius norm first. A singular value 1e5 times smaller than the
     largest gets no further than 0.17.
     """
     wide, y = torch.promote_types(x.dtype, torch.float32), x.reshape(-1, *x.shape[-2:])
     norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True, dtype=wide)
-    y = torch.div(y, norm.clamp_min_(torch.finfo(wide).tiny), out=torch.empty_like(y, dtype=dtype))
+    y = y.to(dtype) * norm.clamp_min_(torch.finfo(wide).tiny).reciprocal_().to(dtype)
     tall = y.shape[-2] > y.shape[-1]
     for a, b, c in STEPS:
         gram = torch.bmm(y.mT, y) if tall else torch.bmm(y, y.mT)

@@ -32,15 +32,15 @@ def load(
     Every tensor of the file is used and every tensor of the model filled, or a UserError names the first that is not.
     """
     folder = resolve(path_or_preset)
-    dtype = dtype or getattr(torch, precision.dtype(device))
+    chosen: torch.dtype = dtype or getattr(torch, precision.dtype(device))
     if is_v4(folder):
-        return checkpoint.load(folder, dtype, device, numerics, precision)
+        return checkpoint.load(folder, chosen, device, numerics, precision)
     from .transformers_checkpoint import load_causal_lm  # takes seconds to import
 
     if numerics != "deepseek":
         raise UserError(f"{folder}: numerics: {numerics!r} is DeepSeek-V4's alone")
     check_config(folder, precision)
-    return load_causal_lm(folder, dtype, device)
+    return load_causal_lm(folder, chosen, device)
 
 
 def save(model: LanguageModel, path: str | Path) -> None:

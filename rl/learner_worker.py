@@ -1,8 +1,8 @@
 """One rank of the learner: a process around a DeepSpeed engine. `learner.py` has the driver's side.
 
-DeepSpeed has fp32 masters (`masters.py`) below stage 3, and never sees the model; it runs without its bf16 section, which
-would cast V4's fp32 islands. At stage 3 it shards the model itself, which then computes in fp32. Two habits of DeepSpeed
-are undone, so that a gradient depends neither on micro-batches nor on ranks:
+Below stage 3 DeepSpeed has fp32 masters (`masters.py`), and never sees the model; it runs without its bf16 section,
+which would cast V4's fp32 islands. At stage 3 it shards the model itself, which then computes in fp32. Two habits of
+DeepSpeed are undone, so that a gradient depends neither on micro-batches nor on ranks:
 
 - It divides by accumulation steps and by ranks. Here a loss divides by a number of the whole optimizer batch.
 - It reduces a gradient when a backward pass reaches it. V4's graph depends on the data (a compressor without
@@ -13,7 +13,6 @@ are undone, so that a gradient depends neither on micro-batches nor on ranks:
 With one rank, and so at stage 0, a step of one micro-batch reads its gradients where the backward left them.
 """
 
-import functools
 import gc
 import importlib
 import math
@@ -37,6 +36,7 @@ from .memory import Span
 from .optimizer import ADAMW, MUON, create_moments, new_optimizer
 from .packing import Batch, tensors
 from .settings import Optimization
+from .stage_3 import Objective, detached, let_go
 from .state import Shapes, read_state, write_state
 from .sync import Bundle, pack
 
@@ -72,38 +72,6 @@ def named(loss: str | Loss) -> Loss:
 def add(totals: dict[str, Any], more: dict[str, Any]) -> None:
     for name, value in more.items():
         totals[name] = totals.get(name, 0.0) + value
-
-
-def detached(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: metric.detach().double() for name, metric in metrics.items()}
-
-
-class _Objective(nn.Module):
-    """Puts a loss, and so any method of the model, into the forward of the module that DeepSpeed wraps at stage 3.
-
-    The metrics of the last call stay here: DeepSpeed would hook what a forward returns into its backward pass.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.metrics: dict[str, Tensor] = {}
-
-    def forward(self, loss: Loss, batch: dict, shared: dict, settings: dict) -> Tensor:
-        value, metrics = loss(self.model, batch, shared, **settings)
-        self.metrics = detached(metrics)
-        return value
-
-
-def _clear_stage_3() -> None:
-    """Empties where DeepSpeed's stage 3 would keep every model it has seen: a list, and the caches of methods."""
-    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-
-    FWD_MODULE_STACK.clear()
-    caches = [thing for thing in gc.get_objects() if isinstance(thing, functools._lru_cache_wrapper)]
-    for cache in caches:
-        if cache.__module__.startswith("deepspeed."):
-            cache.cache_clear()
 
 
 class LearnerWorker:
@@ -194,7 +162,7 @@ class LearnerWorker:
             kinds = {type(layer) for layers in lists for layer in layers}
             deepspeed.utils.set_z3_leaf_modules(self._model, list(kinds))
         optimizer = new_optimizer(self._trained, muons, optimization, self._device)
-        held = self._masters or _Objective(self._model)
+        held = self._masters or Objective(self._model)
         self._engine, *_ = deepspeed.initialize(model=held, optimizer=optimizer, config=self._config())
         self._engine.set_gradient_accumulation_boundary(True)
         create_moments(self._engine, self._stage, self._rank)
@@ -209,7 +177,7 @@ class LearnerWorker:
         self._engine = self._model = self._masters = None
         self._trained, self._moments, self._biases, self._loads, self._shared = {}, {}, {}, None, {}
         if self._stage == 3:
-            _clear_stage_3()
+            let_go()
         gc.collect()  # engine, optimizer and hooks refer to each other
 
     def _config(self) -> dict[str, Any]:
@@ -255,7 +223,7 @@ class LearnerWorker:
     def _gradients(
         self, loss: Loss, batches: list[Batch | None], spare: Batch, settings: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """The sums of the micro-batches' metrics; their gradients are the masters', or one micro-batch's still its own."""
+        """The sums of the micro-batches' metrics. The gradients are the masters' then; one alone still the weights'."""
         assert self._masters is not None
         self._masters.forget()  # of a step that failed
         self._loads.counting = True
@@ -273,8 +241,7 @@ class LearnerWorker:
     def _backward(self, loss: Loss, batch: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch. Its gradients, times the ranks, are in the weights' `grad`, where no
         other's are left; the metrics."""
-        for p in self._model.parameters():
-            p.grad = None
+        self._model.zero_grad()
         value, metrics = loss(self._model, batch, self._shared, **settings)
         (value * self._ranks).backward()
         return detached(metrics)
@@ -300,17 +267,14 @@ class LearnerWorker:
         engine, masters = self._engine, self._masters
         if self._stage == 0:
             assert masters is not None
-            gradients = masters.gradients() if alone else masters.collected()
             if not alone:
+                masters.fill()
                 engine.allreduce_gradients()
-            held, clip = masters.by_name.values(), self._optimization.gradient_clipping
-            weights = dict(zip(held, masters.narrow(), strict=True))
-            found = dict(zip(held, gradients, strict=True))
-            norm = float(engine.basic_optimizer.update(found, weights, self._steps + 1, clip))
-            masters.forget()
+            clip = self._optimization.gradient_clipping
+            norm = float(masters.update(engine.basic_optimizer, self._steps + 1, clip, alone))
         else:  # DeepSpeed skips the update by itself
             if masters:
-                masters.collected()
+                masters.fill()
                 with engine.coalesce_grad_reduction():  # which reduces at its end
                     pass
             engine.step()

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .optimizer import AdamW
+
 
 class Masters(nn.Module):
     """A master for each trained parameter, by its name; one that is fp32 shares its memory with its master.
@@ -29,27 +31,32 @@ class Masters(nn.Module):
             elif p.data_ptr() != master.data_ptr():  # DeepSpeed has moved it
                 p.data = master.data
 
-    def narrow(self) -> list[Tensor | None]:
-        """The weights that a step has to write beside their masters; None for each that is its master."""
-        return [p.detach() if is_narrow(p) else None for p in self.trained.values()]
-
-    def gradients(self) -> list[Tensor]:
-        """The weights' own, of the last micro-batch; zeros where the loss did not reach."""
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained.values()]
-
     def collect(self) -> None:
-        """Adds the weights' gradients, of one micro-batch, to the masters'. They are copied: a graph's stay in place."""
+        """Adds the weights' gradients, of one micro-batch, to the masters'; they stay, as a CUDA graph's have to."""
         for p, master in zip(self.trained.values(), self._held, strict=True):
             if p.grad is not None and master.grad is None:
                 master.grad = p.grad.to(master.dtype, copy=True)
             elif p.grad is not None:
                 master.grad.add_(p.grad)
 
-    def collected(self) -> list[Tensor]:
-        """The masters' gradients; zeros where no loss reached."""
+    def fill(self) -> None:
+        """Zeros as the gradients of masters that no loss reached."""
         for master in self._held:
             master.grad = torch.zeros_like(master) if master.grad is None else master.grad
-        return [master.grad for master in self._held]
+
+    def update(self, optimizer: AdamW, step: int, clip: float, alone: bool) -> Tensor:
+        """`AdamW.update`, from the gradients of `alone` one micro-batch, which are the weights' own, or the masters'.
+
+        The gradients' norm fp32 []. The masters' gradients are gone then.
+        """
+        found, weights = {}, {}
+        for p, master in zip(self.trained.values(), self._held, strict=True):
+            gradient = p.grad if alone else master.grad
+            found[master] = torch.zeros_like(p) if gradient is None else gradient
+            weights[master] = p.detach() if is_narrow(p) else None
+        norm = optimizer.update(found, weights, step, clip)
+        self.forget()
+        return norm
 
     def forget(self) -> None:
         """Lets go of the masters' gradients."""

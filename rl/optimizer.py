@@ -39,16 +39,22 @@ class AdamW(torch.optim.AdamW):
         norm = gradient_norm(list(gradients.values()))
         for group in self.param_groups:
             held = group["params"]
-            lists = (held, [gradients[p] for p in held])
-            self._take(group, *lists, [weights[p] for p in held], norm, step, clip)
+            self._take(group, [gradients[p] for p in held], [weights[p] for p in held], norm, step, clip)
         return norm
 
     def _take(
-        self, group: dict[str, Any], held: list, gradients: list, weights: list, norm: Tensor, step: int, clip: float
+        self,
+        group: dict[str, Any],
+        gradients: list[Tensor],
+        weights: list[Tensor | None],
+        norm: Tensor,
+        step: int,
+        clip: float,
     ) -> None:
-        moments = ([self.state[p][key] for p in held] for key in ADAMW)
+        held = group["params"]
+        firsts, seconds = ([self.state[p][key] for p in held] for key in ADAMW)
         settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
-        adamw_step(held, gradients, *moments, weights, norm, step=step, clip=clip, **settings)
+        adamw_step(held, gradients, firsts, seconds, weights, norm, step=step, clip=clip, **settings)
 
 
 class Muon(AdamW):
@@ -81,13 +87,22 @@ class Muon(AdamW):
     def _update(self, flat: Tensor, tensors: Sequence[Tensor]) -> None:
         self._shards[flat].apply(tensors[0], partial(to_updates, dtype=self._dtype))
 
-    def _take(self, group: dict[str, Any], held: list, *rest: Any) -> None:
+    def _take(
+        self,
+        group: dict[str, Any],
+        gradients: list[Tensor],
+        weights: list[Tensor | None],
+        norm: Tensor,
+        step: int,
+        clip: float,
+    ) -> None:
         if "momentum" not in group:
-            return super()._take(group, held, *rest)
-        gradients, weights, norm, _, clip = rest
+            return super()._take(group, gradients, weights, norm, step, clip)
+        held = group["params"]
+        momenta, matrices = [self.state[p]["momentum"] for p in held], [self._matrices[p] for p in held]
         settings = {key: group[key] for key in ("lr", "momentum", "weight_decay")}
-        settings |= {"matrices": [self._matrices[p] for p in held], "dtype": self._dtype}
-        return muon_step(held, gradients, [self.state[p]["momentum"] for p in held], weights, norm, clip=clip, **settings)
+        more = {"matrices": matrices, "dtype": self._dtype, "clip": clip}
+        return muon_step(held, gradients, momenta, weights, norm, **settings, **more)
 
     def shard(self, zero: Any, stage: int, rank: int) -> None:
         """Reads from DeepSpeed's optimizer of stage 1 to 3 which rank holds what (a collective)."""

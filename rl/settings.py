@@ -54,7 +54,7 @@ class Optimization(Settings):
     def problem(self, dtype: str) -> str | None:
         """Why a model that computes in that dtype cannot be trained so; None where it can."""
         if self.zero_stage == 3 and self.ranks > 1 and dtype != "float32":
-            return f"3 shards weights in float32, and precision.compute is {dtype}; give 2, or precision.compute: float32"
+            return f"3 shards float32 weights, and precision.compute is {dtype}; give 2, or precision.compute: float32"
         return None
 
 

@@ -44,7 +44,7 @@ def _adamw(
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    lists = list(by_type([gradients], [0]))
+    lists = by_type([gradients], [0])
     sums = torch.empty(sum(len(each.blocks) for _, each in lists), dtype=torch.float32, device=gradients[0].device)
     start = 0
     for (gradient,), each in lists:

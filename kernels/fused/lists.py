@@ -3,9 +3,9 @@
 No launch by tensor, and no wait for the device: what is new in a table goes there from pinned memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -51,7 +51,7 @@ def clipping(norm, most):
 
 
 class Lists:
-    """Rows of addresses, then a number of numbers: what the kernels of one grid are given; `aligned` if all rows are."""
+    """What the kernels of one grid are given: rows of addresses, then a size in numbers; `aligned` if all rows are."""
 
     def __init__(self, rows: Sequence[Sequence[int]], aligned: bool, device: torch.device):
         self.aligned = aligned
@@ -64,36 +64,51 @@ class Lists:
 
 
 def by_type(
-    columns: Sequence[Sequence[Any]], free: Sequence[int], numbers: Sequence[int] = ()
-) -> Iterator[tuple[list[Any], Lists]]:
+    columns: Sequence[Sequence[Tensor | None]], free: Sequence[int], numbers: Sequence[int] = ()
+) -> list[tuple[list[Any], Lists]]:
     """Columns of tensors (None: there is none) as lists in which each of the columns `free` has one dtype, or None.
 
     Gives Triton's names of these. All other columns have to be fp32. The rows' `numbers`, if any, are a column more.
     """
+    seen = tuple(tuple(map(_seen, column)) for column in columns)
+    (device,) = {x.device for x in columns[0] if x is not None}
+    return _lists(seen, tuple(free), tuple(numbers), device)
+
+
+class _Seen(NamedTuple):
+    """What kernels are told of a tensor."""
+
+    address: int
+    dtype: torch.dtype | None
+    size: int
+
+
+_NOTHING = _Seen(0, None, 0)
+
+
+def _seen(x: Tensor | None) -> _Seen:
+    if x is None:
+        return _NOTHING
+    if not x.is_contiguous():
+        raise ValueError(f"kernels over lists take contiguous tensors; one has strides {x.stride()}")
+    return _Seen(x.data_ptr(), x.dtype, x.numel())
+
+
+@lru_cache(maxsize=256)
+def _lists(
+    columns: tuple[tuple[_Seen, ...], ...], free: tuple[int, ...], numbers: tuple[int, ...], device: torch.device
+) -> list[tuple[list[Any], Lists]]:
+    """`by_type`'s. In most steps an allocator gives tensors the addresses that they had in the step before."""
     groups: dict[tuple, list[list[int]]] = {}
     for at, tensors in enumerate(zip(*columns, strict=True)):
         for i, x in enumerate(tensors):
-            if _dtype(x) not in (TYPES if i in free else (torch.float32,)):
-                raise ValueError(f"kernels over lists take fp32, and gradients and weights in bf16; got {_dtype(x)}")
-        row = [*map(address, tensors), tensors[0].numel()]
+            if x.dtype not in (TYPES if i in free else (torch.float32,)):
+                raise ValueError(f"kernels over lists take fp32, and gradients and weights in bf16; got {x.dtype}")
+        row = [*(x.address for x in tensors), tensors[0].size]
         aligned = all(number % ALIGNMENT == 0 for number in row)
         row[-1:-1] = numbers[at : at + 1]
-        groups.setdefault((aligned, *(_dtype(tensors[i]) for i in free)), []).append(row)
-    for (aligned, *dtypes), rows in groups.items():
-        yield [TYPES[dtype] for dtype in dtypes], Lists(rows, aligned, columns[0][0].device)
-
-
-def address(x: Tensor | None) -> int:
-    """Of a contiguous tensor; 0 for None."""
-    if x is None:
-        return 0
-    if not x.is_contiguous():
-        raise ValueError(f"kernels over lists take contiguous tensors; one has strides {x.stride()}")
-    return x.data_ptr()
-
-
-def _dtype(x: Tensor | None) -> torch.dtype | None:
-    return None if x is None else x.dtype
+        groups.setdefault((aligned, *(tensors[i].dtype for i in free)), []).append(row)
+    return [([TYPES[dtype] for dtype in key[1:]], Lists(rows, key[0], device)) for key, rows in groups.items()]
 
 
 @lru_cache(maxsize=64)

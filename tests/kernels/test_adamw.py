@@ -1,16 +1,17 @@
 """AdamW's step: the reference is torch's own; the kernels over lists against it in float64, in Triton's interpreter."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
 
 from amalgam.kernels.adamw import adamw_step, gradient_norm
 
-SETTINGS = {"lr": 0.03, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1, "clip": 2.0}
+SETTINGS: Any = {"lr": 0.03, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1, "clip": 2.0}
 SHAPES = [(3, 5), (4097,), (1,), (64, 130)]  # in the kernels' table: less than a block, one and a number, ...
 
 
-def made(dtype: torch.dtype) -> tuple[list[Tensor], ...]:
+def made(dtype: torch.dtype) -> Any:
     """Masters, gradients in `dtype` (one of them in fp32 in any case), moments, and weights where they are bf16."""
     masters, firsts = ([torch.randn(shape) for shape in SHAPES] for _ in range(2))
     seconds = [torch.rand(shape) for shape in SHAPES]
@@ -19,7 +20,7 @@ def made(dtype: torch.dtype) -> tuple[list[Tensor], ...]:
     return masters, gradients, firsts, seconds, weights
 
 
-def clones(lists: tuple[list, ...], dtype: torch.dtype | None = None) -> list[list]:
+def clones(lists: Any, dtype: torch.dtype | None = None) -> Any:
     return [[None if x is None else x.to(dtype or x.dtype, copy=True) for x in each] for each in lists]
 
 
@@ -50,10 +51,10 @@ def test_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     whole = torch.cat([g.double().flatten() for g in lists[1]])
     assert abs(norm - whole.norm()) <= 1e-6 * whole.norm()
     ours = clones(lists)
-    adamw_step(*ours, norm, step=3, **SETTINGS)
+    adamw_step(*ours, norm=norm, step=3, **SETTINGS)
     monkeypatch.setenv("AMALGAM_KERNELS", "reference")
     wide = clones(lists[:4], torch.float64)
-    adamw_step(*wide, [None] * 4, norm.double(), step=3, **SETTINGS)
+    adamw_step(*wide, weights=[None] * 4, norm=norm.double(), step=3, **SETTINGS)
     for found, expected in zip(ours[:4], wide, strict=True):
         for a, b in zip(found, expected, strict=True):
             assert (a - b).abs().max() <= 1e-6 * b.abs().max()
@@ -71,7 +72,7 @@ def test_nothing_changes_where_the_gradient_is_not_finite(wrong: float, kernels:
     lists = made(torch.bfloat16)
     lists[1][2].fill_(wrong)
     ours = clones(lists)
-    adamw_step(*ours, gradient_norm(ours[1]), step=3, **SETTINGS)
+    adamw_step(*ours, norm=gradient_norm(ours[1]), step=3, **SETTINGS)
     for found, before in zip(ours, lists, strict=True):
         assert all(a is None or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, before, strict=True))
 

@@ -1,6 +1,7 @@
 """Muon's update against singular value decompositions in float64, one matrix at a time."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -74,10 +75,10 @@ def test_an_update_has_adamws_size():
 
 
 MATRICES = [[(16, 24)] * 6, [(8, 24), (8, 24), (3, 24)], [(24, 16)], [(7, 5)]]  # the last in no multiples of 16 bytes
-SETTINGS = {"matrices": MATRICES, "lr": 0.03, "weight_decay": 0.2, "clip": 2.0, "dtype": torch.float32}
+SETTINGS: Any = {"matrices": MATRICES, "lr": 0.03, "weight_decay": 0.2, "clip": 2.0, "dtype": torch.float32}
 
 
-def made() -> tuple[list, ...]:
+def made() -> Any:
     """Masters, gradients and momenta, and weights; one parameter is fp32."""
     sizes = [sum(n * m for n, m in each) for each in MATRICES]
     masters, gradients, momenta = ([torch.randn(size) for size in sizes] for _ in range(3))
@@ -92,12 +93,12 @@ def test_kernels(batch: int, monkeypatch: pytest.MonkeyPatch):
     """Against the reference in float64; and the reference against one matrix at a time."""
     monkeypatch.setattr(muon, "BATCH", batch)
     lists = made()
-    ours, wide = ([[None if x is None else x.to(dtype or x.dtype, copy=True) for x in each] for each in lists]
-                  for dtype in (None, torch.float64))  # fmt: skip
+    ours: Any = [[None if x is None else x.clone() for x in each] for each in lists]
+    wide: Any = [[None if x is None else x.double() for x in each] for each in lists]
     norm = gradient_norm(lists[1])
-    muon_step(*wide, norm.double(), **(SETTINGS | {"dtype": torch.float64}))
+    muon_step(*wide, norm=norm.double(), **(SETTINGS | {"dtype": torch.float64}))
     monkeypatch.setenv("AMALGAM_KERNELS", "triton")
-    muon_step(*ours, norm, **SETTINGS)
+    muon_step(*ours, norm=norm, **SETTINGS)
     for i in (0, 2):
         for found, expected in zip(ours[i], wide[i], strict=True):
             assert (found - expected).norm() <= 1e-5 * expected.norm()
@@ -106,7 +107,8 @@ def test_kernels(batch: int, monkeypatch: pytest.MonkeyPatch):
     for old, g, held, new, shapes in zip(*lists[:3], wide[0], MATRICES, strict=True):
         clipped = g.double() * (2 / (norm.double() + 1e-6))
         ahead = (clipped + 0.95 * (0.95 * held.double() + clipped)).split([n * m for n, m in shapes])
-        updates = [naive(x.view(shape)).flatten() * (0.18 * max(shape) ** 0.5) for x, shape in zip(ahead, shapes)]
+        parts = zip(ahead, shapes, strict=True)
+        updates = [naive(x.view(shape)).flatten() * (0.18 * max(shape) ** 0.5) for x, shape in parts]
         expected = old.double() * (1 - 0.03 * 0.2) - 0.03 * torch.cat(updates)
         assert (new - expected).norm() <= 1e-9 * expected.norm()
 
@@ -118,7 +120,7 @@ def test_nothing_changes_where_the_gradient_is_not_finite(kernels: str, monkeypa
     monkeypatch.setenv("AMALGAM_KERNELS", kernels)
     lists = made()
     lists[1][0][3] = float("nan")
-    before = [[None if x is None else x.clone() for x in each] for each in lists]
-    muon_step(*lists, gradient_norm(lists[1]), **SETTINGS)
+    before: Any = [[None if x is None else x.clone() for x in each] for each in lists]
+    muon_step(*lists, norm=gradient_norm(lists[1]), **SETTINGS)
     for i in (0, 2, 3):
         assert all(a is None or torch.equal(a, b) for a, b in zip(lists[i], before[i], strict=True))
