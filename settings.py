@@ -14,18 +14,33 @@ class Settings(BaseModel):
 
 
 class Precision(Settings):
-    """What the model computes as low precision will store it: in learners, rollout workers, teachers and evaluations.
+    """What learners, rollout workers, teachers and evaluations compute in, all alike.
 
     DeepSeek-V4's quantization-aware training is `{experts: fp4, indexer: fp4}` (paper 5.2.1); its inference code also
-    has `kv: fp8`. Weights stay what they are, in memory and in checkpoints, and gradients pass straight through.
+    has `kv: fp8`. So the model computes as low precision will store it; weights stay what they are, in memory and in
+    checkpoints, and gradients pass straight through.
     """
 
+    compute: Literal["auto", "bfloat16", "float32"] = "auto"
+    """The model's weights, but for what V4 keeps in fp32; auto: bfloat16 on a GPU, float32 on a CPU. The learner's
+    optimizer has fp32 masters of them, which its saved state holds; checkpoints hold the weights."""
     experts: Literal["full", "fp4"] = "full"
     """Weights of the routed experts, FP4 with a scale for each 32 columns; FP8 holds the same values."""
     indexer: Literal["full", "fp4"] = "full"
     """The indexer's queries and keys, rotated by a Hadamard matrix, then FP4; its scores are bf16 before the top-k."""
     kv: Literal["full", "fp8"] = "full"
     """Attention's rows, but for their rotary channels, FP8 with a scale for each 64."""
+
+    def dtype(self, device: str) -> Literal["bfloat16", "float32"]:
+        """torch's name of what is computed in on a device such as "cuda" or "cpu"."""
+        if self.compute != "auto":
+            return self.compute
+        return "bfloat16" if device.startswith("cuda") else "float32"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether values take part as low precision stores them."""
+        return {self.experts, self.indexer, self.kv} != {"full"}
 
 
 FULL = Precision()

@@ -6,9 +6,13 @@ to say, what goes to AdamW and who holds whole matrices the learner's (`rl/optim
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
+
+from .adamw import clip_factor
+from .dispatch import fused
 
 # Eight steps that bring every singular value near 1, and two that bring it to 1: a, b, c of a X + b XXᵀX + c (XXᵀ)²X.
 STEPS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
@@ -19,18 +23,19 @@ BATCH = 1 << 28  # numbers that are orthogonalized together, unless one tensor h
 def newton_schulz(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Each matrix of x [..., n, m] with its singular values brought to 1, in `dtype`; zeros stay zeros.
 
-    It is scaled by its Frobenius norm first (in x's dtype). A singular value 1e5 times smaller than the largest gets no
-    further than 0.17.
+    It is scaled by its Frobenius norm first. A singular value 1e5 times smaller than the
+    largest gets no further than 0.17.
     """
-    tall = x.shape[-2] > x.shape[-1]
-    y = x.reshape(-1, *x.shape[-2:])
-    y = y.mT if tall else y
-    norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
-    y = (y / norm.clamp_min(torch.finfo(x.dtype).tiny)).to(dtype)
+    wide, y = torch.promote_types(x.dtype, torch.float32), x.reshape(-1, *x.shape[-2:])
+    norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True, dtype=wide)
+    y = y.to(dtype) * norm.clamp_min_(torch.finfo(wide).tiny).reciprocal_().to(dtype)
+    tall = y.shape[-2] > y.shape[-1]
     for a, b, c in STEPS:
-        gram = torch.bmm(y, y.mT)
-        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    return (y.mT if tall else y).reshape(x.shape)
+        gram = torch.bmm(y.mT, y) if tall else torch.bmm(y, y.mT)
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)  # `baddbmm` of y would copy it first
+        y = torch.bmm(y, factor) if tall else torch.bmm(factor, y)
+    return y.view(x.shape)
 
 
 @torch.no_grad()
@@ -39,16 +44,56 @@ def to_updates(matrices: Sequence[Tensor], dtype: torch.dtype = torch.bfloat16) 
 
     Matrices of one shape are orthogonalized together, up to BATCH numbers.
     """
-    for group in _alike(matrices):
+    for group in ([matrices[i] for i in stack] for stack in stacks(matrices)):
         n, m = group[0].shape[-2:]
         flat = [x.reshape(-1, n, m) for x in group]
         found = newton_schulz(torch.cat(flat) if len(flat) > 1 else flat[0], dtype)
-        for x, update in zip(group, found.split([len(x) for x in flat]), strict=True):
-            x.copy_(update.view(x.shape)).mul_(GAIN * max(n, m) ** 0.5)
+        updates = [part.view(x.shape) for x, part in zip(group, found.split([len(x) for x in flat]), strict=True)]
+        torch._foreach_copy_(group, updates)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(group, GAIN * max(n, m) ** 0.5)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @torch.no_grad()
 def muon_step(
+    masters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    norm: Tensor,
+    *,
+    matrices: Sequence[Sequence[tuple[int, int]]],
+    lr: float,
+    momentum: float = 0.95,
+    weight_decay: float = 0.1,
+    clip: float,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """One step in place, of fp32 masters and momenta; gradients are bf16 or fp32, and are kept.
+
+    `matrices`: rows and columns of each of a parameter's, in the order of its memory. Newton-Schulz runs in `dtype`.
+    `norm`, `clip` and `weights` are those of `adamw.adamw_step`: where the norm is not finite, nothing changes.
+    """
+    if fused(norm):
+        from .fused.muon import muon_step as kernel
+
+        lists = (masters, gradients, momenta, weights)
+        return kernel(*lists, norm, matrices, lr, momentum, weight_decay, clip, dtype)
+    if not norm.isfinite():
+        return None
+    clipped = [g.to(p.dtype) * clip_factor(norm, clip) for p, g in zip(masters, gradients, strict=True)]
+
+    def updates(tensors: Sequence[Tensor]) -> None:
+        to_updates([part for x, each in zip(tensors, matrices, strict=True) for part in split(x, each)], dtype)
+
+    step_with(updates, masters, clipped, momenta, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    for p, weight in zip(masters, weights, strict=True):
+        if weight is not None:
+            weight.copy_(p)
+
+
+@torch.no_grad()
+def step_with(
+    updates: Callable[[Sequence[Tensor]], None],
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor],
     momenta: Sequence[Tensor],
@@ -56,13 +101,11 @@ def muon_step(
     lr: float,
     momentum: float = 0.95,
     weight_decay: float = 0.1,
-    updates: Callable[[Sequence[Tensor]], None] = to_updates,
 ) -> None:
-    """One step in place, of fp32 weights and momenta [..., n, m], each dimension before the last two a batch.
+    """One step in place, of fp32 weights and momenta, tensors that hold matrices in any shape, or parts of them.
 
     Momentum M = momentum M + G; the weight becomes W (1 - lr weight_decay) - lr U, with U the update of
-    G + momentum M (Nesterov), which `updates` puts in its place. The gradients are overwritten by U. All else goes by
-    element, so that tensors may hold matrices in any shape, or parts of them, that `updates` knows.
+    G + momentum M (Nesterov), which `updates` puts in its place. The gradients are overwritten by U.
     """
     for gradient, held in zip(gradients, momenta, strict=True):
         held.mul_(momentum).add_(gradient)
@@ -72,15 +115,22 @@ def muon_step(
         weight.mul_(1 - lr * weight_decay).sub_(update, alpha=lr)
 
 
-def _alike(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors whose matrices have one shape, up to BATCH numbers together."""
-    groups: dict[torch.Size, list[Tensor]] = {}
+def split(x: Tensor, matrices: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """The matrices of a whole parameter, those of one shape that follow each other together: views [count, n, m]."""
+    alike = [(len(list(run)), shape) for shape, run in groupby(matrices)]
+    parts = x.view(-1).split([count * n * m for count, (n, m) in alike])
+    return [part.view(count, *shape) for part, (count, shape) in zip(parts, alike, strict=True)]
+
+
+def stacks(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Numbers of the tensors [..., n, m] that are orthogonalized together: of one shape, up to BATCH numbers."""
+    groups: dict[torch.Size, list[int]] = {}
     sizes: dict[torch.Size, int] = {}
-    for tensor in tensors:
+    for i, tensor in enumerate(tensors):
         shape = tensor.shape[-2:]
         if sizes.get(shape, 0) + tensor.numel() > BATCH and shape in groups:
             yield groups.pop(shape)
             sizes[shape] = 0
-        groups.setdefault(shape, []).append(tensor)
+        groups.setdefault(shape, []).append(i)
         sizes[shape] = sizes.get(shape, 0) + tensor.numel()
     yield from groups.values()

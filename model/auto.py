@@ -18,27 +18,29 @@ from .precision import problem
 
 def load(
     path_or_preset: str | Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: str = "cpu",
     numerics: Numerics = "deepseek",
     precision: Precision = FULL,
 ) -> LanguageModel:
     """The model of a checkpoint's folder or a preset, in `dtype` (what has to stay fp32 does), on `device`.
 
+    `dtype` None is what `precision` computes in there: bf16 on a GPU, fp32 on a CPU, unless it says otherwise.
     V4 in float64 computes everything in float64; in other models what transformers' code casts to fp32 stays fp32.
-    `numerics` and `precision` are V4's: see model/numerics.py and `settings.Precision`; for another model any but the
-    defaults is a UserError.
+    `numerics` and what `precision` rounds are V4's: see model/numerics.py and `settings.Precision`; for another model
+    any but the defaults is a UserError.
     Every tensor of the file is used and every tensor of the model filled, or a UserError names the first that is not.
     """
     folder = resolve(path_or_preset)
+    chosen: torch.dtype = dtype or getattr(torch, precision.dtype(device))
     if is_v4(folder):
-        return checkpoint.load(folder, dtype, device, numerics, precision)
+        return checkpoint.load(folder, chosen, device, numerics, precision)
     from .transformers_checkpoint import load_causal_lm  # takes seconds to import
 
     if numerics != "deepseek":
         raise UserError(f"{folder}: numerics: {numerics!r} is DeepSeek-V4's alone")
     check_config(folder, precision)
-    return load_causal_lm(folder, dtype, device)
+    return load_causal_lm(folder, chosen, device)
 
 
 def save(model: LanguageModel, path: str | Path) -> None:
@@ -70,7 +72,7 @@ def check_config(folder: Path, precision: Precision = FULL) -> int:
         return config.vocab_size
     from .transformers_checkpoint import config_of as other_config_of
 
-    if precision != FULL:
+    if precision.rounds:
         raise UserError(f"{folder}: precision: low precision is DeepSeek-V4's alone; leave it out for this model")
     return other_config_of(folder).vocab_size
 

@@ -46,7 +46,7 @@ def load(
     checkpoint = Checkpoint(folder)
     if wrong := problem(checkpoint.config, precision):
         raise UserError(f"{folder / 'config.json'}: {wrong}")
-    if numerics != "deepseek" and precision != FULL:
+    if numerics != "deepseek" and precision.rounds:
         raise UserError(f"{folder}: low precision is DeepSeek's; with numerics {numerics!r} it is not built")
     check_kernels(checkpoint.config, torch.device(device))
     with torch.device("meta"):

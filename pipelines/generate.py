@@ -44,8 +44,8 @@ def generate(
     settings = {
         "checkpoint": checkpoint,
         "files": _digest(speaks.folder),
-        "precision": speaks.precision.model_dump(),
-        "dtype": str(speaks.dtype).removeprefix("torch."),
+        "precision": speaks.precision.model_dump(exclude={"compute"}),
+        "dtype": speaks.precision.dtype(speaks.device),
         "mode": mode,
         "temperature": temperature,
         "max_new_tokens": max_new_tokens,

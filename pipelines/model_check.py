@@ -13,7 +13,8 @@ from .recipe import BASE, Average, Distill, Pretrain, Recipe
 
 def check_models(recipe: Recipe, domains: dict[str, Domain]) -> None:
     """UserError for a base that is not built or cannot be asked a domain's problems, a teacher of other tokens, an
-    indexer to train where there is none, or Muon for a model whose matrices are not known."""
+    indexer to train where there is none, Muon for a model whose matrices are not known, or shards of a narrow one."""
+    dtype = recipe.precision.dtype("cuda" if recipe.resources.gpus_per_actor else "cpu")
     for stage in recipe.stages.values():
         if isinstance(stage, Pretrain):
             check_config(resolve(stage.init), recipe.precision)
@@ -41,6 +42,8 @@ def check_models(recipe: Recipe, domains: dict[str, Domain]) -> None:
                 raise UserError(
                     f"stages.{stage}.optimizer.name: muon is for DeepSeek-V4, and {folder} is another model; give adamw"
                 )
+        if not isinstance(settings, Average) and (problem := settings.optimizer.problem(dtype)):
+            raise UserError(f"stages.{stage}.optimizer.zero_stage: {problem}")
         if isinstance(settings, Distill):
             student = origin(recipe, settings.from_)
             for domain, name in settings.teachers.items():

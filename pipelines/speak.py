@@ -24,7 +24,7 @@ ROWS_AT_ONCE = 64  # of a file: they decode together, and are written together
 
 
 class Speaker:
-    """A checkpoint that answers: on a GPU in bf16 if there is one, else on the CPU in fp32 (our choice).
+    """A checkpoint that answers, on a GPU if there is one.
 
     Its weights are loaded when `engine` is first asked for. UserError for a precision that the model cannot have.
     """
@@ -35,16 +35,12 @@ class Speaker:
         check_config(self.folder, precision)
         self.encoding, self.tokenizer = speaker(self.folder)
         self.end_ids, self.context = end_ids(self.folder), context_length(self.folder)
-        on_gpu = torch.cuda.is_available()
-        self.device, self.dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     @cached_property
     def engine(self) -> Engine:
-        rounds = self.precision.experts == "fp4"  # from fp32, as in training: bf16 values may round to other codes
-        model: Any = load(self.folder, torch.float32 if rounds else self.dtype, self.device, precision=self.precision)
-        if rounds:
-            round_experts(model)
-            model = model.to(self.dtype)
+        model = load(self.folder, device=self.device, precision=self.precision)
+        round_experts(model)
         return Engine(model, self.end_ids, ROWS_AT_ONCE)
 
     def prompt(self, messages: list[dict[str, Any]], mode: str) -> np.ndarray:

@@ -1,16 +1,18 @@
 """One rank of the learner: a process around a DeepSpeed engine. `learner.py` has the driver's side.
 
-DeepSpeed runs without its bf16 section: parameters are fp32 masters, and operations cast. Two habits of
+Below stage 3 DeepSpeed has fp32 masters (`masters.py`), and never sees the model; it runs without its bf16 section,
+which would cast V4's fp32 islands. At stage 3 it shards the model itself, which then computes in fp32. Two habits of
 DeepSpeed are undone, so that a gradient depends neither on micro-batches nor on ranks:
 
 - It divides by accumulation steps and by ranks. Here a loss divides by a number of the whole optimizer batch.
 - It reduces a gradient when a backward pass reaches it. V4's graph depends on the data (a compressor without
   a complete window has no gradient), so ranks would reduce in different orders. Here each rank sums over its
-  micro-batches, and one reduction in the order of the parameters follows. So stages 2 and 3 hold a whole
+  micro-batches, in fp32, and one reduction in the order of the parameters follows. So stages 2 and 3 hold a whole
   gradient until the step's end.
+
+With one rank, and so at stage 0, a step of one micro-batch reads its gradients where the backward left them.
 """
 
-import functools
 import gc
 import importlib
 import math
@@ -25,13 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..settings import Precision
 from .balance import Loads, figures
 from .cluster import log_to_stderr
+from .masters import Masters
 from .memory import Span
 from .optimizer import ADAMW, MUON, create_moments, new_optimizer
 from .packing import Batch, tensors
 from .settings import Optimization
+from .stage_3 import Objective, detached, let_go
 from .state import Shapes, read_state, write_state
 from .sync import Bundle, pack
 
@@ -69,34 +74,6 @@ def add(totals: dict[str, Any], more: dict[str, Any]) -> None:
         totals[name] = totals.get(name, 0.0) + value
 
 
-class _Objective(nn.Module):
-    """Puts a loss, and so any method of the model, into the forward of the module that DeepSpeed wraps.
-
-    The metrics of the last call stay here: DeepSpeed would hook what a forward returns into its backward pass.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.metrics: dict[str, Tensor] = {}
-
-    def forward(self, loss: Loss, batch: dict, shared: dict, settings: dict) -> Tensor:
-        value, metrics = loss(self.model, batch, shared, **settings)
-        self.metrics = {name: metric.detach().double() for name, metric in metrics.items()}
-        return value
-
-
-def _clear_stage_3() -> None:
-    """Empties where DeepSpeed's stage 3 would keep every model it has seen: a list, and the caches of methods."""
-    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-
-    FWD_MODULE_STACK.clear()
-    caches = [thing for thing in gc.get_objects() if isinstance(thing, functools._lru_cache_wrapper)]
-    for cache in caches:
-        if cache.__module__.startswith("deepspeed."):
-            cache.cache_clear()
-
-
 class LearnerWorker:
     """The actor. Its methods are called on all ranks at once: they meet in collectives."""
 
@@ -108,7 +85,8 @@ class LearnerWorker:
         self._rank, self._ranks, self._device = rank, ranks, device
         self._engine: Any = None
         self._model: Any = None
-        self._trained: dict[str, nn.Parameter] = {}
+        self._masters: Masters | None = None  # below stage 3
+        self._trained: dict[str, nn.Parameter] = {}  # that the optimizer steps: masters, or the model's own
         self._moments: dict[str, tuple[str, ...]] = {}
         self._biases: dict[str, Tensor] = {}
         self._loads: Any = None
@@ -161,10 +139,17 @@ class LearnerWorker:
         self._optimization, self._total_steps, self._steps = optimization, total_steps, 0
         # One rank has nothing to shard, and is spared DeepSpeed's flat copy of the parameters.
         self._stage = optimization.zero_stage if self._ranks > 1 else 0
-        self._model = load(path, dtype=torch.float32, device=self._device, precision=precision)
+        dtype = precision.dtype(self._device)
+        if problem := optimization.problem(dtype):
+            raise UserError(f"optimizer.zero_stage: {problem}")
+        self._model = load(path, device=self._device, precision=precision)
         for part in unfreeze:
             self._model.unfreeze(part)
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        if self._stage < 3:
+            wide = self._model if dtype == "float32" else load(path, torch.float32, self._device, precision=precision)
+            self._masters = Masters(self._trained, {n: p.detach() for n, p in wide.named_parameters()})
+            self._trained = self._masters.by_name
         muons = matrices(self._model) if optimization.name == "muon" else {}
         self._moments = {name: MUON if name in muons else ADAMW for name in self._trained}
         self._loads = Loads(self._model)
@@ -177,21 +162,22 @@ class LearnerWorker:
             kinds = {type(layer) for layers in lists for layer in layers}
             deepspeed.utils.set_z3_leaf_modules(self._model, list(kinds))
         optimizer = new_optimizer(self._trained, muons, optimization, self._device)
-        self._engine, *_ = deepspeed.initialize(
-            model=_Objective(self._model), optimizer=optimizer, config=self._config()
-        )
+        held = self._masters or Objective(self._model)
+        self._engine, *_ = deepspeed.initialize(model=held, optimizer=optimizer, config=self._config())
         self._engine.set_gradient_accumulation_boundary(True)
         create_moments(self._engine, self._stage, self._rank)
+        if self._masters:
+            self._masters.write()
 
     def _unload(self) -> None:
         """Lets go of the engine and its memory."""
         if self._engine is None:
             return
         self._engine.destroy()
-        self._engine = self._model = None
+        self._engine = self._model = self._masters = None
         self._trained, self._moments, self._biases, self._loads, self._shared = {}, {}, {}, None, {}
         if self._stage == 3:
-            _clear_stage_3()
+            let_go()
         gc.collect()  # engine, optimizer and hooks refer to each other
 
     def _config(self) -> dict[str, Any]:
@@ -221,23 +207,12 @@ class LearnerWorker:
         lr = lr_at(self._steps, self._optimization, self._total_steps)
         for group in engine.basic_optimizer.param_groups:
             group["lr"] = lr
-        totals: dict[str, Any] = {}
-        engine.zero_grad()  # of a step that failed
         self._loads.start(self._device)
-        engine.train()
-        with engine.coalesce_grad_reduction() if self._stage else engine.no_sync():
-            for batch in batches:
-                # A rank without rows takes part with a weight of zero: at stage 3 the others wait for it.
-                self._loads.counting = batch is not None
-                value = engine(objective, tensors(batch or spare, self._device), self._shared, settings)
-                engine.backward(value * (self._ranks if batch else 0.0), scale_wrt_gas=False)
-                if batch:
-                    add(totals, engine.module.metrics)
-            if self._stage < 3:
-                for p in self._trained.values():
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self._model.train()
+        run = self._sharded_gradients if self._masters is None else self._gradients
+        totals = run(objective, batches, spare, settings)
         self._loads.counting = False
-        norm = self._update()
+        norm = self._update(self._alone(batches))
         loads = self._loads.take()
         if self._biases:
             self._loads.balance(loads, self._optimization.balance_speed)
@@ -245,17 +220,67 @@ class LearnerWorker:
         sums = {name: float(total) for name, total in totals.items()}
         return {**sums, "grad_norm": norm, "lr": lr, **figures(loads)}
 
-    def _update(self) -> float:
+    def _gradients(
+        self, loss: Loss, batches: list[Batch | None], spare: Batch, settings: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """The sums of the micro-batches' metrics. The gradients are the masters' then; one alone still the weights'."""
+        assert self._masters is not None
+        self._masters.forget()  # of a step that failed
+        self._loads.counting = True
+        totals: dict[str, Any] = {}
+        for batch in filter(None, batches):
+            add(totals, self._backward(loss, tensors(batch, self._device), settings))
+            if not self._alone(batches):
+                self._masters.collect()
+        return totals
+
+    def _alone(self, batches: list[Batch | None]) -> bool:
+        """Whether a step's only gradient is that of one micro-batch."""
+        return self._ranks == 1 and len(batches) == 1
+
+    def _backward(self, loss: Loss, batch: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch. Its gradients, times the ranks, are in the weights' `grad`, where no
+        other's are left; the metrics."""
+        self._model.zero_grad()
+        value, metrics = loss(self._model, batch, self._shared, **settings)
+        (value * self._ranks).backward()
+        return detached(metrics)
+
+    def _sharded_gradients(
+        self, loss: Loss, batches: list[Batch | None], spare: Batch, settings: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """As `_gradients`, at stage 3, where DeepSpeed holds the gradients."""
+        engine, totals = self._engine, {}
+        engine.zero_grad()  # of a step that failed
+        with engine.coalesce_grad_reduction():
+            for batch in batches:
+                # A rank without rows takes part with a weight of zero: the others wait for it.
+                self._loads.counting = batch is not None
+                value = engine(loss, tensors(batch or spare, self._device), self._shared, settings)
+                engine.backward(value * (self._ranks if batch else 0.0), scale_wrt_gas=False)
+                if batch:
+                    add(totals, engine.module.metrics)
+        return totals
+
+    def _update(self, alone: bool) -> float:
         """Steps the optimizer; the gradient's norm before clipping. One that is not finite is an error."""
-        engine = self._engine
+        engine, masters = self._engine, self._masters
         if self._stage == 0:
-            engine.allreduce_gradients()
-            gradients = [p.grad for p in self._trained.values() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
-            engine.step() if math.isfinite(norm) else engine.zero_grad()
+            assert masters is not None
+            if not alone:
+                masters.fill()
+                engine.allreduce_gradients()
+            clip = self._optimization.gradient_clipping
+            norm = float(masters.update(engine.basic_optimizer, self._steps + 1, clip, alone))
         else:  # DeepSpeed skips the update by itself
+            if masters:
+                masters.fill()
+                with engine.coalesce_grad_reduction():  # which reduces at its end
+                    pass
             engine.step()
             norm = float(engine.get_global_grad_norm())
+            if masters:
+                masters.write()
         if not math.isfinite(norm):
             raise FloatingPointError(f"step {self._steps}: the gradient is not finite; no weight was changed")
         return norm
@@ -271,11 +296,15 @@ class LearnerWorker:
         """The sums of the metrics of this rank's micro-batches."""
         objective = named(loss)
         totals: dict[str, Any] = {}
-        self._engine.eval()
+        self._model.eval()
         for batch in batches:
-            self._engine(objective, tensors(batch or spare, self._device), self._shared, settings)
-            if batch:
-                add(totals, self._engine.module.metrics)
+            arguments = (tensors(batch or spare, self._device), self._shared)
+            if self._stage == 3:  # where a rank without rows has to take part
+                self._engine(objective, *arguments, settings)
+                found = self._engine.module.metrics
+            else:
+                found = detached(objective(self._model, *arguments, **settings)[1]) if batch else {}
+            add(totals, found if batch else {})
         return {name: float(total) for name, total in totals.items()}
 
     def weights(self, version: int) -> tuple[None, Bundle | None]:
@@ -304,6 +333,8 @@ class LearnerWorker:
         with torch.no_grad(), self._gathered(writer=0):
             for name, p in self._trained.items():
                 p.copy_(tensors[f"{name}/weight"])
+            if self._masters:
+                self._masters.write()
         for name, bias in self._biases.items():
             bias.copy_(tensors[name])
         for name, p in self._trained.items():
@@ -326,7 +357,7 @@ class LearnerWorker:
         state = self._engine.basic_optimizer.state
         get: Any = utils.safe_get_full_optimizer_state
         for name, p in self._trained.items():
-            # Below stage 3 a rank has the whole parameter, and the optimizer's fp32 copy equals it.
+            # Below stage 3 a rank has the whole master, and the optimizer's copy equals it.
             yield get(p, None) if self._stage == 3 else p
             for key in self._moments[name]:
                 yield get(p, key) if self._stage else state[p][key]

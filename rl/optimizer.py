@@ -1,6 +1,8 @@
-"""The learner's optimizer: AdamW, or Muon for a model's matrices and AdamW for all else; DeepSpeed steps it.
+"""The learner's optimizer: AdamW, or Muon for a model's matrices and AdamW for all else.
 
-DeepSpeed's own Muon is not used: it has other Newton-Schulz coefficients and updates of another size.
+Where a rank has everything, `update` takes a step from the gradients on: norm, clipping, masters, weights. From ZeRO's
+stage 1 on DeepSpeed clips, calls `step` on flat fp32 shards, and hands out masters. (DeepSpeed's own Muon is not used:
+it has other Newton-Schulz coefficients and updates of another size.)
 """
 
 from collections.abc import Sequence
@@ -10,28 +12,62 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from ..kernels.muon import muon_step, to_updates
+from ..kernels.adamw import MOMENTS, adamw_step, gradient_norm
+from ..kernels.muon import muon_step, step_with, to_updates
 from ..model.matrices import Matrices
 from .settings import Optimization
 from .shards import Shards
 
 Trained = dict[str, nn.Parameter]
 
-ADAMW = ("exp_avg", "exp_avg_sq")  # its moments, as torch names them
+ADAMW = MOMENTS
 MUON = ("momentum",)
 
 
-class Muon(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):
+    """torch's, with `update`."""
+
+    @torch.no_grad()
+    def update(
+        self, gradients: dict[Tensor, Tensor], weights: dict[Tensor, Tensor | None], step: int, clip: float
+    ) -> Tensor:
+        """Step number `step` (from 1) of all parameters, fp32 masters, in place; the gradient's norm fp32 [] before it.
+
+        `gradients` in bf16 or fp32, and `weights` that become what their masters are (`adamw.adamw_step`), by master.
+        Nothing changes where the norm is not finite, and nothing waits for a GPU.
+        """
+        norm = gradient_norm(list(gradients.values()))
+        for group in self.param_groups:
+            held = group["params"]
+            self._take(group, [gradients[p] for p in held], [weights[p] for p in held], norm, step, clip)
+        return norm
+
+    def _take(
+        self,
+        group: dict[str, Any],
+        gradients: list[Tensor],
+        weights: list[Tensor | None],
+        norm: Tensor,
+        step: int,
+        clip: float,
+    ) -> None:
+        held = group["params"]
+        firsts, seconds = ([self.state[p][key] for p in held] for key in ADAMW)
+        settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        adamw_step(held, gradients, firsts, seconds, weights, norm, step=step, clip=clip, **settings)
+
+
+class Muon(AdamW):
     """Groups that have a "momentum" take Muon's step, all others AdamW's.
 
     `matrices`: those of each of Muon's parameters. Newton-Schulz runs in `dtype`. Without ZeRO, or at its stage 0, a
     group holds whole parameters; from stage 1 on DeepSpeed puts one flat tensor into it, which `shard` must know.
-    A step overwrites Muon's gradients. At stages 1 to 3 it is a collective.
+    `step` overwrites Muon's gradients, and is a collective.
     """
 
     def __init__(self, groups: list[dict], matrices: dict[Tensor, Matrices], dtype: torch.dtype, **adamw: Any):
         super().__init__(groups, **adamw)
-        self._matrices, self._updates = matrices, partial(to_updates, dtype=dtype)
+        self._matrices, self._dtype = matrices, dtype
         self._shards: dict[Tensor, Shards] = {}
 
     @torch.no_grad()
@@ -39,30 +75,34 @@ class Muon(torch.optim.AdamW):
         groups = self.param_groups
         for group in groups:
             if "momentum" in group and group["params"]:
-                self._muon_step(group)
+                (flat,) = group["params"]
+                settings = {key: group[key] for key in ("lr", "momentum", "weight_decay")}
+                step_with(partial(self._update, flat), [flat], [flat.grad], [self.state[flat]["momentum"]], **settings)
         self.param_groups = [group for group in groups if "momentum" not in group]
         try:
             super().step()
         finally:
             self.param_groups = groups
 
-    def _muon_step(self, group: dict[str, Any]) -> None:
-        held = group["params"]
-        muon_step(
-            held,
-            [p.grad for p in held],
-            [self.state[p]["momentum"] for p in held],
-            lr=group["lr"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            updates=partial(self._update, held),
-        )
+    def _update(self, flat: Tensor, tensors: Sequence[Tensor]) -> None:
+        self._shards[flat].apply(tensors[0], partial(to_updates, dtype=self._dtype))
 
-    def _update(self, held: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-        if shards := self._shards.get(held[0]):
-            shards.apply(tensors[0], self._updates)
-        else:
-            self._updates([m for p, x in zip(held, tensors, strict=True) for m in _split(x, self._matrices[p])])
+    def _take(
+        self,
+        group: dict[str, Any],
+        gradients: list[Tensor],
+        weights: list[Tensor | None],
+        norm: Tensor,
+        step: int,
+        clip: float,
+    ) -> None:
+        if "momentum" not in group:
+            return super()._take(group, gradients, weights, norm, step, clip)
+        held = group["params"]
+        momenta, matrices = [self.state[p]["momentum"] for p in held], [self._matrices[p] for p in held]
+        settings = {key: group[key] for key in ("lr", "momentum", "weight_decay")}
+        more = {"matrices": matrices, "dtype": self._dtype, "clip": clip}
+        return muon_step(held, gradients, momenta, weights, norm, **settings, **more)
 
     def shard(self, zero: Any, stage: int, rank: int) -> None:
         """Reads from DeepSpeed's optimizer of stage 1 to 3 which rank holds what (a collective)."""
@@ -80,7 +120,7 @@ class Muon(torch.optim.AdamW):
                 self._shards[flat] = Shards(rank, [self._matrices[p] for p in parameters], torch.stack(owned), places)
 
 
-def new_optimizer(trained: Trained, matrices: dict[str, Matrices], o: Optimization, device: str) -> torch.optim.AdamW:
+def new_optimizer(trained: Trained, matrices: dict[str, Matrices], o: Optimization, device: str) -> AdamW:
     """Muon for the `matrices` of trained parameters, where there are any, and AdamW.
 
     Weight decay is for matrices and tables only (our choice): a norm's gain or a bias has no reason to shrink.
@@ -92,9 +132,9 @@ def new_optimizer(trained: Trained, matrices: dict[str, Matrices], o: Optimizati
         {"params": [p for name, p in others.items() if decayed[name]], "weight_decay": o.weight_decay},
         {"params": [p for name, p in others.items() if not decayed[name]], "weight_decay": 0.0},
     ]
-    adamw = {"lr": o.lr, "betas": o.betas, "eps": o.eps}
+    adamw = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "fused": device == "cuda"}
     if not ours:
-        return torch.optim.AdamW([group for group in groups if group["params"]], **adamw)
+        return AdamW([group for group in groups if group["params"]], **adamw)
     muon = {"params": list(ours.values()), "weight_decay": o.weight_decay, "momentum": o.momentum}
     # On a CPU products in bf16 are not faster than in fp32.
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -116,17 +156,13 @@ def create_moments(engine: Any, stage: int, rank: int) -> None:
     for group, p in held:
         muon = "momentum" in group
         moments = {key: torch.zeros_like(p) for key in (MUON if muon else ADAMW)}
-        optimizer.state[p] = moments if muon else {"step": torch.zeros(()), **moments}
+        optimizer.state[p] = moments
+        if stage and not muon:
+            moments["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
     if stage in (1, 2):
         zero._lazy_init_hp_params_optimizer_state()
     if stage and isinstance(optimizer, Muon):
         optimizer.shard(zero, stage, rank)
-
-
-def _split(x: Tensor, matrices: Matrices) -> list[Tensor]:
-    """The matrices of a whole parameter, as views."""
-    parts = x.view(-1).split([n * m for n, m in matrices])
-    return [part.view(shape) for part, shape in zip(parts, matrices, strict=True)]
 
 
 def _run(p: Any) -> tuple[int, int, int]:

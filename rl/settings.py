@@ -51,6 +51,12 @@ class Optimization(Settings):
     micro_batch_tokens: PositiveInt = 4096
     """Most tokens in one packed forward and backward of a rank; a step takes as many of them as it needs."""
 
+    def problem(self, dtype: str) -> str | None:
+        """Why a model that computes in that dtype cannot be trained so; None where it can."""
+        if self.zero_stage == 3 and self.ranks > 1 and dtype != "float32":
+            return f"3 shards float32 weights, and precision.compute is {dtype}; give 2, or precision.compute: float32"
+        return None
+
 
 class MtpLoss(Settings):
     """The loss of the multi-token-prediction block, which foresees the token after the next."""

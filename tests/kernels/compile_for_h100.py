@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from amalgam.kernels.compress import Storage
 from amalgam.kernels.fused import (
+    adamw,
     compress,
     embedding,
     fp8,
@@ -241,6 +242,14 @@ def low_experts(tokens: int, fp4: bool = False, train: bool = False) -> None:
         _ = train and backward(out)
 
 
+def optimizer_step() -> None:
+    """AdamW's of a bf16 weight and of one that is fp32, whose gradients have one norm."""
+    wide, weight = meta(4096, 4096, dtype=FP32), meta(4096, 4096)
+    norm = adamw.gradient_norm([weight, wide])
+    columns = ([wide, wide], [weight, wide], [wide, wide], [wide, wide], [weight, None])
+    adamw.adamw_step(*columns, norm, 3, 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0)
+
+
 def hopper_scores() -> None:
     q, keys, weights = meta(TOKENS, 64, 128), meta(TOKENS // 4, 128), meta(TOKENS, 64, dtype=FP32)
     out = meta(TOKENS, TOKENS // 4, dtype=FP32)
@@ -310,6 +319,7 @@ CASES: dict[str, Callable[[], None]] = {
     "loss, reverse KL, kept": lambda: divergence("reverse", keep=True),
     "loss, forward KL": lambda: divergence("forward"),
     "loss, Jensen-Shannon": lambda: divergence("jensen_shannon"),
+    "AdamW": optimizer_step,
     "hopper, window": lambda: hopper(0),
     "hopper, HCA": lambda: hopper(1),
     "hopper, CSA": lambda: hopper(2),

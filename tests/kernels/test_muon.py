@@ -1,13 +1,15 @@
 """Muon's update against singular value decompositions in float64, one matrix at a time."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from amalgam.kernels import muon
-from amalgam.kernels.muon import muon_step, newton_schulz, to_updates
+from amalgam.kernels.adamw import gradient_norm
+from amalgam.kernels.muon import muon_step, newton_schulz, step_with, to_updates
 
 in_fp32 = partial(to_updates, dtype=torch.float32)
 
@@ -53,7 +55,7 @@ def test_steps_are_those_of_each_matrix_by_itself(batch: int, monkeypatch: pytes
         gradients = [torch.randn_like(x) for x in held]
         overwritten = [x.clone() for x in gradients]
         arguments = ([x[0].unflatten(1, (2, -1)), *x[1:]] for x in (held, overwritten, momenta))
-        muon_step(*arguments, lr=0.1, updates=in_fp32)
+        step_with(in_fp32, *arguments, lr=0.1)
         for weight, gradient, moment in zip(expected, gradients, before, strict=True):
             moment.mul_(0.95).add_(gradient)
             height = 8 if weight.shape[-2] == 16 else weight.shape[-2]  # gate_up's halves lie one after another
@@ -68,5 +70,57 @@ def test_an_update_has_adamws_size():
     """A root mean square of 0.18, whatever the shape."""
     for shape in ((64, 64), (32, 128), (128, 32)):
         weight = torch.zeros(shape)
-        muon_step([weight], [torch.randn(shape)], [torch.zeros(shape)], lr=1.0, updates=in_fp32)
+        step_with(in_fp32, [weight], [torch.randn(shape)], [torch.zeros(shape)], lr=1.0)
         assert weight.square().mean().sqrt().item() == pytest.approx(0.18, rel=0.02)
+
+
+MATRICES = [[(16, 24)] * 6, [(8, 24), (8, 24), (3, 24)], [(24, 16)], [(7, 5)]]  # the last in no multiples of 16 bytes
+SETTINGS: Any = {"matrices": MATRICES, "lr": 0.03, "weight_decay": 0.2, "clip": 2.0, "dtype": torch.float32}
+
+
+def made() -> Any:
+    """Masters, gradients and momenta, and weights; one parameter is fp32."""
+    sizes = [sum(n * m for n, m in each) for each in MATRICES]
+    masters, gradients, momenta = ([torch.randn(size) for size in sizes] for _ in range(3))
+    gradients = [g.bfloat16() if i != 1 else g for i, g in enumerate(gradients)]
+    weights = [p.bfloat16() if i != 1 else None for i, p in enumerate(masters)]
+    return masters, gradients, momenta, weights
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter, on machines without a GPU")
+@pytest.mark.parametrize("batch", [1 << 28, 1])
+def test_kernels(batch: int, monkeypatch: pytest.MonkeyPatch):
+    """Against the reference in float64; and the reference against one matrix at a time."""
+    monkeypatch.setattr(muon, "BATCH", batch)
+    lists = made()
+    ours: Any = [[None if x is None else x.clone() for x in each] for each in lists]
+    wide: Any = [[None if x is None else x.double() for x in each] for each in lists]
+    norm = gradient_norm(lists[1])
+    muon_step(*wide, norm=norm.double(), **(SETTINGS | {"dtype": torch.float64}))
+    monkeypatch.setenv("AMALGAM_KERNELS", "triton")
+    muon_step(*ours, norm=norm, **SETTINGS)
+    for i in (0, 2):
+        for found, expected in zip(ours[i], wide[i], strict=True):
+            assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert all(torch.equal(a, b) for a, b in zip(ours[1], lists[1], strict=True))
+    assert all(w is None or torch.equal(w, p.bfloat16()) for w, p in zip(ours[3], ours[0], strict=True))
+    for old, g, held, new, shapes in zip(*lists[:3], wide[0], MATRICES, strict=True):
+        clipped = g.double() * (2 / (norm.double() + 1e-6))
+        ahead = (clipped + 0.95 * (0.95 * held.double() + clipped)).split([n * m for n, m in shapes])
+        parts = zip(ahead, shapes, strict=True)
+        updates = [naive(x.view(shape)).flatten() * (0.18 * max(shape) ** 0.5) for x, shape in parts]
+        expected = old.double() * (1 - 0.03 * 0.2) - 0.03 * torch.cat(updates)
+        assert (new - expected).norm() <= 1e-9 * expected.norm()
+
+
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_nothing_changes_where_the_gradient_is_not_finite(kernels: str, monkeypatch: pytest.MonkeyPatch):
+    if kernels == "triton" and torch.cuda.is_available():
+        pytest.skip("for Triton's interpreter")
+    monkeypatch.setenv("AMALGAM_KERNELS", kernels)
+    lists = made()
+    lists[1][0][3] = float("nan")
+    before: Any = [[None if x is None else x.clone() for x in each] for each in lists]
+    muon_step(*lists, norm=gradient_norm(lists[1]), **SETTINGS)
+    for i in (0, 2, 3):
+        assert all(a is None or torch.equal(a, b) for a, b in zip(lists[i], before[i], strict=True))

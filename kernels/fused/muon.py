@@ -1,0 +1,83 @@
+"""Triton kernels of Muon over lists of tensors: what is orthogonalized from gradient and momentum, and the step by it.
+
+Between the two are Newton-Schulz's products, which are cuBLAS's. Each takes 12 bytes a parameter where gradient, weight
+and products are bf16.
+"""
+
+from collections.abc import Sequence
+from itertools import repeat
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..muon import GAIN, newton_schulz, split, stacks
+from .lists import BLOCK, WARPS, by_type, clipping, part, place
+
+
+@triton.jit
+def _ahead(
+    table, blocks, norm, clip, momentum,
+    GRADIENT: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    row, block, there = place(table, blocks, 4, BLOCK, ALIGNED)
+    factor, finite = clipping(norm, clip)
+    there = there & finite
+    at_m = part(row, 0, block, tl.float32, BLOCK, ALIGNED)
+    g = tl.load(part(row, 1, block, GRADIENT, BLOCK, ALIGNED), mask=there, other=0.0).to(tl.float32) * factor
+    m = tl.load(at_m, mask=there, other=0.0) * momentum + g
+    tl.store(at_m, m, mask=there)
+    tl.store(part(row, 2, block, OUT, BLOCK, ALIGNED), g + momentum * m, mask=there)
+
+
+@triton.jit
+def _apply(
+    table, blocks, norm, kept, rate,
+    UPDATE: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """`rate` is multiplied with the root of the matrix's longer side, which the row tells."""
+    row, block, there = place(table, blocks, 5, BLOCK, ALIGNED)
+    _, finite = clipping(norm, 1.0)
+    there = there & finite
+    at_p = part(row, 0, block, tl.float32, BLOCK, ALIGNED)
+    rate *= tl.sqrt_rn(tl.load(row + 3).to(tl.float32))
+    update = tl.load(part(row, 1, block, UPDATE, BLOCK, ALIGNED), mask=there, other=0.0).to(tl.float32)
+    p = tl.load(at_p, mask=there, other=0.0) * kept - rate * update
+    tl.store(at_p, p, mask=there)
+    if WEIGHT is not None:
+        tl.store(part(row, 2, block, WEIGHT, BLOCK, ALIGNED), p, mask=there)
+
+
+def muon_step(
+    masters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    norm: Tensor,
+    matrices: Sequence[Sequence[tuple[int, int]]],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    clip: float,
+    dtype: torch.dtype,
+) -> None:
+    runs = []  # of matrices of one shape: their part of master, gradient, momentum, weight
+    for *tensors, shapes in zip(masters, gradients, momenta, weights, matrices, strict=True):
+        runs += zip(*(repeat(None) if x is None else split(x, shapes) for x in tensors), strict=False)
+    # The largest first: meanwhile the host launches the others.
+    for stack in sorted(stacks([run[0] for run in runs]), key=lambda stack: -sum(runs[i][0].numel() for i in stack)):
+        p, g, held, w = zip(*(runs[i] for i in stack), strict=True)
+        ahead = torch.empty(sum(map(len, p)), *p[0].shape[1:], dtype=dtype, device=norm.device)
+        for types, each in by_type([held, g, ahead.split([*map(len, p)])], [1, 2]):
+            _ahead[each.grid](
+                each.table, each.blocks, norm, clip, momentum,
+                GRADIENT=types[0], OUT=types[1], BLOCK=BLOCK, ALIGNED=each.aligned, num_warps=WARPS,
+            )  # fmt: skip
+        updates = newton_schulz(ahead, dtype)
+        sides = [max(p[0].shape[1:])] * len(p)
+        for types, each in by_type([p, updates.split([*map(len, p)]), w], [1, 2], sides):
+            _apply[each.grid](
+                each.table, each.blocks, norm, 1 - lr * weight_decay, lr * GAIN,
+                UPDATE=types[0], WEIGHT=types[1], BLOCK=BLOCK, ALIGNED=each.aligned, num_warps=WARPS,
+            )  # fmt: skip
