@@ -39,6 +39,7 @@ from .settings import Optimization
 from .stage_3 import Objective, detached, let_go
 from .state import Shapes, read_state, write_state
 from .sync import Bundle, pack
+from .training_graph import TrainingGraphs, why_not
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 """loss(model, batch, shared, **settings) -> (scalar, metrics): see `Learner.step`."""
@@ -86,6 +87,7 @@ class LearnerWorker:
         self._engine: Any = None
         self._model: Any = None
         self._masters: Masters | None = None  # below stage 3
+        self._graphs: TrainingGraphs | None = None  # of the weights beside masters
         self._trained: dict[str, nn.Parameter] = {}  # that the optimizer steps: masters, or the model's own
         self._moments: dict[str, tuple[str, ...]] = {}
         self._biases: dict[str, Tensor] = {}
@@ -153,6 +155,8 @@ class LearnerWorker:
         muons = matrices(self._model) if optimization.name == "muon" else {}
         self._moments = {name: MUON if name in muons else ADAMW for name in self._trained}
         self._loads = Loads(self._model)
+        if self._masters:
+            self._graphs = TrainingGraphs(self._model, self._loads, self._ranks)
         self._biases = {}  # that the balance rule changes, and so belong to the state
         if optimization.balance_speed:
             buffers = self._model.named_buffers()
@@ -174,7 +178,7 @@ class LearnerWorker:
         if self._engine is None:
             return
         self._engine.destroy()
-        self._engine = self._model = self._masters = None
+        self._engine = self._model = self._masters = self._graphs = None
         self._trained, self._moments, self._biases, self._loads, self._shared = {}, {}, {}, None, {}
         if self._stage == 3:
             let_go()
@@ -194,6 +198,8 @@ class LearnerWorker:
 
     def share(self, arrays: dict[str, np.ndarray]) -> None:
         self._shared = tensors(arrays, self._device)
+        if self._graphs:
+            self._graphs.clear()  # which read what was shared before
 
     def step(
         self,
@@ -229,7 +235,7 @@ class LearnerWorker:
         self._loads.counting = True
         totals: dict[str, Any] = {}
         for batch in filter(None, batches):
-            add(totals, self._backward(loss, tensors(batch, self._device), settings))
+            add(totals, self._backward(loss, batch, settings))
             if not self._alone(batches):
                 self._masters.collect()
         return totals
@@ -238,11 +244,13 @@ class LearnerWorker:
         """Whether a step's only gradient is that of one micro-batch."""
         return self._ranks == 1 and len(batches) == 1
 
-    def _backward(self, loss: Loss, batch: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
+    def _backward(self, loss: Loss, batch: Batch, settings: dict[str, Any]) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch. Its gradients, times the ranks, are in the weights' `grad`, where no
         other's are left; the metrics."""
+        if self._graphs and not why_not(self._model, loss):
+            return self._graphs.run(loss, batch, self._shared, settings)
         self._model.zero_grad()
-        value, metrics = loss(self._model, batch, self._shared, **settings)
+        value, metrics = loss(self._model, tensors(batch, self._device), self._shared, **settings)
         (value * self._ranks).backward()
         return detached(metrics)
 

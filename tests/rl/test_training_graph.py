@@ -11,8 +11,9 @@ import torch
 from amalgam.distill import opd
 from amalgam.model import DeepseekV4
 from amalgam.pipelines import sft
-from amalgam.rl import grpo, training_graph
+from amalgam.rl import grpo, learner_worker, training_graph
 from amalgam.rl.balance import Loads
+from amalgam.rl.learner_worker import LearnerWorker
 from amalgam.rl.packing import Batch, stack, tensors
 from amalgam.rl.training_graph import Sizes, TrainingGraphs, filled, sizes_of, why_not
 from tests import tiny
@@ -159,6 +160,22 @@ def test_where_there_are_no_graphs(caplog: pytest.LogCaptureFixture):
     for _ in range(2):
         assert why_not(made(), sft.loss) == "there are none on cpu"
     assert caplog.messages == ["amalgam.pipelines.sft:loss runs without CUDA graphs: there are none on cpu"]
+
+
+def test_the_learner_takes_them_where_it_can(monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU: for a loss that is marked; the other way leaves the same gradients, times the ranks."""
+    monkeypatch.setattr(training_graph, "GRAIN", 8)
+    worker, batch, (loss, settings) = LearnerWorker(0, 2, "cpu", 1), stack(rows(LENGTHS, 16)), cases()["sft"]
+    worker._model = model = made()
+    found = []
+    for why in ("there are none on cpu", ""):
+        monkeypatch.setattr(learner_worker, "why_not", lambda *_, why=why: why)
+        worker._graphs = TrainingGraphs(model, times=2)
+        metrics = worker._backward(loss, batch, settings)
+        assert len(worker._graphs._recordings) == (not why)
+        found.append([*metrics.values(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for eager, recorded in zip(*found, strict=True):
+        torch.testing.assert_close(recorded, eager, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
