@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 _said: set[str] = set()
 
 GRAIN = 128  # tokens of a filler, at most, and of a pack's rounding, at least
-KEPT = 8  # graphs, which share their memory
+KEPT = 16  # graphs, the last used, which share their memory
 
 
 def recordable(loss: _F) -> _F:
@@ -170,12 +170,12 @@ class _Memory:
 
     def run(self, recording: _Recording, compute: Callable[[], _Result], name: str) -> _Result:
         with torch.cuda.device(self._device):
-            if recording.graph is None and not recording.seen:
+            if not recording.seen:
                 recording.seen = True
                 return self._aside(compute)
             if recording.graph is None:
-                self._record(recording, compute, name)
-            assert recording.graph is not None and recording.result is not None
+                recording.graph, recording.result = self._recorded(compute, name)
+            assert recording.result is not None
             recording.graph.replay()
             return recording.result._replace(metrics=recording.result.metrics.clone())
 
@@ -191,11 +191,13 @@ class _Memory:
         main.wait_stream(self._stream)
         return result
 
-    def _record(self, recording: _Recording, compute: Callable[[], _Result], name: str) -> None:
+    def _recorded(self, compute: Callable[[], _Result], name: str) -> tuple[torch.cuda.CUDAGraph, _Result]:
         graph, pool = torch.cuda.CUDAGraph(), cast(Any, self._pool.id)
         try:
             with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
                 result = compute()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 f"{name} cannot be recorded in a CUDA graph: it asks the host for a number or a shape, and must not be "
@@ -203,7 +205,7 @@ class _Memory:
             ) from error
         # Gradients are held without their memory, which the next recording may use.
         borrowed: list[Tensor | None] = [None if g is None else _borrowed(g) for g in result.gradients]
-        recording.graph, recording.result = graph, result._replace(gradients=borrowed)
+        return graph, result._replace(gradients=borrowed)
 
 
 def _borrowed(x: Tensor) -> Tensor:
