@@ -1,7 +1,7 @@
 """A whole training step, ours and transformers', and where its time goes; training.py is the command.
 
-Weights take part in bf16, but for those that V4 keeps in fp32. The optimizer is the learner's, on fp32 masters of them.
-A step is forward, backward, clipping, update, and the copy of the masters into the weights. `model FLOP` are those of
+Weights take part in bf16, but for those that V4 keeps in fp32. Their fp32 masters and the optimizer are the learner's.
+A step is forward, backward, clipping, update, and the weights from their masters. `model FLOP` are those of
 products and attention, forward and backward, without what is computed again; `of peak %` is their rate over that of a
 large product measured in the same run.
 """
@@ -27,7 +27,8 @@ from triton.runtime.jit import KernelInterface
 
 from amalgam.model import DeepseekV4, initialize
 from amalgam.model.matrices import matrices
-from amalgam.rl.optimizer import Muon, new_optimizer
+from amalgam.rl.masters import Masters
+from amalgam.rl.optimizer import create_moments, new_optimizer
 from amalgam.rl.settings import Optimization
 
 RATES = {8_192: 150_000, 32_768: 200_000}  # goals with AdamW, tokens a second by tokens of a step
@@ -44,10 +45,10 @@ GROUPS = {
     "experts": "moe moe_backward",
     "hyper-connections": "hyper hyper_backward",
     "losses over the vocabulary": "losses vocabulary",
+    "optimizer": "adamw muon",
 }  # by modules of kernels/fused
 OTHERS = {
     "cuBLAS's products": "gemm|nvjet|cutlass|cublas|splitk",
-    "optimizer: lists of tensors": "multi_tensor",
     "copies, casts, fills": "memcpy|memset|copy|fill|catarray",
     "PyTorch's other kernels": "",
 }  # of what is not ours, by a part of its name, the first that fits
@@ -57,14 +58,13 @@ class Trainer:
     """`loss` of a model's weights, and steps of its optimizer: AdamW, or Muon for what is a matrix inside a layer."""
 
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor], muon: bool = False):
-        self.loss = loss
+        self.loss, self.steps = loss, 0
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = {name: nn.Parameter(p.detach().float()) for name, p in self.weights.items()}
+        self.masters = Masters(self.weights, {name: p.detach().float() for name, p in self.weights.items()})
         device = next(model.parameters()).device.type
-        self.optimizer = new_optimizer(self.masters, matrices(model) if muon else {}, OPTIMIZATION, device)
-        if isinstance(self.optimizer, Muon):  # whose state the learner makes ahead
-            for p in self.optimizer.param_groups[0]["params"]:
-                self.optimizer.state[p]["momentum"] = torch.zeros_like(p)
+        muons = matrices(model) if muon else {}
+        self.optimizer = new_optimizer(self.masters.by_name, muons, OPTIMIZATION, device)
+        create_moments(self.optimizer)
 
     def backward(self) -> Tensor:
         for p in self.weights.values():
@@ -74,15 +74,8 @@ class Trainer:
         return loss.detach()
 
     def update(self) -> None:
-        for name, master in self.masters.items():
-            grad = self.weights[name].grad
-            master.grad = torch.zeros_like(master) if grad is None else grad.float()
-        torch.nn.utils.clip_grad_norm_(self.masters.values(), OPTIMIZATION.gradient_clipping)
-        self.optimizer.step()
-        with torch.no_grad():
-            torch._foreach_copy_(list(self.weights.values()), list(self.masters.values()))  # pyright: ignore
-        for master in self.masters.values():
-            master.grad = None
+        self.steps += 1
+        self.masters.update(self.optimizer, self.steps, OPTIMIZATION.gradient_clipping, alone=True)
 
     def step(self) -> Tensor:
         loss = self.backward()
@@ -90,12 +83,11 @@ class Trainer:
         return loss
 
     def extra_bytes(self) -> int:
-        """The most that a step holds beyond weights, gradients in either precision, and the optimizer's state."""
+        """The most that a step holds beyond weights, gradients, and the optimizer's state."""
         for p in self.weights.values():
             p.grad = None
         backward = gpu.extra_bytes(self.backward) - sum(p.nbytes for p in self.weights.values())
-        update = gpu.extra_bytes(self.update) - sum(p.nbytes for p in self.masters.values())
-        return max(backward, update)
+        return max(backward, gpu.extra_bytes(self.update))
 
 
 def ours(setting: Setting) -> DeepseekV4:
