@@ -3,7 +3,6 @@
 A tile leaves twice, the second time transposed: 10 of 16 tiles are computed for 512 rows.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
