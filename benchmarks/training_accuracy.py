@@ -19,7 +19,7 @@ from training_setting import Experts, Setting
 
 from amalgam.kernels import losses as op
 from amalgam.kernels.moe import experts, route
-from amalgam.kernels.muon import STEPS, muon_step, newton_schulz, to_updates
+from amalgam.kernels.muon import STEPS, muon_step, newton_schulz
 
 NEAR = 1e-5  # affinities that differ by less may be chosen for each other
 CLAMPED = 1.0  # a limit that many numbers reach
@@ -178,9 +178,10 @@ def muon(setting: Setting) -> Rows:
 
 def stepped(weight: Tensor, grad: Tensor) -> Tensor:
     """The weight after two steps of a learning rate that shows."""
-    weight, momentum = weight.clone(), torch.zeros_like(weight)
+    weight, momentum, (count, n, m) = weight.clone(), torch.zeros_like(weight), weight.shape
     for _ in range(2):
-        muon_step([weight], [grad.clone()], [momentum], lr=0.1, updates=partial(to_updates, dtype=torch.float32))
+        norm, lists = torch.linalg.vector_norm(grad), ([weight], [grad], [momentum], [None])
+        muon_step(*lists, norm, matrices=[[(n, m)] * count], lr=0.1, clip=1e30, dtype=torch.float32)
     return weight
 
 

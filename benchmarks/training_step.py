@@ -1,9 +1,9 @@
 """A whole training step, ours and transformers', and where its time goes; training.py is the command.
 
-Weights take part in bf16, but for those that V4 keeps in fp32. The optimizer is the learner's, on fp32 masters of them.
-A step is forward, backward, clipping, update, and the copy of the masters into the weights; ours has forward and
-backward as one CUDA graph. `model FLOP` are those of products and attention, forward and backward, without what is
-computed again; `of peak %` is their rate over that of a large product measured in the same run.
+Weights take part in bf16, but for those that V4 keeps in fp32. Their fp32 masters and the optimizer are the learner's.
+A step is forward, backward, clipping, update, and the weights from their masters; ours has forward and backward as one
+CUDA graph. `model FLOP` are those of products and attention, forward and backward, without what is computed again;
+`of peak %` is their rate over that of a large product measured in the same run.
 """
 
 import copy
@@ -28,7 +28,8 @@ from triton.runtime.jit import KernelInterface
 
 from amalgam.model import DeepseekV4, initialize
 from amalgam.model.matrices import matrices
-from amalgam.rl.optimizer import Muon, new_optimizer
+from amalgam.rl.masters import Masters
+from amalgam.rl.optimizer import create_moments, new_optimizer
 from amalgam.rl.settings import Optimization
 from amalgam.rl.training_graph import TrainingGraphs
 
@@ -47,10 +48,10 @@ GROUPS = {
     "embedding": "embedding",
     "hyper-connections": "hyper hyper_backward",
     "losses over the vocabulary": "losses vocabulary",
+    "optimizer": "adamw muon",
 }  # by modules of kernels/fused
 OTHERS = {
     "cuBLAS's products": "gemm|nvjet|cutlass|cublas|splitk",
-    "optimizer: lists of tensors": "multi_tensor",
     "copies, casts, fills": "memcpy|memset|copy|fill|catarray",
     "PyTorch's other kernels": "",
 }  # of what is not ours, by a part of its name, the first that fits
@@ -65,14 +66,13 @@ class Trainer:
     def __init__(
         self, model: nn.Module, loss: Callable[[], Tensor], muon: bool = False, recorded: "Recorded | None" = None
     ):
-        self.loss, self.recorded = loss, recorded
+        self.loss, self.recorded, self.steps = loss, recorded, 0
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = {name: nn.Parameter(p.detach().float()) for name, p in self.weights.items()}
+        self.masters = Masters(self.weights, {name: p.detach().float() for name, p in self.weights.items()})
         device = next(model.parameters()).device.type
-        self.optimizer = new_optimizer(self.masters, matrices(model) if muon else {}, OPTIMIZATION, device)
-        if isinstance(self.optimizer, Muon):  # whose state the learner makes ahead
-            for p in self.optimizer.param_groups[0]["params"]:
-                self.optimizer.state[p]["momentum"] = torch.zeros_like(p)
+        muons = matrices(model) if muon else {}
+        self.optimizer = new_optimizer(self.masters.by_name, muons, OPTIMIZATION, device)
+        create_moments(self.optimizer)
 
     def backward(self) -> Tensor:
         if self.recorded is not None:
@@ -84,15 +84,8 @@ class Trainer:
         return loss.detach()
 
     def update(self) -> None:
-        for name, master in self.masters.items():
-            grad = self.weights[name].grad
-            master.grad = torch.zeros_like(master) if grad is None else grad.float()
-        torch.nn.utils.clip_grad_norm_(self.masters.values(), OPTIMIZATION.gradient_clipping)
-        self.optimizer.step()
-        with torch.no_grad():
-            torch._foreach_copy_(list(self.weights.values()), list(self.masters.values()))  # pyright: ignore
-        for master in self.masters.values():
-            master.grad = None
+        self.steps += 1
+        self.masters.update(self.optimizer, self.steps, OPTIMIZATION.gradient_clipping, alone=True)
 
     def step(self) -> Tensor:
         loss = self.backward()
@@ -100,13 +93,13 @@ class Trainer:
         return loss
 
     def extra_bytes(self) -> int:
-        """The most that a step holds beyond weights, gradients in either precision, and the optimizer's state."""
-        weights, masters = (sum(p.nbytes for p in each.values()) for each in (self.weights, self.masters))
+        """The most that a step holds beyond weights, gradients, and the optimizer's state."""
+        weights = sum(p.nbytes for p in self.weights.values())
         if self.recorded is not None:  # a graph's memory is its own
-            return self.recorded.graphs.held_bytes() - weights + gpu.extra_bytes(self.update) - masters
+            return self.recorded.graphs.held_bytes() - weights + gpu.extra_bytes(self.update)
         for p in self.weights.values():
             p.grad = None
-        return max(gpu.extra_bytes(self.backward) - weights, gpu.extra_bytes(self.update) - masters)
+        return max(gpu.extra_bytes(self.backward) - weights, gpu.extra_bytes(self.update))
 
 
 def ours(setting: Setting) -> DeepseekV4:

@@ -31,11 +31,23 @@ def newton_schulz(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     y = y.to(dtype) * norm.clamp_min_(torch.finfo(wide).tiny).reciprocal_().to(dtype)
     tall = y.shape[-2] > y.shape[-1]
     for a, b, c in STEPS:
-        gram = torch.bmm(y.mT, y) if tall else torch.bmm(y, y.mT)
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)  # `baddbmm` of y would copy it first
+        factor = _factor(y.mT if tall else y, a, b, c)
         y = torch.bmm(y, factor) if tall else torch.bmm(factor, y)
     return y.view(x.shape)
+
+
+def _factor(y: Tensor, a: float, b: float, c: float) -> Tensor:
+    """[B, n, n]: a I + b G + c GG of y [B, n, m] and G = YYᵀ; all are symmetric, and the kernels compute one half."""
+    if y.dtype == torch.bfloat16 and fused(y):
+        from .fused.symmetric import product, takes
+
+        if takes(y):
+            gram = product(y)
+            return product(gram, a, b, c)
+    gram = torch.bmm(y, y.mT)
+    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal(dim1=-2, dim2=-1).add_(a)
+    return factor
 
 
 @torch.no_grad()

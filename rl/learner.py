@@ -98,11 +98,11 @@ class Learner:
         return calls[0][1]
 
     def save_model(self, path: str | Path) -> None:
-        """Writes a checkpoint for `amalgam.model.load`, renamed into place."""
+        """Writes a checkpoint for `amalgam.model.load`, of the weights in what they compute in; renamed into place."""
         self._all("save_model", f"the learner to save {path}", str(Path(path).absolute()))
 
     def save_state(self, folder: str | Path) -> int:
-        """Saves step, fp32 weights and moments by parameter name; returns that step. The folder keeps the state
+        """Saves step, fp32 masters and moments by parameter name; returns that step. The folder keeps the state
         before this one too."""
         return self._all("save_state", f"the learner to save its state in {folder}", str(Path(folder).absolute()))[0]
 

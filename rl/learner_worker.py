@@ -169,7 +169,7 @@ class LearnerWorker:
         held = self._masters or Objective(self._model)
         self._engine, *_ = deepspeed.initialize(model=held, optimizer=optimizer, config=self._config())
         self._engine.set_gradient_accumulation_boundary(True)
-        create_moments(self._engine, self._stage, self._rank)
+        create_moments(optimizer, self._engine.optimizer, self._stage, self._rank)
         if self._masters:
             self._masters.write()
 

@@ -25,11 +25,12 @@ class Masters(nn.Module):
     @torch.no_grad()
     def write(self) -> None:
         """The weights become their masters' values."""
-        for p, master in zip(self.trained.values(), self._held, strict=True):
-            if is_narrow(p):
-                p.copy_(master)
-            elif p.data_ptr() != master.data_ptr():  # DeepSpeed has moved it
+        pairs = list(zip(self.trained.values(), self._held, strict=True))
+        for p, master in pairs:
+            if not is_narrow(p) and p.data_ptr() != master.data_ptr():  # DeepSpeed has moved it
                 p.data = master.data
+        if narrow := [pair for pair in pairs if is_narrow(pair[0])]:
+            torch._foreach_copy_([p for p, _ in narrow], [master for _, master in narrow])  # pyright: ignore
 
     def collect(self) -> None:
         """Adds the weights' gradients, of one micro-batch, to the masters'; they stay, as a CUDA graph's have to."""

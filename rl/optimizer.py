@@ -142,12 +142,12 @@ def new_optimizer(trained: Trained, matrices: dict[str, Matrices], o: Optimizati
     return Muon(groups, {p: matrices[name] for name, p in ours.items()}, dtype, **adamw)
 
 
-def create_moments(engine: Any, stage: int, rank: int) -> None:
+def create_moments(optimizer: AdamW, zero: Any = None, stage: int = 0, rank: int = 0) -> None:
     """The optimizer's state as its first step would create it, so that it can be saved and loaded before that.
 
-    (DeepSpeed links parameters to moments after the first group's first step: too early for the second.)
+    `zero`: DeepSpeed's optimizer around it, from stage 1 on. (It links parameters to moments after the first group's
+    first step: too early for the second.)
     """
-    optimizer, zero = engine.basic_optimizer, engine.optimizer
     groups = optimizer.param_groups
     if stage == 3:
         held = [(groups[zero.sub_group_to_group_id[i]], p) for i, p in enumerate(zero.fp32_partitioned_groups_flat)]

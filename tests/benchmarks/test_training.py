@@ -152,14 +152,14 @@ def test_goals_of_a_step(train, monkeypatch):
 def test_a_step_updates_masters_and_copies_them(train, muon):
     model = train.step.ours(train.setting)
     trainer = train.step.Trainer(model, lambda: sum(p.float().square().sum() for p in model.parameters()), muon)
-    before = {name: master.clone() for name, master in trainer.masters.items()}
+    before = {name: master.clone() for name, master in trainer.masters.by_name.items()}
     trainer.step()
-    for name, master in trainer.masters.items():
+    for name, master in trainer.masters.by_name.items():
         torch.testing.assert_close(trainer.weights[name], master.to(trainer.weights[name].dtype), rtol=0, atol=0)
         assert (master != before[name]).any() or not before[name].any(), name
     if muon:
         momenta = {id(p) for p, state in trainer.optimizer.state.items() if "momentum" in state}
-        left = {name for name, p in trainer.masters.items() if id(p) not in momenta and p.ndim >= 2}
+        left = {name for name, p in trainer.masters.by_name.items() if id(p) not in momenta and p.ndim >= 2}
         assert {name.rpartition("layers.0.")[2] for name in left} == {
             "model.embed_tokens.weight", "lm_head.weight", "self_attn.compressor.position_bias",
         }  # fmt: skip

@@ -41,9 +41,11 @@ from amalgam.kernels.fused import (
     linear,
     losses,
     moe,
+    muon,
     norm,
     router,
     swiglu,
+    symmetric,
 )
 from amalgam.kernels.fused.attention import attend_forward
 from amalgam.kernels.fused.attention_backward import attend_backward
@@ -250,6 +252,15 @@ def optimizer_step() -> None:
     adamw.adamw_step(*columns, norm, 3, 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0)
 
 
+def muon_steps() -> None:
+    """Of experts' matrices, wide and tall."""
+    wide, weight, shapes = meta(64, 512, 1024, dtype=FP32), meta(64, 512, 1024), [(512, 1024)] * 32 + [(1024, 512)] * 32
+    norm = meta(1, dtype=FP32)
+    muon.muon_step([wide], [weight], [wide], [weight], norm, [shapes], 1e-4, 0.95, 0.1, 1.0, torch.bfloat16)
+    for y in (meta(64, 512, 1024), meta(64, 1024, 512).mT):
+        symmetric.product(symmetric.product(y), 3.4445, -4.775, 2.0315)
+
+
 def hopper_scores() -> None:
     q, keys, weights = meta(TOKENS, 64, 128), meta(TOKENS // 4, 128), meta(TOKENS, 64, dtype=FP32)
     out = meta(TOKENS, TOKENS // 4, dtype=FP32)
@@ -320,6 +331,7 @@ CASES: dict[str, Callable[[], None]] = {
     "loss, forward KL": lambda: divergence("forward"),
     "loss, Jensen-Shannon": lambda: divergence("jensen_shannon"),
     "AdamW": optimizer_step,
+    "Muon": muon_steps,
     "hopper, window": lambda: hopper(0),
     "hopper, HCA": lambda: hopper(1),
     "hopper, CSA": lambda: hopper(2),

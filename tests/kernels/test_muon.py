@@ -9,6 +9,7 @@ from torch import Tensor
 
 from amalgam.kernels import muon
 from amalgam.kernels.adamw import gradient_norm
+from amalgam.kernels.fused.symmetric import product
 from amalgam.kernels.muon import muon_step, newton_schulz, step_with, to_updates
 
 in_fp32 = partial(to_updates, dtype=torch.float32)
@@ -40,6 +41,30 @@ def test_in_bf16_singular_values_are_near_one():
     found = newton_schulz(x)
     assert found.dtype == torch.bfloat16
     assert (torch.linalg.svdvals(found.double()) - 1).abs().max() < 0.01
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter, on machines without a GPU")
+@pytest.mark.parametrize("tall", [False, True])
+def test_symmetric_products(tall: bool):
+    x = torch.randn(2, 384, 192).div(14).bfloat16()
+    x = x.mT.contiguous().mT if tall else x
+    gram = product(x)
+    assert (gram - x.double() @ x.double().mT).abs().max() <= 2**-8 * gram.abs().max()
+    found, wide = product(gram, 0.5, -1.5, 2.0), gram.double()
+    assert (found - (0.5 * torch.eye(384) - 1.5 * wide + 2 * wide @ wide)).abs().max() <= 2**-8 * found.abs().max()
+    for symmetric in (gram, found):
+        assert torch.equal(symmetric, symmetric.mT)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter, on machines without a GPU")
+@pytest.mark.parametrize("shape", [(2, 128, 192), (192, 128)])
+def test_newton_schulz_with_symmetric_products(shape, monkeypatch: pytest.MonkeyPatch):
+    x = torch.randn(shape)
+    expected = newton_schulz(x)
+    monkeypatch.setenv("AMALGAM_KERNELS", "triton")
+    found = newton_schulz(x)
+    assert not torch.equal(found, expected)
+    assert (found - expected).float().norm() <= 0.02 * expected.float().norm()
 
 
 @pytest.mark.parametrize("batch", [1 << 28, 1])

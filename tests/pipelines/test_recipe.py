@@ -96,8 +96,11 @@ def test_an_optimizers_name_may_stand_alone():
 
 def test_precision_is_full_unless_the_recipe_says_otherwise():
     assert load(SMALL).precision == FULL
+    assert [FULL.dtype(device) for device in ("cpu", "cuda", "cuda:1")] == ["float32", "bfloat16", "bfloat16"]
+    narrow = load(SMALL, "precision.compute=bfloat16").precision
+    assert narrow.dtype("cpu") == "bfloat16" and not narrow.rounds
     v4 = load(SMALL, "precision={experts: fp4, indexer: fp4, kv: fp8}")
-    assert v4.precision == Precision(experts="fp4", indexer="fp4", kv="fp8")
+    assert v4.precision == Precision(experts="fp4", indexer="fp4", kv="fp8") and v4.precision.rounds
     assert load(resolved_yaml(v4)) == v4
 
 

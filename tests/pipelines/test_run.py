@@ -313,6 +313,14 @@ def test_bad_input_is_one_line_and_nothing_is_written(recipe_file: Path, tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
+def test_shards_of_narrow_weights_are_refused(recipe_file: Path, tmp_path: Path):
+    overrides = ("stages.merged.optimizer.zero_stage=3", "stages.merged.optimizer.ranks=2")
+    assert refused(recipe_file, tmp_path / "runs", *overrides, "precision.compute=bfloat16") == (
+        "stages.merged.optimizer.zero_stage: 3 shards float32 weights, and precision.compute is bfloat16; give 2, or "
+        "precision.compute: float32"
+    )
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "encoding.json", "model.safetensors", "config.json"])
 def test_a_base_that_lacks_a_file_is_refused_before_anything_starts(recipe_file: Path, tmp_path: Path, name: str):
     shutil.copytree(recipe_file.parent / "base", tmp_path / "base")

@@ -14,10 +14,12 @@ from amalgam.model import load
 from amalgam.model.config import PRESETS
 from amalgam.rl import sync
 from amalgam.rl.learner_worker import lr_at
+from amalgam.rl.masters import Masters
 from amalgam.rl.packing import collate, plan
 from amalgam.rl.rollout import RolloutWorker
 from amalgam.settings import Precision
 
+from .. import other_models
 from .small_learner import STEPS, assert_near, batches, nll, optimization, sent
 
 # The ranks' processes cannot import this file: what they run of it travels by value.
@@ -115,6 +117,22 @@ def test_worker_and_checkpoint_get_the_learners_weights(learner, tmp_path):
     kept = {name: entry.dtype for name, entry in ((entry.name, entry) for entry in bundle.manifest)}
     assert kept["lm_head.weight"] == "bfloat16"
     assert kept["model.layers.0.attn_hc.fn"] == kept["model.norm.weight"] == "float32"
+
+
+@torch.no_grad()
+def test_masters_of_another_model_whose_head_is_its_embedding(tmp_path):
+    path = other_models.checkpoint(tmp_path / "model", "llama, tied")
+    model: Any = load(path, precision=BF16)
+    values = dict(load(path).named_parameters())
+    before = {name: (p, p.data_ptr()) for name, p in model.named_parameters()}
+    masters = Masters(dict(model.named_parameters()), values)
+    for name, master in masters.by_name.items():
+        assert master.dtype == torch.float32 and torch.equal(master, values[name])
+        master.mul_(1.01)
+    masters.write()
+    assert model.lm_head.weight is model.lm.model.embed_tokens.weight
+    for name, (p, place) in before.items():
+        assert torch.equal(p, masters.by_name[name].bfloat16()) and p.data_ptr() == place
 
 
 def test_shards_of_narrow_weights_are_refused(learner):
