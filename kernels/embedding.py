@@ -9,7 +9,7 @@ from .dispatch import fused
 def embed(tokens: Tensor, table: Tensor, copies: int) -> Tensor:
     """Rows of table [V, d] for tokens int64 [T] in [0, V), `copies` times each: [T, copies, d].
 
-    A row's gradient is the sum over the copies of all its tokens, in their order, in fp32.
+    A row's gradient is the sum over the copies of all its tokens, in fp32, in an order that follows from the tokens.
     """
     if fused(table):
         from .fused.embedding import Embed

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from .launch import next_power
 
-CHANNELS = 1024  # that a program copies
-TILE = 4096  # numbers of a tile of gradients
-SUMMED = 256  # channels that a program adds up
+CHANNELS = 1024  # of a program, at most
+TILE = 8192  # numbers of a tile of gradients
 
 
 @triton.jit
@@ -29,20 +28,28 @@ def _embed(tokens, table, out, width, COPIES: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _embed_backward(numbers, order, ends, grad, out, width, COPIES: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """Limited by the most frequent token, whose gradients are read one tile of R tokens after another."""
+    """Most tokens come once: the first of a number goes alone, further ones in tiles of R.
+
+    Limited by the latency of four loads one after another; then by the most frequent token, whose tiles come in turn.
+    """
     first, c = tl.program_id(0), tl.program_id(1) * C + tl.arange(0, C)
-    number = tl.load(numbers + first)
+    number, there = tl.load(numbers + first), c < width
     if tl.load(numbers + first - 1, mask=first > 0, other=-1) == number:
         return
-    sums = tl.zeros([R, C], tl.float32)
-    end = tl.load(ends + first)
-    for i in range(first, end, R):
-        at = i + tl.arange(0, R)
-        token = tl.load(order + at, mask=at < end, other=0)
-        for j in tl.static_range(COPIES):
-            where = (token * COPIES + j)[:, None] * width + c[None, :]
-            sums += tl.load(grad + where, mask=(at < end)[:, None] & (c < width)[None, :], other=0.0).to(tl.float32)
-    tl.store(out + number.to(tl.int64) * width + c, tl.sum(sums, 0), mask=c < width)
+    token, end = tl.load(order + first) * COPIES, tl.load(ends + first)
+    sums_C = tl.zeros([C], tl.float32)
+    for j in tl.static_range(COPIES):
+        sums_C += tl.load(grad + (token + j) * width + c, mask=there, other=0.0).to(tl.float32)
+    if end > first + 1:
+        sums = tl.zeros([R, C], tl.float32)
+        for i in range(first + 1, end, R):
+            at = i + tl.arange(0, R)
+            real = (at < end)[:, None] & there[None, :]
+            rows = (tl.load(order + at, mask=at < end, other=0) * COPIES)[:, None] * width + c[None, :]
+            for j in tl.static_range(COPIES):
+                sums += tl.load(grad + rows + j * width, mask=real, other=0.0).to(tl.float32)
+        sums_C += tl.sum(sums, 0)
+    tl.store(out + number.to(tl.int64) * width + c, sums_C, mask=there)
 
 
 class Embed(torch.autograd.Function):
@@ -66,9 +73,9 @@ class Embed(torch.autograd.Function):
         if count:
             numbers, order = torch.sort(tokens.int(), stable=True)
             ends = torch.searchsorted(numbers, numbers, right=True, out_int32=True)
-            block = min(next_power(width), SUMMED)
+            block = min(next_power(width), CHANNELS)
             _embed_backward[(count, triton.cdiv(width, block))](
                 numbers, order, ends, grads[0].contiguous(), out, width,
-                COPIES=copies, R=max(TILE // block, 1), C=block, num_warps=4, num_stages=1,
+                COPIES=copies, R=max(TILE // block, 1), C=block, num_warps=8, num_stages=1,
             )  # fmt: skip
         return None, out, None

@@ -104,7 +104,7 @@ def test_products(dtype: torch.dtype):
 def test_rows_of_a_table(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """A token that comes often, one that never comes, the last one; tiles that divide neither runs nor rows."""
     monkeypatch.setattr(fused_embedding, "TILE", 64)
-    monkeypatch.setattr(fused_embedding, "SUMMED", 16)
+    monkeypatch.setattr(fused_embedding, "CHANNELS", 16)
     tokens = torch.tensor([3, 0, 8, 3, 3, 1, 3, 3, 3, 8])
     compare(lambda table: embedding.embed(tokens, table, 2), dtype, torch.randn(9, 40))
 
