@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE, DEPTH = 128, 64  # rows and columns of a tile of the result, and what is summed up at once
-WARPS, STAGES = 8, 4
+WARPS, STAGES = 4, 3
 
 
 @triton.jit
