@@ -52,15 +52,6 @@ def swiglu(gate_up: Tensor, limit: float) -> Tensor:
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
-def gated(gate_up: Tensor, limit: float) -> Tensor:
-    """`swiglu` of gate_up [T, 2I] in fp32, rounded to its dtype: what the shared expert has between its products."""
-    if fused(gate_up):
-        from .fused.swiglu import Gated
-
-        return Gated.apply(gate_up, limit)  # pyright: ignore[reportReturnType]
-    return swiglu(upcast(gate_up), limit).to(gate_up.dtype)
-
-
 def experts(
     x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float, shared: Tensor | None = None
 ) -> Tensor:
@@ -101,3 +92,12 @@ def reference_experts(
     outputs = torch.cat([product(rows, down_weights[e]) for e, rows in zip(used, hidden, strict=True)])
     slots = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return upcast(outputs.index_select(0, slots).view(tokens, k, -1)).sum(1)
+
+
+def gated(gate_up: Tensor, limit: float) -> Tensor:
+    """`swiglu` of gate_up [T, 2I] in fp32, rounded to its dtype: what the shared expert has between its products."""
+    if fused(gate_up):
+        from .fused.swiglu import Gated
+
+        return Gated.apply(gate_up, limit)  # pyright: ignore[reportReturnType]
+    return swiglu(upcast(gate_up), limit).to(gate_up.dtype)
