@@ -54,8 +54,8 @@ PrecisionOption = Annotated[
     typer.Option(
         "--precision",
         metavar="KEY=VALUE,...",
-        help="A recipe's **precision**, to compute as a quantization-aware training did: any of experts=fp4, "
-        "indexer=fp4, kv=fp8, with commas between. DeepSeek-V4 only.",
+        help="A recipe's **precision**: compute=float32 or bfloat16 and, to compute as a quantization-aware training "
+        "of DeepSeek-V4 did, any of experts=fp4, indexer=fp4, kv=fp8, with commas between.",
         show_default=False,
     ),
 ]

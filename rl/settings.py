@@ -45,7 +45,8 @@ class Optimization(Settings):
     balance_speed: float = Field(default=0.0, ge=0)
     """How far the routers' correction biases move a step towards level loads (V4's pretraining: 0.001); 0: not."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO: 1 shards the optimizer's state over the ranks, 2 also gradients, 3 also parameters."""
+    """DeepSpeed ZeRO: 1 shards the optimizer's state over the ranks, 2 also gradients, 3 also parameters, which
+    then are fp32."""
     ranks: PositiveInt = 1
     """Learner processes, data parallel. They change the memory and the time of a step, never its gradient."""
     micro_batch_tokens: PositiveInt = 4096

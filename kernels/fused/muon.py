@@ -1,7 +1,6 @@
 """Triton kernels of Muon over lists of tensors: what is orthogonalized from gradient and momentum, and the step by it.
 
-Between the two are Newton-Schulz's products, which are cuBLAS's. Each takes 12 bytes a parameter where gradient, weight
-and products are bf16.
+Each takes 12 bytes a parameter where gradient, weight and what is orthogonalized are bf16.
 """
 
 from collections.abc import Sequence
