@@ -52,19 +52,23 @@ def swiglu(gate_up: Tensor, limit: float) -> Tensor:
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
-def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
+def experts(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float, shared: Tensor | None = None
+) -> Tensor:
     """Sum over the k chosen experts of down_e(weight * swiglu(gate_up_e x)); x [T, d], ids, weights [T, k] -> [T, d].
 
     gate_up [E, 2I, d], down [E, d, I]. The weight multiplies before the down projection and slots are added in order,
     and all between the two products is fp32, as in DeepSeek's code. Tokens are sorted by expert (stably), each expert
-    with tokens does two products in x's dtype. Returns fp32.
+    with tokens does two products in x's dtype. Returns fp32; or, with what the `shared` expert gave [T, d] added to it,
+    x's dtype.
     """
     if fused(x):
         from .fused.moe import Experts
 
         keep = torch.is_grad_enabled() and any(a.requires_grad for a in (x, weights, gate_up, down))
-        return Experts.apply(x, ids, weights, gate_up, down, limit, keep)  # pyright: ignore[reportReturnType]
-    return reference_experts(x, ids, weights, gate_up.unbind(0), down.unbind(0), limit, project)
+        return Experts.apply(x, ids, weights, gate_up, down, shared, limit, keep)  # pyright: ignore[reportReturnType]
+    routed = reference_experts(x, ids, weights, gate_up.unbind(0), down.unbind(0), limit, project)
+    return routed if shared is None else (routed + upcast(shared)).to(x.dtype)
 
 
 def reference_experts(

@@ -125,8 +125,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, replay: Tensor | None) -> tuple[Tensor, Tensor]:
         """[T, d] -> [T, d] and the expert ids [T, k]; the routed sum and the shared expert are added in fp32."""
         ids, weights = self.gate(x, tokens, replay)
-        routed = experts(x, ids, weights, *self.experts.weights(), self.limit)
-        return (routed + upcast(self.shared_experts(x))).to(x.dtype), ids
+        return experts(x, ids, weights, *self.experts.weights(), self.limit, self.shared_experts(x)), ids
 
 
 class Block(nn.Module):

@@ -126,13 +126,16 @@ def _rows_times_weights(
 
 
 @triton.jit
-def _combine(rows, row_of_slot, out, width, K: tl.constexpr, C: tl.constexpr):
-    """out [T, width]: the k rows of a token, summed in slot order in fp32. Limited by memory: it reads P rows once."""
+def _combine(rows, row_of_slot, shared, out, width, K: tl.constexpr, C: tl.constexpr, SHARED: tl.constexpr):
+    """out [T, width]: the k rows of a token, summed in slot order in fp32, and `shared` [T, width], if SHARED. Limited
+    by memory: it reads P rows once."""
     token, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * C + tl.arange(0, C)
     sums = tl.zeros([C], tl.float32)
     for i in tl.static_range(K):
         row = tl.load(row_of_slot + token * K + i).to(tl.int64)
         sums += tl.load(rows + row * width + c, mask=c < width, other=0.0).to(tl.float32)
+    if SHARED:
+        sums += tl.load(shared + token * width + c, mask=c < width, other=0.0).to(tl.float32)
     tl.store(out + token * width + c, sums, mask=c < width)
 
 
@@ -201,11 +204,14 @@ def rows_times_weights(x: Tensor, weights: Tensor, rows: Rows, transposed: bool,
     return out
 
 
-def combine(x: Tensor, rows: Rows, k: int, dtype: torch.dtype) -> Tensor:
-    """Sums [T, N] of rows [P, N] by token."""
+def combine(x: Tensor, rows: Rows, k: int, dtype: torch.dtype, shared: Tensor | None = None) -> Tensor:
+    """Sums [T, N] of rows [P, N] by token, and of `shared` [T, N] if there is one."""
     tokens, width = rows.row.numel() // k, x.shape[1]
     out = x.new_empty(tokens, width, dtype=dtype)
-    _combine[(tokens, triton.cdiv(width, CHANNELS))](x, rows.row, out, width, K=k, C=CHANNELS, num_warps=4, **SAME_BITS)
+    _combine[(tokens, triton.cdiv(width, CHANNELS))](
+        x, rows.row, x if shared is None else shared, out, width,
+        K=k, C=CHANNELS, SHARED=shared is not None, num_warps=4, **SAME_BITS,
+    )  # fmt: skip
     return out
 
 
@@ -224,19 +230,23 @@ class Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float, keep: bool
-    ) -> Tensor:
+        ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, shared: Tensor | None,
+        limit: float, keep: bool,
+    ) -> Tensor:  # fmt: skip
         check(x, weights, gate_up, down)
+        dtype = torch.float32
+        if shared is not None:
+            dtype, shared = check_dtypes(x=x, shared=shared), shared.contiguous()
         if ids.numel() == 0:
             ctx.save_for_backward(x, weights, gate_up, down)
-            return x.new_zeros(x.shape, dtype=torch.float32)
+            return x.new_zeros(x.shape, dtype=dtype)
         x, weights, gate_up, down = (a.contiguous() for a in (x, weights, gate_up, down))
         experts, k = gate_up.shape[0], ids.shape[1]
         rows = sort_rows(ids, experts, height_of(ids.numel(), experts, x.dtype))
         projected, hidden = project_up(x, weights, gate_up, rows, limit, keep)
         ctx.save_for_backward(x, weights, gate_up, down, projected, *rows[1:])
         ctx.height, ctx.limit = rows.height, limit
-        return combine(rows_times_weights(hidden, down, rows, transposed=True), rows, k, torch.float32)
+        return combine(rows_times_weights(hidden, down, rows, transposed=True), rows, k, dtype, shared)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -244,9 +254,10 @@ class Experts(torch.autograd.Function):
 
         x, weights, gate_up, down, *saved = ctx.saved_tensors
         if not saved:
-            return torch.zeros_like(x), None, *(torch.zeros_like(a) for a in (weights, gate_up, down)), None, None
+            zeros = [torch.zeros_like(a) for a in (weights, gate_up, down)]
+            return torch.zeros_like(x), None, *zeros, grads[0] if ctx.needs_input_grad[5] else None, None, None
         projected, *rest = saved
         of_x, *others = experts_backward(
             grads[0], x, weights, gate_up, down, projected, Rows(ctx.height, *rest), ctx.limit, ctx.needs_input_grad
         )
-        return of_x, None, *others, None, None
+        return of_x, None, *others, grads[0] if ctx.needs_input_grad[5] else None, None, None

@@ -203,7 +203,7 @@ def expert_layer(
     x = meta(tokens, hidden, dtype=dtype).requires_grad_()
     gate_up = meta(experts, 2 * inner, hidden, dtype=dtype).requires_grad_()
     down = meta(experts, hidden, inner, dtype=dtype).requires_grad_()
-    backward(moe.Experts.apply(x, ids, weights, gate_up, down, 10.0, True))
+    backward(moe.Experts.apply(x, ids, weights, gate_up, down, x, 10.0, True))
 
 
 def low_experts(tokens: int, fp4: bool = False, train: bool = False) -> None:

@@ -44,10 +44,11 @@ def test_experts(
     ids = chosen(tokens, k, experts)
     limit = 3.0 if dtype == torch.float32 else 1e3  # near the limit, rounding to bf16 decides whether there is gradient
 
-    def ours(x, weights, gate_up, down):
-        return moe.experts(x, ids, weights, gate_up, down, limit)
+    def ours(x, weights, gate_up, down, shared=None):
+        return moe.experts(x, ids, weights, gate_up, down, limit, shared)
 
-    compare(ours, dtype, *layer(tokens, k, experts, hidden, inner), fp32=(1,))
+    inputs = layer(tokens, k, experts, hidden, inner)
+    compare(ours, dtype, *inputs, *([torch.randn(tokens, hidden)] if height == 16 else []), fp32=(1,))
 
 
 @pytest.mark.parametrize("tokens, experts", [(1, 7), (70, 7)], ids=["one token", "all to one"])
@@ -92,6 +93,16 @@ def test_every_run_s_gradients_are_equal():
     runs = [moe.experts(x, ids, weights, gate_up, down, 3.0).sum() for _ in range(2)]
     first, second = (torch.autograd.grad(run, leaves) for run in runs)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_second_backward_is_refused():
+    """The first has put gradients where the forward had kept its product."""
+    leaves = [a.requires_grad_() for a in layer(9, 2, 3, 16, 16)]
+    x, weights, gate_up, down = leaves
+    total = moe.experts(x, chosen(9, 2, 3), weights, gate_up, down, 3.0).sum()
+    torch.autograd.grad(total, leaves, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(total, leaves)
 
 
 @pytest.mark.parametrize("tokens, k, experts, height", [(700, 3, 5, 16), (1, 2, 300, 16), (90, 2, 7, 128)])
