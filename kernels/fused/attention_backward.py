@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..places import Seen
-from .attention import CHOSEN, DENSE, NONE, _keys, kind_of, on_hopper
+from .attention import CHOSEN, DENSE, NONE, kind_of, on_hopper
 from .attention_tiles import of_pairs, of_rows
 from .launch import HOPPER_KEYS, LOG2E, Tiles, next_power, precision
 from .norm import PROGRAMS, TILE, angles, turn
@@ -53,6 +53,24 @@ def _delta(
 
 
 @triton.jit
+def _keys(
+    rows, entries, chosen, i, place, first, first_entry, count, row_stride, entry_stride,
+    D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Tile i of what a query at `place` sees: keys [BLOCK, D] and which of them are real; window tiles come first."""
+    ENTRIES: tl.constexpr = tl.cdiv(W, BLOCK) * BLOCK  # where the tiles of entries begin
+    at = i + tl.arange(0, BLOCK)
+    number = place - (W - 1) + at
+    seen = (number >= 0) & (at < W)
+    where = rows + (first + number).to(tl.int64) * row_stride
+    entry = (at >= ENTRIES) & (at - ENTRIES < count)
+    number = tl.load(chosen + at - ENTRIES, mask=entry, other=0)
+    where = tl.where(entry, entries + (first_entry + number).to(tl.int64) * entry_stride, where)
+    seen = seen | entry
+    return tl.load(where[:, None] + tl.arange(0, D)[None, :], mask=seen[:, None], other=0.0), seen
+
+
+@triton.jit
 def _queries_backward(
     q, rows, entries, chosen, grad, lse, delta, grad_q, pairs, of_rows,
     position, row_first, entry_first,
@@ -77,8 +95,8 @@ def _queries_backward(
     ENTRIES: tl.constexpr = tl.cdiv(W, BLOCK) * BLOCK
     for i in tl.range(0, ENTRIES + count, BLOCK):
         keys, seen = _keys(
-            rows, entries, chosen + t * topk, i, place, first, first_entry, 0, count,
-            row_stride, entry_stride, 1, D, W, BLOCK, 2, False,
+            rows, entries, chosen + t * topk, i, place, first, first_entry, count, row_stride, entry_stride,
+            D, W, BLOCK,
         )  # fmt: skip
         scores = tl.dot(queries_HD, tl.trans(keys), input_precision=PRECISION) * scale
         weights = tl.where(seen[None, :], tl.exp2(scores - lse_H[:, None]), 0.0)

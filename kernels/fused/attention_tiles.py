@@ -4,8 +4,6 @@ A pair is a query and a head of it. Neighbouring pairs share their keys, and mak
 64 of them are what a warpgroup multiplies at once.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..places import Seen
 from .attention import on_hopper
-from .launch import HOPPER_ROWS, LOG2E, precision
+from .launch import HOPPER_ROWS, LOG2E, PairTiles, precision
 
 
 @triton.jit
@@ -137,15 +135,6 @@ def _sum_parts(parts, out, count, size, SHARES: tl.constexpr, C: tl.constexpr):
     for i in range(1, SHARES):
         sums += tl.load(parts + i * size + at, mask=at < count, other=0.0)
     tl.store(out + at, sums, mask=at < count)
-
-
-class PairTiles(NamedTuple):
-    """Of one program: pairs (query, head) of a tile, rows or keys of a tile, warps, stages of the loads' pipeline."""
-
-    pairs: int
-    keys: int
-    warps: int
-    stages: int
 
 
 def _by_pairs(dtype: torch.dtype, width: int) -> PairTiles:
