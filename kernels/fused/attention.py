@@ -45,13 +45,11 @@ def _forward(
     t, h = start + p // span, tl.program_id(1) * PAIRS + p % span
     real = (t < stop) & (h < heads)
     place = tl.load(position + t, mask=real, other=-1)
-    count = tl.zeros_like(place)
+    entries_most = 0
     if KIND != 0:
-        count = (place + 1) // ratio
-        if KIND == 2:
-            count = tl.minimum(count, topk)
+        entries_most = (tl.max(place) + 1) // ratio
     low = split * LIMIT
-    if low < tl.maximum(tl.max(count), 1):
+    if low < tl.maximum(entries_most, 1):
         pair = t.to(tl.int64) * heads + h
         own = pair[:, None] * D + d[None, :]
         queries_PD = tl.load(q + own, mask=real[:, None], other=0.0)
@@ -59,45 +57,48 @@ def _forward(
         total = tl.where(split == 0, 1.0, 0.0) + tl.zeros([PAIRS], tl.float32)
         sums = tl.zeros([PAIRS, D], tl.float32)
         first, first_entry = tl.load(row_first + t, mask=real, other=0), tl.load(entry_first + t, mask=real, other=0)
-        for s in range(start, stop):
-            # One document after another: all its queries here in one turn, that of the first of them.
-            rows_of, entries_of = tl.load(row_first + s), tl.load(entry_first + s)
-            mine = real & (first == rows_of) & (first_entry == entries_of) & (t >= s)
-            if s > start:
-                same = (tl.load(row_first + s - 1) == rows_of) & (tl.load(entry_first + s - 1) == entries_of)
-                mine = mine & (same == 0)
-            oldest = tl.min(tl.where(mine, place, 2147483647)) - (W - 1)
-            newest = tl.max(tl.where(mine, place, -1))
+        s = start
+        while s < stop:  # one document after another, of which there is mostly one
+            rows_of, entries_of, place_of = tl.load(row_first + s), tl.load(entry_first + s), tl.load(position + s)
+            mine = (first == rows_of) & (first_entry == entries_of) & (place - place_of == t - s)
+            following = tl.min(tl.where(real & (t >= s) & (mine == 0), t, stop))
+            place_P = tl.where(mine & real & (t >= s), place, -1)
+            oldest, newest = place_of - (W - 1), place_of + (following - s) - 1
             begin = tl.maximum(oldest, 0) // BLOCK * BLOCK
-            window = tl.where(split == 0, tl.cdiv(tl.maximum(newest + 1 - begin, 0), BLOCK) * BLOCK, 0)
-            end = tl.minimum(tl.max(tl.where(mine, count, 0)), low + LIMIT)
+            window = tl.where(split == 0, tl.cdiv(newest + 1 - begin, BLOCK) * BLOCK, 0)
+            end = low
+            if KIND != 0:
+                count_P = (place_P + 1) // ratio
+                if KIND == 2:
+                    count_P = tl.minimum(count_P, topk)
+                end = tl.minimum(tl.max(count_P), low + LIMIT)
+                last_P = tl.minimum(count_P, end) - 1
             # One loop over tiles of the window, then of entries: two would be two programs' registers.
             for i in tl.range(0, window + tl.maximum(end - low, 0), BLOCK):
-                number = begin + i + tl.arange(0, BLOCK)
-                there = (number >= oldest) & (number <= newest)
-                if RING:
-                    index = rows_of + number % slots
-                else:
-                    index = rows_of + number
-                where = rows + index.to(tl.int64) * row_stride
-                seen = (number[None, :] <= place[:, None]) & (number[None, :] > place[:, None] - W)
+                entry = i >= window if KIND != 0 else False
+                number = tl.where(entry, low - window, begin) + i + tl.arange(0, BLOCK)
+                there = (number >= tl.where(entry, 0, oldest)) & (number < tl.where(entry, end, newest + 1))
+                least, most, index = place_P - (W - 1), place_P, number
                 if KIND != 0:
-                    entry, number = i >= window, tl.where(i >= window, low + i - window + tl.arange(0, BLOCK), number)
-                    there = tl.where(entry, number < end, there)
-                    seen = tl.where(entry, number[None, :] < tl.minimum(count, end)[:, None], seen)
-                    if KIND == 2:
-                        own_chosen = chosen + tl.program_id(0).to(tl.int64) * topk  # `some` is 1
-                        number = tl.load(own_chosen + number, mask=there & entry, other=0)
-                    where = tl.where(entry, entries + (entries_of + number).to(tl.int64) * entry_stride, where)
+                    least, most = tl.where(entry, 0, least), tl.where(entry, last_P, most)
+                if RING:
+                    index = tl.where(entry, number, number % slots)
+                if KIND == 2:
+                    own_chosen = chosen + tl.program_id(0).to(tl.int64) * topk  # `some` is 1
+                    index = tl.where(entry, tl.load(own_chosen + number, mask=there & entry, other=0), index)
+                index = (tl.where(entry, entries_of, rows_of) + index).to(tl.int64)
+                where = tl.where(entry, entries, rows) + index * tl.where(entry, entry_stride, row_stride)
+                seen = (number[None, :] >= least[:, None]) & (number[None, :] <= most[:, None])
                 keys = tl.load(where[:, None] + d[None, :], mask=there[:, None], other=0.0)
                 scores = tl.dot(queries_PD, tl.trans(keys), input_precision=PRECISION) * scale
-                scores = tl.where(seen & mine[:, None], scores, float("-inf"))
+                scores = tl.where(seen, scores, float("-inf"))
                 new = tl.maximum(largest, tl.max(scores, 1))
                 shrink = tl.exp2(largest - new)
                 weights = tl.exp2(scores - new[:, None])
                 total = total * shrink + tl.sum(weights, 1)
                 sums = tl.dot(weights.to(keys.dtype), keys, sums * shrink[:, None], input_precision=PRECISION)
                 largest = new
+            s = following
         if SPLITS == 1:
             tl.store(out + own, sums * (1.0 / total)[:, None], mask=real[:, None])
             tl.store(lse + pair, largest + tl.log2(total), mask=real)
