@@ -184,8 +184,10 @@ def of_rows(q: Tensor, rows: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, s
         first, seen.position, low, high, queries, count, tiles, ratio, queries.bit_length(),
         W=window, ROWS=size, TILES=128,
     )  # fmt: skip
-    # Entries have few tiles, and of unequal work.
-    shares = min(max(1024 // tiles, 1), 256) if entries else _shares(tiles, size + window)
+    if on_hopper(q) and not entries:
+        shares = _shares(tiles, size + window)
+    else:  # some programs beside each other; entries have few tiles, and of unequal work
+        shares = min(max((1024 if entries else 256) // tiles, 1), 256)
     parts = q.new_empty(shares, tiles * size, width, dtype=torch.float32)
     scale = width**-0.5 * LOG2E
     if on_hopper(q):

@@ -92,17 +92,25 @@ def _rows_times_tokens(
     out.store([expert * high + m, n], sums.to(out.dtype))
 
 
+def _grad_tiles(dtype: torch.dtype, mean: float, gathered_first: bool) -> tuple[int, int, int, int]:
+    """Of `_rows_times_tokens`, for experts with `mean` rows: a tile's height and width at most, warps, stages."""
+    if dtype == torch.float32:
+        return 64, 64, 4, 2
+    return 128, 128, 4, 5
+
+
 def _weights_grad(x: Tensor, tokens: Tensor, rows: Rows, like: Tensor, gathered_first: bool) -> Tensor:
     """Of `like` [E, m, n], from x [P, n] and tokens [T, m] if `gathered_first`, or x [P, m] and tokens [T, n]."""
     experts, high, wide = like.shape
     out = torch.empty_like(like)
-    most, depth = (64, 32) if x.dtype == torch.float32 else (128, 64)
-    m, n, step = math.gcd(high, most), math.gcd(wide, most), min(rows.height, depth)
+    most_high, most_wide, warps, stages = _grad_tiles(x.dtype, rows.row.numel() / experts, gathered_first)
+    m, n = math.gcd(high, most_high), math.gcd(wide, most_wide)
+    step = min(rows.height, 32 if x.dtype == torch.float32 else 64)
     _rows_times_tokens[(high // m * (wide // n), experts)](
         described(x, step, n if gathered_first else m), tokens, described(out, m, n),
         rows.slot, rows.first, rows.counts, high, wide, tokens.shape[1],
         K=rows.row.numel() // tokens.shape[0], HIGH=m, WIDE=n, DEPTH=step, GATHERED_FIRST=gathered_first,
-        PRECISION=precision(x.dtype), num_warps=4, num_stages=2 if x.dtype == torch.float32 else 5,
+        PRECISION=precision(x.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 
