@@ -57,6 +57,7 @@ def _forward(
         total = tl.where(split == 0, 1.0, 0.0) + tl.zeros([PAIRS], tl.float32)
         sums = tl.zeros([PAIRS, D], tl.float32)
         first, first_entry = tl.load(row_first + t, mask=real, other=0), tl.load(entry_first + t, mask=real, other=0)
+        chosen += start.to(tl.int64) * topk  # of the only query, as `some` is 1 then
         s = start
         while s < stop:  # one document after another, of which there is mostly one
             rows_of, entries_of, place_of = tl.load(row_first + s), tl.load(entry_first + s), tl.load(position + s)
@@ -84,8 +85,7 @@ def _forward(
                 if RING:
                     index = tl.where(entry, number, number % slots)
                 if KIND == 2:
-                    own_chosen = chosen + tl.program_id(0).to(tl.int64) * topk  # `some` is 1
-                    index = tl.where(entry, tl.load(own_chosen + number, mask=there & entry, other=0), index)
+                    index = tl.where(entry, tl.load(chosen + number, mask=there & entry, other=0), index)
                 index = (tl.where(entry, entries_of, rows_of) + index).to(tl.int64)
                 where = tl.where(entry, entries, rows) + index * tl.where(entry, entry_stride, row_stride)
                 seen = (number[None, :] >= least[:, None]) & (number[None, :] <= most[:, None])
