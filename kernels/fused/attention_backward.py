@@ -186,7 +186,7 @@ def _of_sinks(
     turned = grad if rotation is None else torch.empty_like(grad)
     some = min(next_power(heads), 16)
     at_once = max(TILE // (width * some), 1)
-    parts = lse.new_empty(max(min(triton.cdiv(queries, at_once), 4 * PROGRAMS), 1), heads)
+    parts = lse.new_empty(max(min(triton.cdiv(queries, at_once), PROGRAMS), 1), heads)
     _delta[(parts.shape[0], triton.cdiv(heads, some))](
         out, grad, sinks, lse, delta, turned, table, parts, queries, heads,
         D=width, QUERIES=at_once, HEADS=some, ROTATED=rotated, num_warps=8,

@@ -68,8 +68,9 @@ def _rows_times_tokens(
     """out[e] [high, wide], a gradient of weights: an expert's rows [P, high], transposed, times its gathered tokens
     [T, wide]; or its tokens [T, high] times its rows [P, wide] if GATHERED_FIRST. Zeros for an expert without rows.
 
-    Limited by short sums (384 rows of an expert are 6 steps) and the tile's store: so 128 by 128 in 4 warps, two
-    programs a multiprocessor. Operands lie with their sums' axis outside, which wgmma takes in bf16.
+    Limited by the L2 cache: 48 KiB for 4.2 MFLOP of 128 by 256 by 64 (as two of 128 by 128, which took up to 1.3 times as
+    long, it is 64), and by short sums: 384 rows of an expert are 6 steps. What is gathered is the shorter side. Operands
+    lie with their sums' axis outside, which wgmma takes in bf16.
     """
     tile, expert = tl.program_id(0), tl.program_id(1)
     across = wide // WIDE
@@ -92,25 +93,18 @@ def _rows_times_tokens(
     out.store([expert * high + m, n], sums.to(out.dtype))
 
 
-def _grad_tiles(dtype: torch.dtype, mean: float, gathered_first: bool) -> tuple[int, int, int, int]:
-    """Of `_rows_times_tokens`, for experts with `mean` rows: a tile's height and width at most, warps, stages."""
-    if dtype == torch.float32:
-        return 64, 64, 4, 2
-    return 128, 128, 4, 5
-
-
 def _weights_grad(x: Tensor, tokens: Tensor, rows: Rows, like: Tensor, gathered_first: bool) -> Tensor:
     """Of `like` [E, m, n], from x [P, n] and tokens [T, m] if `gathered_first`, or x [P, m] and tokens [T, n]."""
     experts, high, wide = like.shape
     out = torch.empty_like(like)
-    most_high, most_wide, warps, stages = _grad_tiles(x.dtype, rows.row.numel() / experts, gathered_first)
-    m, n = math.gcd(high, most_high), math.gcd(wide, most_wide)
+    most, stages = ((64, 64), 2) if x.dtype == torch.float32 else ((128, 256), 5) if gathered_first else ((256, 128), 7)
+    m, n = math.gcd(high, most[0]), math.gcd(wide, most[1])
     step = min(rows.height, 32 if x.dtype == torch.float32 else 64)
     _rows_times_tokens[(high // m * (wide // n), experts)](
         described(x, step, n if gathered_first else m), tokens, described(out, m, n),
         rows.slot, rows.first, rows.counts, high, wide, tokens.shape[1],
         K=rows.row.numel() // tokens.shape[0], HIGH=m, WIDE=n, DEPTH=step, GATHERED_FIRST=gathered_first,
-        PRECISION=precision(x.dtype), num_warps=warps, num_stages=stages,
+        PRECISION=precision(x.dtype), num_warps=8 if m * n > 2**14 else 4, num_stages=stages,
     )  # fmt: skip
     return out
 
