@@ -68,8 +68,8 @@ def _rows_times_tokens(
     """out[e] [high, wide], a gradient of weights: an expert's rows [P, high], transposed, times its gathered tokens
     [T, wide]; or its tokens [T, high] times its rows [P, wide] if GATHERED_FIRST. Zeros for an expert without rows.
 
-    Limited by the L2 cache: 48 KiB for 4.2 MFLOP of 128 by 256 by 64 (as two of 128 by 128, which took up to 1.3 times as
-    long, it is 64), and by short sums: 384 rows of an expert are 6 steps. What is gathered is the shorter side. Operands
+    Limited by the L2 cache, 48 KiB for 4.2 MFLOP of 128 by 256 by 64 (as two of 128 by 128, which took up to 1.3 times
+    as long, 64), and by short sums: 384 rows of an expert are 6 steps. What is gathered is the shorter side. Operands
     lie with their sums' axis outside, which wgmma takes in bf16.
     """
     tile, expert = tl.program_id(0), tl.program_id(1)
