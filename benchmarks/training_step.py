@@ -38,7 +38,7 @@ MEMORY = {8_192: 8.0}  # goal: GiB beyond weights, gradients and optimizer state
 OPTIMIZATION = Optimization(lr=1e-4, weight_decay=0.1)
 REP = 1000  # milliseconds that steps are timed for
 GROUPS = {
-    "attention": "attention attention_backward hopper_forward hopper_queries hopper_rows",
+    "attention": "attention attention_backward attention_tiles hopper_forward hopper_queries hopper_rows",
     "indexer": "indexer hopper_indexer",
     "compressors": "compress",
     "norms and RoPE": "norm",

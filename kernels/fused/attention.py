@@ -2,12 +2,14 @@
 
 Legend: T queries, H heads, D channels, W the window, K chosen entries of a query, R rows, N entries.
 
-A program is one query and a block of its heads, so decoding runs the program that training runs. Keys come in tiles of
-`BLOCK` that begin at places relative to the query (window) or to its document's first entry (entries), never to the
-pack, the chunk or the cache. Scores and sums are fp32, probabilities meet the values in the rows' dtype, the running
-maximum starts with the sink. A document's entries beyond 1,024 are other programs, whose sums are merged in order.
+A program is a tile of pairs, a query and a head of it, as many as a warpgroup multiplies at once: those of one query in
+decoding, of neighbours in a pack. Keys come in tiles of `BLOCK` that begin at multiples of it among a document's rows
+and among its entries, never at a place in the pack, the chunk or the cache. One that a query does not see changes
+nothing for it. Scores and sums are fp32, probabilities meet the values in the rows' dtype, the running maximum starts
+with the sink. A document's entries beyond 1,024 are other programs, whose sums are merged in order.
 
-On a Hopper GPU, 64 heads of 512 channels in bf16 go to kernels of the same tiles in Gluon (hopper_*.py).
+On a Hopper GPU, 64 heads of 512 channels in bf16 go to kernels in Gluon (hopper_*.py). There a program is one
+query, and the tiles of the window begin at its oldest row.
 """
 
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from ..dispatch import say
 from ..places import Seen
-from .launch import LOG2E, SAME_BITS, Tiles, check_dtypes, check_width, is_hopper, next_power, precision
+from .launch import LOG2E, SAME_BITS, PairTiles, check_dtypes, check_width, is_hopper, precision
 from .norm import rope_in_place
 
 SPLIT = 1024  # entries of a document that one program sums up
@@ -29,80 +31,82 @@ NONE, DENSE, CHOSEN = 0, 1, 2  # a query's entries: none, all that are complete,
 
 
 @triton.jit
-def _keys(
-    rows, entries, chosen, i, place, first, first_entry, low, count,
-    row_stride, entry_stride, slots,
-    D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, RING: tl.constexpr,
-):  # fmt: skip
-    """Tile i of what a query at `place` sees: keys [BLOCK, D] and which of them are real; window tiles come first."""
-    ENTRIES: tl.constexpr = tl.cdiv(W, BLOCK) * BLOCK  # where the tiles of entries begin
-    at = i + tl.arange(0, BLOCK)
-    number = place - (W - 1) + at
-    seen = (number >= 0) & (at < W)
-    if RING:
-        index = first + number % slots
-    else:
-        index = first + number
-    where = rows + index.to(tl.int64) * row_stride
-    if KIND != 0:
-        number = low + at - ENTRIES
-        entry = (at >= ENTRIES) & (number < count)
-        if KIND == 2:
-            number = tl.load(chosen + number, mask=entry, other=0)
-        where = tl.where(entry, entries + (first_entry + number).to(tl.int64) * entry_stride, where)
-        seen = seen | entry
-    return tl.load(where[:, None] + tl.arange(0, D)[None, :], mask=seen[:, None], other=0.0), seen
-
-
-@triton.jit
 def _forward(
     q, rows, entries, chosen, sinks, out, lse, partial,
     position, row_first, entry_first,
-    scale, heads, row_stride, entry_stride, slots, ratio, topk, queries,
-    D: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
+    scale, heads, row_stride, entry_stride, slots, ratio, topk, queries, some,
+    D: tl.constexpr, W: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
     KIND: tl.constexpr, RING: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    t, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    h, d = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
-    place = tl.load(position + t)
-    count = 0
+    """Up to PAIRS heads of `some` queries, which share the keys that one of them sees."""
+    split, p, d = tl.program_id(2), tl.arange(0, PAIRS), tl.arange(0, D)
+    span, start = tl.minimum(heads, PAIRS), tl.program_id(0) * some
+    stop = tl.minimum(start + some, queries)
+    t, h = start + p // span, tl.program_id(1) * PAIRS + p % span
+    real = (t < stop) & (h < heads)
+    place = tl.load(position + t, mask=real, other=-1)
+    entries_most = 0
     if KIND != 0:
-        count = (place + 1) // ratio
-        if KIND == 2:
-            count = tl.minimum(count, topk)
-    if split * LIMIT < tl.maximum(count, 1):
-        own = (t * heads + h)[:, None] * D + d[None, :]
-        queries_HD = tl.load(q + own, mask=(h < heads)[:, None], other=0.0)
-        sink = tl.load(sinks + h, mask=h < heads, other=0.0).to(tl.float32) * 1.4426950408889634
-        largest = sink
-        total = tl.where(split == 0, 1.0, 0.0) + tl.zeros([HEADS], tl.float32)
-        sums = tl.zeros([HEADS, D], tl.float32)
-        first, first_entry = tl.load(row_first + t), tl.load(entry_first + t)
-        low = split * LIMIT
-        # One loop over tiles of the window, then of entries: two would be two programs' registers.
-        ENTRIES: tl.constexpr = tl.cdiv(W, BLOCK) * BLOCK
-        begin, end = tl.where(split == 0, 0, ENTRIES), tl.minimum(count, low + LIMIT)
-        for i in tl.range(begin, ENTRIES + end - low, BLOCK):
-            keys, seen = _keys(
-                rows, entries, chosen + t * topk, i, place, first, first_entry, low, end,
-                row_stride, entry_stride, slots, D, W, BLOCK, KIND, RING,
-            )  # fmt: skip
-            scores = tl.dot(queries_HD, tl.trans(keys), input_precision=PRECISION) * scale
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            new = tl.maximum(largest, tl.max(scores, 1))
-            shrink = tl.exp2(largest - new)
-            weights = tl.exp2(scores - new[:, None])
-            total = total * shrink + tl.sum(weights, 1)
-            sums = tl.dot(weights.to(keys.dtype), keys, sums * shrink[:, None], input_precision=PRECISION)
-            largest = new
+        entries_most = (tl.max(place) + 1) // ratio
+    low = split * LIMIT
+    if low < tl.maximum(entries_most, 1):
+        pair = t.to(tl.int64) * heads + h
+        own = pair[:, None] * D + d[None, :]
+        queries_PD = tl.load(q + own, mask=real[:, None], other=0.0)
+        largest = tl.load(sinks + h, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
+        total = tl.where(split == 0, 1.0, 0.0) + tl.zeros([PAIRS], tl.float32)
+        sums = tl.zeros([PAIRS, D], tl.float32)
+        first, first_entry = tl.load(row_first + t, mask=real, other=0), tl.load(entry_first + t, mask=real, other=0)
+        chosen += start.to(tl.int64) * topk  # of the only query, as `some` is 1 then
+        s = start
+        while s < stop:  # one document after another, of which there is mostly one
+            rows_of, entries_of, place_of = tl.load(row_first + s), tl.load(entry_first + s), tl.load(position + s)
+            mine = (first == rows_of) & (first_entry == entries_of) & (place - place_of == t - s)
+            following = tl.min(tl.where(real & (t >= s) & (mine == 0), t, stop))
+            place_P = tl.where(mine & real & (t >= s), place, -1)
+            oldest, newest = place_of - (W - 1), place_of + (following - s) - 1
+            begin = tl.maximum(oldest, 0) // BLOCK * BLOCK
+            window = tl.where(split == 0, tl.cdiv(newest + 1 - begin, BLOCK) * BLOCK, 0)
+            end = low
+            if KIND != 0:
+                count_P = (place_P + 1) // ratio
+                if KIND == 2:
+                    count_P = tl.minimum(count_P, topk)
+                end = tl.minimum(tl.max(count_P), low + LIMIT)
+                last_P = tl.minimum(count_P, end) - 1
+            # One loop over tiles of the window, then of entries: two would be two programs' registers.
+            for i in tl.range(0, window + tl.maximum(end - low, 0), BLOCK):
+                entry = i >= window if KIND != 0 else False
+                number = tl.where(entry, low - window, begin) + i + tl.arange(0, BLOCK)
+                there = (number >= tl.where(entry, 0, oldest)) & (number < tl.where(entry, end, newest + 1))
+                least, most, index = place_P - (W - 1), place_P, number
+                if KIND != 0:
+                    least, most = tl.where(entry, 0, least), tl.where(entry, last_P, most)
+                if RING:
+                    index = tl.where(entry, number, number % slots)
+                if KIND == 2:
+                    index = tl.where(entry, tl.load(chosen + number, mask=there & entry, other=0), index)
+                index = (tl.where(entry, entries_of, rows_of) + index).to(tl.int64)
+                where = tl.where(entry, entries, rows) + index * tl.where(entry, entry_stride, row_stride)
+                seen = (number[None, :] >= least[:, None]) & (number[None, :] <= most[:, None])
+                keys = tl.load(where[:, None] + d[None, :], mask=there[:, None], other=0.0)
+                scores = tl.dot(queries_PD, tl.trans(keys), input_precision=PRECISION) * scale
+                scores = tl.where(seen, scores, float("-inf"))
+                new = tl.maximum(largest, tl.max(scores, 1))
+                shrink = tl.exp2(largest - new)
+                weights = tl.exp2(scores - new[:, None])
+                total = total * shrink + tl.sum(weights, 1)
+                sums = tl.dot(weights.to(keys.dtype), keys, sums * shrink[:, None], input_precision=PRECISION)
+                largest = new
+            s = following
         if SPLITS == 1:
-            tl.store(out + own, sums * (1.0 / total)[:, None], mask=(h < heads)[:, None])
-            tl.store(lse + t * heads + h, largest + tl.log2(total), mask=h < heads)
+            tl.store(out + own, sums * (1.0 / total)[:, None], mask=real[:, None])
+            tl.store(lse + pair, largest + tl.log2(total), mask=real)
         else:
-            part = (split * queries + t) * heads + h
-            tl.store(out + part[:, None] * D + d[None, :], sums, mask=(h < heads)[:, None])
-            tl.store(partial + part * 2, largest, mask=h < heads)
-            tl.store(partial + part * 2 + 1, total, mask=h < heads)
+            part = split.to(tl.int64) * queries * heads + pair
+            tl.store(out + part[:, None] * D + d[None, :], sums, mask=real[:, None])
+            tl.store(partial + part * 2, largest, mask=real)
+            tl.store(partial + part * 2 + 1, total, mask=real)
 
 
 @triton.jit
@@ -128,10 +132,10 @@ def _merge(
     tl.store(lse + t * heads + h, shift + tl.log2(total), mask=h < heads)
 
 
-def _forward_tiles(dtype: torch.dtype, heads: int, width: int) -> Tiles:
-    if dtype == torch.bfloat16 and width >= 256:
-        return Tiles(min(max(next_power(heads), 16), 64), 64, 8, 2)
-    return Tiles(16, 32 if width >= 256 else 64, 8 if width >= 256 else 4, 1)
+def _forward_tiles(dtype: torch.dtype, width: int) -> PairTiles:
+    if dtype == torch.bfloat16:
+        return PairTiles(64, 64, 8 if width >= 256 else 4, 2)
+    return PairTiles(16, 32 if width >= 256 else 64, 8 if width >= 256 else 4, 1)
 
 
 def on_hopper(q: Tensor) -> bool:
@@ -187,7 +191,7 @@ def _forward_of(
 ) -> None:  # fmt: skip
     """Fills out and lse."""
     queries, heads, width = q.shape
-    tiles, kind = _forward_tiles(q.dtype, heads, width), kind_of(entries, seen, chosen)
+    kind = kind_of(entries, seen, chosen)
     parts = out if splits == 1 else q.new_empty(splits, queries, heads, width, dtype=torch.float32)
     partial = lse if splits == 1 else q.new_empty(splits, queries, heads, 2, dtype=torch.float32)
     entries = rows if entries is None or kind == NONE else entries  # of which there may be none
@@ -203,17 +207,20 @@ def _forward_of(
             scale, seen.slots, ratio, topk, splits, seen.window, kind, SPLIT,
         )  # fmt: skip
     else:
-        _forward[(queries, triton.cdiv(heads, tiles.heads), splits)](
+        pairs, size, warps, stages = _forward_tiles(q.dtype, width)
+        # Neighbours in a pack share keys; those in a ring are mostly one of each request.
+        some = 1 if kind == CHOSEN or seen.slots else max(pairs // heads, 1)
+        _forward[(triton.cdiv(queries, some), triton.cdiv(heads, pairs), splits)](
             q, rows, entries, chosen, sinks, parts, lse, partial, seen.position, seen.row_first, first,
-            scale, heads, rows.stride(0), entries.stride(0), max(seen.slots, 1), ratio, topk, queries,
-            D=width, W=seen.window, HEADS=tiles.heads, BLOCK=tiles.keys, LIMIT=SPLIT,
+            scale, heads, rows.stride(0), entries.stride(0), max(seen.slots, 1), ratio, topk, queries, some,
+            D=width, W=seen.window, PAIRS=pairs, BLOCK=size, LIMIT=SPLIT,
             KIND=kind, RING=seen.slots > 0, SPLITS=min(splits, 2), PRECISION=precision(q.dtype),
-            num_warps=tiles.warps, num_stages=tiles.stages, **SAME_BITS,
+            num_warps=warps, num_stages=stages, **SAME_BITS,
         )  # fmt: skip
     if splits > 1:
         _merge[(queries, triton.cdiv(heads, 16))](
             parts, partial, out, lse, seen.position, heads, ratio, queries,
-            D=width, HEADS=16, LIMIT=SPLIT, num_warps=tiles.warps, **SAME_BITS,
+            D=width, HEADS=16, LIMIT=SPLIT, num_warps=8 if width >= 256 else 4, **SAME_BITS,
         )  # fmt: skip
 
 

@@ -25,6 +25,15 @@ class Tiles(NamedTuple):
     stages: int
 
 
+class PairTiles(NamedTuple):
+    """Of one program: pairs (query, head) of a tile, rows or keys of a tile, warps, stages of the loads' pipeline."""
+
+    pairs: int
+    keys: int
+    warps: int
+    stages: int
+
+
 @cache
 def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

@@ -246,7 +246,9 @@ class Experts(torch.autograd.Function):
         projected, hidden = project_up(x, weights, gate_up, rows, limit, keep)
         ctx.save_for_backward(x, weights, gate_up, down, projected, *rows[1:])
         ctx.height, ctx.limit = rows.height, limit
-        return combine(rows_times_weights(hidden, down, rows, transposed=True), rows, k, dtype, shared)
+        out = rows_times_weights(hidden, down, rows, transposed=True)
+        del hidden  # as large as half of `out`, where memory is fullest
+        return combine(out, rows, k, dtype, shared)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .launch import precision
 from .moe import clamped, combine, described, rows_times_weights
@@ -22,10 +23,11 @@ TILE = 8, 256  # rows and columns of a step between the products
 
 @triton.jit
 def _swiglu_backward(
-    of_hidden, projected, hidden, grads, weights, of_weights, slot_of_row, expert_of_tile, limit, inner,
+    of_hidden, projected, weights, of_weights, slot_of_row, expert_of_tile, limit, inner,
     HEIGHT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """hidden [P, I] again, the gradients of the first product [P, 2I] and of the weights [T, k] from that of hidden.
+    """In place: of_hidden [P, I] becomes hidden itself, computed again, and `projected` [P, 2I] its gradient. That of
+    the weights [T, k] is new.
 
     Limited by memory: 12 I bytes a row in bf16. A pass of its own, as in the product's epilogue it takes more registers
     than there are for two programs a multiprocessor.
@@ -47,12 +49,13 @@ def _swiglu_backward(
         g, sigmoid, u = clamped(gate, up, limit)
         silu = g * sigmoid
         of_weight += tl.sum(of_h * silu * u, 1)
-        tl.store(hidden + single, silu * u * weight, mask=real)
+        tl.debug_barrier()  # all has been read that is now overwritten, whichever threads store it
+        tl.store(of_hidden + single, silu * u * weight, mask=real)
         of_product = of_h * weight
         of_gate = tl.where(gate <= limit, of_product * u * sigmoid * (1.0 + g * (1.0 - sigmoid)), 0.0)
         of_up = tl.where((up >= -limit) & (up <= limit), of_product * silu, 0.0)
-        tl.store(grads + double, of_gate, mask=real)
-        tl.store(grads + double + inner, of_up, mask=real)
+        tl.store(projected + double, of_gate, mask=real)
+        tl.store(projected + double + inner, of_up, mask=real)
     tl.store(of_weights + slot, of_weight, mask=slot >= 0)
 
 
@@ -65,8 +68,9 @@ def _rows_times_tokens(
     """out[e] [high, wide], a gradient of weights: an expert's rows [P, high], transposed, times its gathered tokens
     [T, wide]; or its tokens [T, high] times its rows [P, wide] if GATHERED_FIRST. Zeros for an expert without rows.
 
-    Limited by short sums (384 rows of an expert are 6 steps) and the tile's store: so 128 by 128 in 4 warps, two
-    programs a multiprocessor. Operands lie with their sums' axis outside, which wgmma takes in bf16.
+    Limited by the L2 cache, 48 KiB for 4.2 MFLOP of 128 by 256 by 64 (as two of 128 by 128, which took up to 1.3 times
+    as long, 64), and by short sums: 384 rows of an expert are 6 steps. What is gathered is the shorter side. Operands
+    lie with their sums' axis outside, which wgmma takes in bf16.
     """
     tile, expert = tl.program_id(0), tl.program_id(1)
     across = wide // WIDE
@@ -89,30 +93,18 @@ def _rows_times_tokens(
     out.store([expert * high + m, n], sums.to(out.dtype))
 
 
-def _hidden_grads(
-    of_hidden: Tensor, weights: Tensor, projected: Tensor, rows: Rows, limit: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """of_hidden [P, I] -> hidden [P, I], the gradients of the first product [P, 2I] and of the weights [T, k]."""
-    total, inner = of_hidden.shape
-    hidden, grads, of_weights = (torch.empty_like(x) for x in (of_hidden, projected, weights))
-    _swiglu_backward[(total // TILE[0],)](
-        of_hidden, projected, hidden, grads, weights, of_weights, rows.slot, rows.expert, limit, inner,
-        HEIGHT=rows.height, R=TILE[0], C=TILE[1], num_warps=4,
-    )  # fmt: skip
-    return hidden, grads, of_weights
-
-
 def _weights_grad(x: Tensor, tokens: Tensor, rows: Rows, like: Tensor, gathered_first: bool) -> Tensor:
     """Of `like` [E, m, n], from x [P, n] and tokens [T, m] if `gathered_first`, or x [P, m] and tokens [T, n]."""
     experts, high, wide = like.shape
     out = torch.empty_like(like)
-    most, depth = (64, 32) if x.dtype == torch.float32 else (128, 64)
-    m, n, step = math.gcd(high, most), math.gcd(wide, most), min(rows.height, depth)
+    most, stages = ((64, 64), 2) if x.dtype == torch.float32 else ((128, 256), 5) if gathered_first else ((256, 128), 7)
+    m, n = math.gcd(high, most[0]), math.gcd(wide, most[1])
+    step = min(rows.height, 32 if x.dtype == torch.float32 else 64)
     _rows_times_tokens[(high // m * (wide // n), experts)](
         described(x, step, n if gathered_first else m), tokens, described(out, m, n),
         rows.slot, rows.first, rows.counts, high, wide, tokens.shape[1],
         K=rows.row.numel() // tokens.shape[0], HIGH=m, WIDE=n, DEPTH=step, GATHERED_FIRST=gathered_first,
-        PRECISION=precision(x.dtype), num_warps=4, num_stages=2 if x.dtype == torch.float32 else 5,
+        PRECISION=precision(x.dtype), num_warps=8 if m * n > 2**14 else 4, num_stages=stages,
     )  # fmt: skip
     return out
 
@@ -121,21 +113,27 @@ def experts_backward(
     grad: Tensor, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, projected: Tensor, rows: Rows,
     limit: float, needed: Sequence[bool], stored: Callable[[Tensor], Tensor] = lambda hidden: hidden,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of x, weights, gate_up and down for that of the result, fp32 [T, d].
+    """Gradients of x, weights, gate_up and down for that of the result [T, d]. `projected` is used up: overwritten.
 
     `needed` says of x, ids, weights, gate_up and down which are wanted; `stored`, what the second product was given.
     """
     grad = grad.to(x.dtype).contiguous()
-    of_hidden = rows_times_weights(grad, down, rows, transposed=False, gathered=True)
-    hidden, grads, of_weights = _hidden_grads(of_hidden, weights, projected, rows, limit)
-    del of_hidden
+    hidden, of_weights = (
+        rows_times_weights(grad, down, rows, transposed=False, gathered=True),
+        torch.empty_like(weights),
+    )
+    _swiglu_backward[(hidden.shape[0] // TILE[0],)](
+        hidden, projected, weights, of_weights, rows.slot, rows.expert, limit, hidden.shape[1],
+        HEIGHT=rows.height, R=TILE[0], C=TILE[1], num_warps=4,
+    )  # fmt: skip
+    increment_version(projected)  # so that a second backward, which would find gradients there, is refused
     of_x = of_gate_up = of_down = None
     if needed[4]:
         of_down = _weights_grad(stored(hidden), grad, rows, down, gathered_first=True)
     del hidden
     if needed[3]:
-        of_gate_up = _weights_grad(grads, x, rows, gate_up, gathered_first=False)
+        of_gate_up = _weights_grad(projected, x, rows, gate_up, gathered_first=False)
     if needed[0]:
-        by_row = rows_times_weights(grads, gate_up, rows, transposed=False)
+        by_row = rows_times_weights(projected, gate_up, rows, transposed=False)
         of_x = combine(by_row, rows, weights.shape[1], x.dtype)
     return of_x, of_weights if needed[2] else None, of_gate_up, of_down

@@ -32,16 +32,19 @@ def turn(x_RD, rotation, token_R, width, PAIRS: tl.constexpr, R: tl.constexpr, D
 
 @triton.jit
 def _forward(
-    x, weight, rotation, y, rows, heads, width, eps,
+    x, weight, rotation, y, scales, rows, heads, width, eps,
     R: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     r, d = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, D)
     at, real = r[:, None] * width + d[None, :], (r < rows)[:, None] & (d < width)[None, :]
     x_RD = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
     if NORM:
-        x_RD *= tl.rsqrt(tl.sum(x_RD * x_RD, 1) / width + eps)[:, None]
+        scale = tl.rsqrt(tl.sum(x_RD * x_RD, 1) / width + eps)
+        x_RD *= scale[:, None]
         if WEIGHT:
             x_RD *= tl.load(weight + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
+        else:
+            tl.store(scales + r, scale, mask=r < rows)
     if PAIRS > 0:
         x_RD = x_RD.to(y.dtype.element_ty).to(tl.float32)
         x_RD = turn(x_RD, rotation, tl.where(r < rows, r // heads, -1), width, PAIRS, R, D, BACK)
@@ -50,24 +53,29 @@ def _forward(
 
 @triton.jit
 def _backward(
-    x, weight, rotation, grad, grad_x, parts, rows, heads, width, eps,
+    x, scales, weight, rotation, grad, grad_x, parts, rows, heads, width, eps,
     R: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
+    """`x` is what came in; or, normed without a weight, what became of it: the part of a gradient that goes along it is
+    the same before and after both are turned."""
     d = tl.arange(0, D)
     of_weight = tl.zeros([D], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(rows, R), tl.num_programs(0)):
         r = tl.full([R], tile, tl.int64) * R + tl.arange(0, R)
         at, real = r[:, None] * width + d[None, :], (r < rows)[:, None] & (d < width)[None, :]
         g_RD = tl.load(grad + at, mask=real, other=0.0).to(tl.float32)
+        if NORM and not WEIGHT:
+            x_RD = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
+            scale = tl.load(scales + r, mask=r < rows, other=0.0)[:, None]
+            g_RD = (g_RD - x_RD * (tl.sum(g_RD * x_RD, 1) / width)[:, None]) * scale
         if PAIRS > 0:
             g_RD = turn(g_RD, rotation, tl.where(r < rows, r // heads, -1), width, PAIRS, R, D, not BACK)
-        if NORM:
+        if WEIGHT:
             x_RD = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
             scale = tl.rsqrt(tl.sum(x_RD * x_RD, 1) / width + eps)[:, None]
             x_RD *= scale
-            if WEIGHT:
-                of_weight += tl.sum(g_RD * x_RD, 0)
-                g_RD *= tl.load(weight + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
+            of_weight += tl.sum(g_RD * x_RD, 0)
+            g_RD *= tl.load(weight + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
             g_RD = (g_RD - x_RD * (tl.sum(g_RD * x_RD, 1) / width)[:, None]) * scale
         tl.store(grad_x + at, g_RD, mask=real)
     if WEIGHT:
@@ -118,23 +126,25 @@ class NormRope(torch.autograd.Function):
         if rotation is not None and width % 2:
             raise ValueError(f"{width} channels; the Triton kernels turn pairs of an even number")
         x = x.contiguous()
-        y = torch.empty_like(x)
+        y, plain = torch.empty_like(x), eps is not None and weight is None
         table, pairs = angles(rotation, x)
         rows, heads = x.numel() // width, x.numel() // width // max(x.shape[0], 1)
         tile = max(TILE // next_power(width), 1)
+        scales = x.new_empty(rows, dtype=torch.float32) if plain else y
         if rows:
             _forward[(triton.cdiv(rows, tile),)](
-                x, x if weight is None else weight, table, y, rows, heads, width, eps or 0.0,
+                x, x if weight is None else weight, table, y, scales, rows, heads, width, eps or 0.0,
                 R=tile, D=next_power(width), PAIRS=pairs, NORM=eps is not None, WEIGHT=weight is not None,
                 BACK=back, num_warps=8, **SAME_BITS,
             )  # fmt: skip
-        ctx.save_for_backward(x if eps is not None else None, weight, rotation)
+        # Without a weight the result is kept, which whoever reads it keeps too, and not x.
+        ctx.save_for_backward(*((y, scales) if plain else (x if eps is not None else None, None)), weight, rotation)
         ctx.eps, ctx.back, ctx.shape = eps, back, (rows, heads, tile)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        x, weight, rotation = ctx.saved_tensors
+        x, scales, weight, rotation = ctx.saved_tensors
         rows, heads, tile = ctx.shape
         grad = grads[0].contiguous()
         of_x, width = torch.empty_like(grad), grad.shape[-1]
@@ -142,8 +152,8 @@ class NormRope(torch.autograd.Function):
         programs = max(min(triton.cdiv(rows, tile), PROGRAMS), 1)
         parts = grad.new_empty(programs, width, dtype=torch.float32)
         _backward[(programs,)](
-            grad if x is None else x, grad if weight is None else weight, table, grad, of_x, parts,
-            rows, heads, width, ctx.eps or 0.0,
+            grad if x is None else x, parts if scales is None else scales, grad if weight is None else weight, table,
+            grad, of_x, parts, rows, heads, width, ctx.eps or 0.0,
             R=tile, D=next_power(width), PAIRS=pairs, NORM=x is not None, WEIGHT=weight is not None,
             BACK=ctx.back, num_warps=8,
         )  # fmt: skip

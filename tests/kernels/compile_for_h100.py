@@ -73,14 +73,12 @@ def seen(ratio: int = 0, tokens: int = TOKENS, slots: int = 0, most: int = 0) ->
     return Seen(blocks, WINDOW, places(tokens), places(tokens), slots, ratio, places(tokens) if ratio else None, most)
 
 
-def attention(ratio: int, topk: int = 0, dtype: torch.dtype = torch.bfloat16) -> None:
+def attention(
+    ratio: int, topk: int = 0, dtype: torch.dtype = torch.bfloat16, heads: int = HEADS, width: int = NARROW
+) -> None:
     """Forward and backward of a pack."""
-    q, rows, sinks = (
-        meta(TOKENS, HEADS, NARROW, dtype=dtype),
-        meta(TOKENS, NARROW, dtype=dtype),
-        meta(HEADS, dtype=FP32),
-    )
-    entries = meta(TOKENS // ratio, NARROW, dtype=dtype) if ratio else None
+    q, rows, sinks = meta(TOKENS, heads, width, dtype=dtype), meta(TOKENS, width, dtype=dtype), meta(heads, dtype=FP32)
+    entries = meta(TOKENS // ratio, width, dtype=dtype) if ratio else None
     chosen = meta(TOKENS, topk, dtype=torch.int32) if topk else None
     out, lse = attend_forward(q, rows, entries, sinks, seen(ratio), chosen)
     rotation = meta(TOKENS, 32, dtype=torch.complex64)
@@ -288,6 +286,7 @@ CASES: dict[str, Callable[[], None]] = {
     "attention, window": lambda: attention(0),
     "attention, CSA": lambda: attention(4, TOPK),
     "attention, HCA": lambda: attention(128),
+    "attention, 16 heads of 128": lambda: attention(4, heads=16, width=128),
     "attention, decoding": decoding,
     "attention, fp32": lambda: attention(4, TOPK, FP32),
     "linear, q_b_proj": lambda: product(TOKENS, 32768, 1024),

@@ -17,6 +17,7 @@ SLOW = {"attention, fp32", "indexer, fp32", "experts, fp32", "hyper-connections,
 FEW_ROWS = {"linear, 16 rows", "experts, decoding"}  # wgmma multiplies 64 at once
 # Bytes that some numbers take which did not find a register; they must not grow.
 SPILLED = {
+    "attention, CSA": {"_forward": 8},  # at 256 channels
     "hopper, window": {"forward_kernel": 8},
     "hopper, indexer": {"scores_kernel": 24},  # of an item, not of a query
     "indexer": {"_choose": 8},

@@ -57,6 +57,7 @@ def compare(function: Callable[..., Tensor], dtype: torch.dtype, *inputs: Tensor
         ([5, 1, 19], 2, 16, 6, 4, 0),
         ([3, 17], 20, 32, 8, 4, 3),
         ([4, 30], 3, 16, 5, 1, 20),
+        ([70, 9], 2, 16, 20, 2, 0),
     ],
 )
 def test_attention(lengths, heads, width, window, ratio, topk, dtype: torch.dtype):

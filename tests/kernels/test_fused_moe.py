@@ -102,6 +102,16 @@ def test_every_run_s_gradients_are_equal():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_a_second_backward_is_refused():
+    """The first has put gradients where the forward had kept its product."""
+    leaves = [a.requires_grad_() for a in layer(9, 2, 3, 16, 16)]
+    x, weights, gate_up, down = leaves
+    total = moe.experts(x, chosen(9, 2, 3), weights, gate_up, down, 3.0).sum()
+    torch.autograd.grad(total, leaves, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(total, leaves)
+
+
 @pytest.mark.parametrize("tokens, k, experts, height", [(700, 3, 5, 16), (1, 2, 300, 16), (90, 2, 7, 128)])
 def test_rows_are_sorted_stably(tokens: int, k: int, experts: int, height: int):
     """Several blocks of slots, more experts than a step of counts, and more rows than tiles."""
