@@ -30,11 +30,11 @@ STREAMS = 1, 2, 4  # for which there are kernels
 
 
 @triton.jit
-def columns(table, t, real, tokens, COUNT: tl.constexpr):
-    """The rows of a table [COUNT, T] at tokens t, as a tuple."""
+def columns(table, t, real, tokens, COUNT: tl.constexpr, OTHER: tl.constexpr = 0.0):
+    """The rows of a table [COUNT, T] at tokens t, as a tuple; OTHER where there is no token."""
     found = ()
     for i in tl.static_range(COUNT):
-        found = found + (tl.load(table + i * tokens + t, mask=real, other=0.0),)
+        found = found + (tl.load(table + i * tokens + t, mask=real, other=OTHER),)
     return found
 
 
@@ -142,16 +142,17 @@ def _expand(
 
 @triton.jit
 def normalized(m, eps, AXIS: tl.constexpr, N: tl.constexpr):
-    """m, a tuple of N x N, over the sums along an axis, plus eps; and the N factors."""
-    factors, new = (), ()
+    """m, a tuple of N x N, over the N sums along an axis, plus eps; and what it was divided by."""
+    sums, factors, new = (), (), ()
     for i in tl.static_range(N):
         total = m[i * N if AXIS else i]
         for l in tl.static_range(1, N):
             total += m[i * N + l if AXIS else l * N + i]
-        factors = factors + (1 / (total + eps),)
+        sums = sums + (total + eps,)
+        factors = factors + (1 / sums[i],)
     for i in tl.static_range(N * N):
         new = new + (m[i] * factors[i // N if AXIS else i % N],)
-    return new, factors
+    return new, sums
 
 
 @triton.jit
@@ -183,7 +184,7 @@ def _mix(
     t = group.to(tl.int64) * ROWS + r
     real = t < tokens
     sums_OT = tl.load(parts + o * ROWS + r[None, :], mask=o < OUTS, other=0.0)
-    for s in tl.range(1, SLICES):
+    for s in tl.range(1, SLICES, loop_unroll_factor=4):
         sums_OT += tl.load(parts + (s * OUTS + o) * ROWS + r[None, :], mask=o < OUTS, other=0.0)
     tl.store(totals + o * tokens + t[None, :], sums_OT, mask=(o < OUTS) & real[None, :])
     tl.debug_barrier()
@@ -301,6 +302,7 @@ class Result(NamedTuple):
     factor: Tensor  # [T], of the norm of what the streams collapse to
     post: Tensor  # [n, T]
     comb: Tensor  # [n, n, T]
+    counts: Tensor  # of tiles that are done: 1 + 2 groups, the last third for the backward
 
 
 Update = tuple[Tensor, Tensor, Tensor]  # an output [T, d], its post [n, T] and comb [n, n, T]
@@ -317,17 +319,20 @@ def site_forward(
     groups = triton.cdiv(tokens, ROWS)
     wide = fn.new_empty(sizes.outs + n + 1 + (n + n * n if fn.shape[0] > n else 0), tokens)
     totals, pre, factor, post, comb = wide.split([sizes.outs, n, 1, *([n, n * n] if fn.shape[0] > n else [0, 0])])
-    result = Result(new, streams.new_empty(tokens, d), totals, pre, factor[0], post, comb.view(len(comb) // n, n, tokens))
+    counts = fn.new_empty(1 + 2 * groups, dtype=torch.int32)
+    result = Result(
+        new, streams.new_empty(tokens, d), totals, pre, factor[0], post, comb.view(len(comb) // n, n, tokens), counts
+    )
     if tokens:
         low = streams.dtype == torch.bfloat16
         halves = fn.new_empty(2, *fn.shape, dtype=torch.bfloat16) if low else fn
-        counts = fn.new_empty(1 + groups, dtype=torch.int32)
+        
         _prepare[(triton.cdiv(max(fn.numel(), counts.numel()), 1024),)](
             fn, halves, counts, fn.numel(), counts.numel(), BLOCK=1024, SPLIT=low, num_warps=4
         )
         parts, lag = fn.new_empty(groups, sizes.slices, sizes.outs, ROWS), min(LAG, groups)
         _site[((groups + lag) * sizes.slices * 2,)](
-            streams, *(update or (fn, fn, fn)), halves, base, scale, weight, new, parts, *result[2:],
+            streams, *(update or (fn, fn, fn)), halves, base, scale, weight, new, parts, *result[2:7],
             result.x, counts, tokens, lag, norm_eps, eps, *sizes, OUT=sizes.out, SUMS=next_power(sizes.outs),
             SLICES=sizes.slices, ITERATIONS=iterations, ROWS=ROWS, STEP=math.gcd(d, STEP), CHANNELS=CHANNELS,
             PENDING=update is not None, PRECISION=precision(streams.dtype), num_warps=WARPS, num_stages=STAGES,
@@ -362,7 +367,7 @@ class Site(torch.autograd.Function):
         if output is not None and post is not None and comb is not None:
             update = output.contiguous(), post.contiguous(), comb.contiguous()
         result = site_forward(streams, update, fn, base, scale, weight, iterations, norm_eps, eps)
-        kept = result.new, result.totals, result.pre, result.factor
+        kept = result.new, result.totals, result.pre, result.factor, result.counts
         ctx.save_for_backward(streams, *(update or [None] * 3), fn, base, scale, weight, *kept)
         ctx.settings = iterations, norm_eps, eps
         new = None if update is None else result.new
