@@ -39,7 +39,7 @@ def columns(table, t, real, tokens, COUNT: tl.constexpr, OTHER: tl.constexpr = 0
 
 
 @triton.jit
-def tiles(streams, at_TC, real_TC, D: tl.constexpr, N: tl.constexpr, POLICY: tl.constexpr = ""):
+def tiles(streams, at_TC, real_TC, D: tl.constexpr, N: tl.constexpr, POLICY: tl.constexpr):
     """Tiles of the streams [T, N, D], as a tuple: at_TC are the places in the first, t N D + c."""
     found = ()
     for j in tl.static_range(N):
@@ -57,6 +57,20 @@ def expanded(streams, output_TC, posts, combs, N: tl.constexpr):
             sums = tl.fma(combs[j * N + k][:, None], streams[j].to(tl.float32), sums)
         new = new + (sums.to(streams[0].dtype),)
     return new
+
+
+@triton.jit
+def _side_by_side(x, N: tl.constexpr):
+    """A tuple of N tiles [T, C] as one [T, N C]."""
+    T: tl.constexpr = x[0].shape[0]
+    C: tl.constexpr = x[0].shape[1]
+    if N == 1:
+        return x[0]
+    elif N == 2:
+        return tl.reshape(tl.permute(tl.join(x[0], x[1]), (0, 2, 1)), [T, 2 * C])
+    else:
+        pairs = tl.join(tl.join(x[0], x[1]), tl.join(x[2], x[3]))
+        return tl.reshape(tl.permute(pairs, (0, 3, 2, 1)), [T, 4 * C])
 
 
 @triton.jit
@@ -104,7 +118,7 @@ def _expand(
     # In bf16 the logits' rows come twice, for the two numbers that stand for one of fn.
     PARTS: tl.constexpr = 2 if streams.dtype.element_ty == tl.bfloat16 else 1
     p = tl.arange(0, PARTS * OUT)
-    of_fn, real_P = p // OUT * LOGITS + p % OUT, p % OUT < LOGITS
+    of_fn, real_P = (p // OUT * LOGITS + p % OUT) * (N * D), p % OUT < LOGITS
     if PENDING:
         posts, combs = columns(post, t, real, tokens, N), columns(comb, t, real, tokens, N * N)
     logits_PT = tl.zeros([PARTS * OUT, ROWS], tl.float32)
@@ -126,8 +140,9 @@ def _expand(
             if PENDING:
                 tl.store(new + at_TC + k * D, x[k], mask=real[:, None])
             eighths = eighths + (_eighths(x[k].to(tl.float32)),)
-            w_PC = tl.load(fn + (of_fn * (N * D))[:, None] + c[None, :] + k * D, mask=real_P[:, None], other=0.0)
-            logits_PT = tl.dot(w_PC, tl.trans(x[k]), logits_PT, input_precision=PRECISION)
+        f = tl.arange(0, N * STEP)
+        w_PF = tl.load(fn + of_fn[:, None] + (f // STEP * D + start + f % STEP)[None, :], mask=real_P[:, None], other=0.0)
+        logits_PT = tl.dot(w_PF, tl.trans(_side_by_side(x, N)), logits_PT, input_precision=PRECISION)
         sums = ()
         for j in tl.static_range(N):
             for k in tl.static_range(j, N):

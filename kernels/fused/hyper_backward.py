@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import hyper
 from .hyper import Sizes, Update, columns, expanded, normalized, softmax, tiles
-from .launch import next_power, precision
+from .launch import is_hopper, next_power, precision
 
 ROWS, STEP = 32, 64  # tokens and channels of a tile
 PROGRAMS = 132  # of tiles: their registers leave one on each of an H100's multiprocessors
@@ -151,7 +151,7 @@ def _gates_backward(
     first = slice * CHANNELS
     for start in tl.range(first, tl.minimum(first + CHANNELS, D), STEP):
         c = start + tl.arange(0, STEP)
-        rows = tiles(streams, (t * (N * D))[:, None] + c[None, :], real_TC, D, N)
+        rows = tiles(streams, (t * (N * D))[:, None] + c[None, :], real_TC, D, N, "")
         g_TC = tl.load(of_x + t[:, None] * D + c[None, :], mask=real_TC, other=0.0).to(tl.float32)
         g_TC *= tl.load(weight + c).to(tl.float32)[None, :]
         new = ()
@@ -175,9 +175,9 @@ def _loaded(old, output, of_new, of_x, tile, c, tokens, D: tl.constexpr, N: tl.c
     """x's gradient; the old streams; the output and the gradients of the new streams, if there are any."""
     t = tl.full([ROWS], tile, tl.int64) * ROWS + tl.arange(0, ROWS)
     real_TC, at_TC, streams_TC = (t < tokens)[:, None], t[:, None] * D + c[None, :], (t * (N * D))[:, None] + c[None, :]
-    found = (tl.load(of_x + at_TC, mask=real_TC, other=0.0),) + tiles(old, streams_TC, real_TC, D, N)
+    found = (tl.load(of_x + at_TC, mask=real_TC, other=0.0),) + tiles(old, streams_TC, real_TC, D, N, "")
     if PENDING:
-        found = found + (tl.load(output + at_TC, mask=real_TC, other=0.0),) + tiles(of_new, streams_TC, real_TC, D, N)
+        found = found + (tl.load(output + at_TC, mask=real_TC, other=0.0),) + tiles(of_new, streams_TC, real_TC, D, N, "")
     return found
 
 
@@ -186,7 +186,7 @@ def _streams_backward(
     old, output, post, comb, fn, weight, pre, of_norm, of_logits, of_new, of_x, of_old, of_output, parts_gates,
     parts_fn, parts_weight, tokens,
     D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    PENDING: tl.constexpr, PRECISION: tl.constexpr,
+    PENDING: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """parts_gates [slices, N + N N, T]; parts_fn [programs, LOGITS, N D]; parts_weight [programs, D]."""
     c, o = tl.program_id(0) * STEP + tl.arange(0, STEP), tl.arange(0, OUT)
@@ -197,9 +197,13 @@ def _streams_backward(
         w_OC = tl.load(fn + (o * (N * D))[:, None] + c[None, :] + k * D, mask=(o < LOGITS)[:, None], other=0.0)
         weights, of_fn = weights + (tl.trans(w_OC).to(dtype),), of_fn + (tl.zeros([STEP, OUT], tl.float32),)
     parts_gates += tl.program_id(0).to(tl.int64) * (N + N * N) * tokens
-    held = _loaded(old, output, of_new, of_x, tl.program_id(1), c, tokens, D, N, ROWS, PENDING)
+    if AHEAD:
+        held = _loaded(old, output, of_new, of_x, tl.program_id(1), c, tokens, D, N, ROWS, PENDING)
     for tile in tl.range(tl.program_id(1), tl.cdiv(tokens, ROWS), tl.num_programs(1)):
-        ahead = _loaded(old, output, of_new, of_x, tile + tl.num_programs(1), c, tokens, D, N, ROWS, PENDING)
+        if AHEAD:
+            ahead = _loaded(old, output, of_new, of_x, tile + tl.num_programs(1), c, tokens, D, N, ROWS, PENDING)
+        else:
+            held = _loaded(old, output, of_new, of_x, tile, c, tokens, D, N, ROWS, PENDING)
         t = tl.full([ROWS], tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         real = t < tokens
         real_TC, at_TC = real[:, None], t[:, None] * D + c[None, :]
@@ -247,7 +251,8 @@ def _streams_backward(
             tl.store(of_output + at_TC, g_TC, mask=real_TC)
             for k in tl.static_range(N):
                 tl.store(of_gates + k * tokens, tl.sum(output_TC * whole[k], 1), mask=real)
-        held = ahead
+        if AHEAD:
+            held = ahead
     part = parts_fn + tl.program_id(1).to(tl.int64) * LOGITS * N * D
     for k in tl.static_range(N):
         tl.store(part + (o * (N * D))[None, :] + c[:, None] + k * D, of_fn[k], mask=(o < LOGITS)[None, :])
@@ -306,6 +311,7 @@ def site_backward(
         counts[1 + groups :], tokens, norm_eps, eps, *sizes, SLICES=slices, SLOTS=next_power(slices),
         ITERATIONS=iterations, ROWS=hyper.ROWS, STEP=math.gcd(d, hyper.STEP), CHANNELS=hyper.CHANNELS, num_warps=GWARPS,
     )  # fmt: skip
+    hopper = is_hopper(old.device) and old.dtype == torch.bfloat16 and d % STEP == 0 and HOPPER
     step = math.gcd(d, STEP)
     slices = d // step
     programs = max(min(PROGRAMS // slices, triton.cdiv(tokens, ROWS)), 1)
@@ -314,12 +320,16 @@ def site_backward(
         totals.new_empty(programs, *fn.shape), of_gates, totals.new_empty(programs, d),
         totals.new_empty(slices, n + n * n, tokens if update else 0),
     )  # fmt: skip
-    _streams_backward[(slices, programs)](
-        old, *(update or (fn, fn, fn)), fn, weight, pre, of_norm, of_logits,
-        of_x if of_new is None else of_new.contiguous(), of_x, of_inputs[0], of_inputs[1] if update else of_x,
-        parts[3], parts[0], parts[2], tokens, *sizes, OUT=sizes.out, ROWS=ROWS, STEP=step, PENDING=update is not None,
-        PRECISION=precision(old.dtype), num_warps=BWARPS, num_stages=1, **MORE,
+    arguments = (
+        old, update, fn, weight, pre, of_norm, of_logits, None if of_new is None else of_new.contiguous(), of_x,
+        *of_inputs, parts[3], parts[0], parts[2],
     )  # fmt: skip
+    if hopper:
+        from .hopper_hyper import streams_backward
+
+        streams_backward(*arguments)
+    else:
+        _of_tiles(sizes, *arguments)
     of_fn, of_gates, of_weight, *of_update = added(*parts[: 4 if update else 3])
     of_base, of_scale = of_gates.split([sizes.LOGITS, 3])
     of_weights = of_fn, of_base, of_scale[: scale.numel()], of_weight
@@ -327,5 +337,22 @@ def site_backward(
     return *of_inputs, *of_update, *(g.to(x.dtype) for g, x in zip(of_weights, weights, strict=True))
 
 
+def _of_tiles(
+    sizes: Sizes, old: Tensor, update: Update | None, fn: Tensor, weight: Tensor, pre: Tensor, of_norm: Tensor,
+    of_logits: Tensor, of_new: Tensor | None, of_x: Tensor, of_old: Tensor, of_output: Tensor | None,
+    parts_gates: Tensor, parts_fn: Tensor, parts_weight: Tensor,
+) -> None:  # fmt: skip
+    """`_streams_backward`: fills what its last five arguments are, from those before."""
+    step = math.gcd(sizes.D, STEP)
+    _streams_backward[(sizes.D // step, parts_fn.shape[0])](
+        old, *(update or (fn, fn, fn)), fn, weight, pre, of_norm, of_logits, of_x if of_new is None else of_new, of_x,
+        of_old, of_x if of_output is None else of_output, parts_gates, parts_fn, parts_weight, old.shape[0], *sizes,
+        OUT=sizes.out, ROWS=ROWS, STEP=step, PENDING=update is not None, PRECISION=precision(old.dtype), AHEAD=AHEAD,
+        num_warps=BWARPS, num_stages=1, **MORE,
+    )  # fmt: skip
+
+
+HOPPER = True
 GWARPS, BWARPS = 8, 8
 MORE = {}
+AHEAD=True
