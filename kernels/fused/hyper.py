@@ -25,7 +25,7 @@ from .launch import STEP as LEAST
 ROWS = 64  # tokens of a tile, and of a group that is mixed at once
 CHANNELS = 128  # of each stream, in a tile
 STEP = 64  # of them, at a time
-LAG = 10  # groups that are expanded before the first is collapsed; their tiles have to fit into the L2 cache
+LAG = 640  # tiles taken before the first is collapsed: those that run at once and a few, to fit into the L2 cache
 STREAMS = 1, 2, 4  # for which there are kernels
 
 
@@ -238,20 +238,18 @@ def _mix(
 @triton.jit
 def _collapse(
     streams, pre, factor, weight, x, group, slice, tokens,
-    D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    t = group.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    t, c = group.to(tl.int64) * ROWS + tl.arange(0, ROWS), slice * CHANNELS + tl.arange(0, CHANNELS)
     real = t < tokens
-    gates, norm = columns(pre, t, real, tokens, N), tl.load(factor + t, mask=real, other=0.0)[:, None]
-    first = slice * CHANNELS
-    for start in tl.range(first, tl.minimum(first + CHANNELS, D), STEP):
-        c = start + tl.arange(0, STEP)
-        rows = tiles(streams, (t * (N * D))[:, None] + c[None, :], real[:, None], D, N, "evict_first")
-        sums_TC = tl.zeros([ROWS, STEP], tl.float32)
-        for j in tl.static_range(N):
-            sums_TC = tl.fma(gates[j][:, None], rows[j].to(tl.float32), sums_TC)
-        sums_TC = sums_TC * norm * tl.load(weight + c).to(tl.float32)[None, :]
-        tl.store(x + t[:, None] * D + c[None, :], sums_TC, mask=real[:, None])
+    real_TC = real[:, None] & (c < D)[None, :]
+    rows = tiles(streams, (t * (N * D))[:, None] + c[None, :], real_TC, D, N, "evict_first")
+    gates, norm = columns(pre, t, real, tokens, N), tl.load(factor + t, mask=real, other=0.0)
+    weight_C = tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+    sums_TC = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for j in tl.static_range(N):
+        sums_TC = tl.fma((gates[j] * norm)[:, None], rows[j].to(tl.float32), sums_TC)
+    tl.store(x + t[:, None] * D + c[None, :], sums_TC * weight_C, mask=real_TC)
 
 
 @triton.jit(do_not_specialize=["tokens", "lag"])
@@ -284,7 +282,7 @@ def _site(
         seen = tl.atomic_add(count, 0, sem="acquire")
         while seen <= SLICES:
             seen = tl.atomic_add(count, 0, sem="acquire")
-        _collapse(new, pre, factor, weight, x, turn - lag, slice, tokens, D, N, ROWS, STEP, CHANNELS)
+        _collapse(new, pre, factor, weight, x, turn - lag, slice, tokens, D, N, ROWS, CHANNELS)
 
 
 class Sizes(NamedTuple):
@@ -345,7 +343,7 @@ def site_forward(
         _prepare[(triton.cdiv(max(fn.numel(), counts.numel()), 1024),)](
             fn, halves, counts, fn.numel(), counts.numel(), BLOCK=1024, SPLIT=low, num_warps=4
         )
-        parts, lag = fn.new_empty(groups, sizes.slices, sizes.outs, ROWS), min(LAG, groups)
+        parts, lag = fn.new_empty(groups, sizes.slices, sizes.outs, ROWS), min(triton.cdiv(LAG, 2 * sizes.slices), groups)
         _site[((groups + lag) * sizes.slices * 2,)](
             streams, *(update or (fn, fn, fn)), halves, base, scale, weight, new, parts, *result[2:7],
             result.x, counts, tokens, lag, norm_eps, eps, *sizes, OUT=sizes.out, SUMS=next_power(sizes.outs),

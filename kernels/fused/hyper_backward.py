@@ -139,28 +139,19 @@ def _gates_backward(
     streams, weight, of_x, dots, totals, pre, factor, of_post, of_comb, base, scale, of_logits, of_norm, sums, of_gates,
     counts, tokens, norm_eps, eps,
     D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, SLICES: tl.constexpr, SLOTS: tl.constexpr,
-    ITERATIONS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
+    ITERATIONS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dots [groups, SLICES, N, ROWS]: of x's gradient, times the norm's weight, and each stream."""
     group, slice = tl.program_id(0) // SLICES, tl.program_id(0) % SLICES
-    r = tl.arange(0, ROWS)
+    r, c = tl.arange(0, ROWS), slice * CHANNELS + tl.arange(0, CHANNELS)
     t = group.to(tl.int64) * ROWS + r
-    real_TC, found = (t < tokens)[:, None], ()
-    for _ in tl.static_range(N):
-        found = found + (tl.zeros([ROWS, STEP], tl.float32),)
-    first = slice * CHANNELS
-    for start in tl.range(first, tl.minimum(first + CHANNELS, D), STEP):
-        c = start + tl.arange(0, STEP)
-        rows = tiles(streams, (t * (N * D))[:, None] + c[None, :], real_TC, D, N, "")
-        g_TC = tl.load(of_x + t[:, None] * D + c[None, :], mask=real_TC, other=0.0).to(tl.float32)
-        g_TC *= tl.load(weight + c).to(tl.float32)[None, :]
-        new = ()
-        for j in tl.static_range(N):
-            new = new + (tl.fma(g_TC, rows[j].to(tl.float32), found[j]),)
-        found = new
+    real_TC = (t < tokens)[:, None] & (c < D)[None, :]
+    rows = tiles(streams, (t * (N * D))[:, None] + c[None, :], real_TC, D, N, "")
+    g_TC = tl.load(of_x + t[:, None] * D + c[None, :], mask=real_TC, other=0.0).to(tl.float32)
+    g_TC *= tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
     dots += group.to(tl.int64) * (SLICES * N * ROWS)
     for j in tl.static_range(N):
-        tl.store(dots + (slice * N + j) * ROWS + r, tl.sum(found[j], 1))
+        tl.store(dots + (slice * N + j) * ROWS + r, tl.sum(g_TC * rows[j].to(tl.float32), 1))
     tl.debug_barrier()
     # It counts on when a graph is gone back through again.
     if tl.atomic_add(counts + group, 1, sem="acq_rel") % SLICES == SLICES - 1:
@@ -309,7 +300,7 @@ def site_backward(
     _gates_backward[(groups * slices,)](
         new, weight, of_x, dots, totals, pre, factor, *grads, base, scale, of_logits, of_norm, sums, of_gates,
         counts[1 + groups :], tokens, norm_eps, eps, *sizes, SLICES=slices, SLOTS=next_power(slices),
-        ITERATIONS=iterations, ROWS=hyper.ROWS, STEP=math.gcd(d, hyper.STEP), CHANNELS=hyper.CHANNELS, num_warps=GWARPS,
+        ITERATIONS=iterations, ROWS=hyper.ROWS, CHANNELS=hyper.CHANNELS, num_warps=GWARPS, **GMORE,
     )  # fmt: skip
     hopper = is_hopper(old.device) and old.dtype == torch.bfloat16 and d % STEP == 0 and HOPPER
     step = math.gcd(d, STEP)
@@ -355,4 +346,5 @@ def _of_tiles(
 HOPPER = True
 GWARPS, BWARPS = 8, 8
 MORE = {}
+GMORE = {}
 AHEAD=True
