@@ -22,7 +22,8 @@ from torch import Tensor
 from .launch import SAME_BITS, check_dtypes, next_power, precision
 from .launch import STEP as LEAST
 
-ROWS = 64  # tokens of a tile, and of a group that is mixed at once
+GROUP = 128  # tokens that are mixed at once
+ROWS = 64  # of them, in a tile
 CHANNELS = 128  # of each stream, in a tile
 STEP = 64  # of them, at a time
 LAG = 640  # tiles taken before the first is collapsed: those that run at once and a few, to fit into the L2 cache
@@ -108,12 +109,12 @@ def _prepare(fn, halves, counts, size, marks, BLOCK: tl.constexpr, SPLIT: tl.con
 
 @triton.jit
 def _expand(
-    streams, output, post, comb, fn, new, parts, group, slice, tokens,
-    D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    CHANNELS: tl.constexpr, PENDING: tl.constexpr, PRECISION: tl.constexpr,
+    streams, output, post, comb, fn, new, parts, start, slice, tokens,
+    D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, OUT: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr, CHANNELS: tl.constexpr, PENDING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of new streams, if there is an output to add; parts [LOGITS + pairs, ROWS] of what is summed up."""
-    t = group.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """A tile of new streams, if there is an output to add; of parts [LOGITS + pairs, GROUP], its tokens' columns."""
+    t = start.to(tl.int64) + tl.arange(0, ROWS)
     real = t < tokens
     # In bf16 the logits' rows come twice, for the two numbers that stand for one of fn.
     PARTS: tl.constexpr = 2 if streams.dtype.element_ty == tl.bfloat16 else 1
@@ -126,8 +127,8 @@ def _expand(
     for _ in tl.static_range(N * (N + 1) // 2):
         pairs = pairs + (tl.zeros([ROWS, STEP // 8], tl.float32),)
     first = slice * CHANNELS
-    for start in tl.range(first, tl.minimum(first + CHANNELS, D), STEP):
-        c = start + tl.arange(0, STEP)
+    for d in tl.range(first, tl.minimum(first + CHANNELS, D), STEP):
+        c = d + tl.arange(0, STEP)
         at_TC = (t * (N * D))[:, None] + c[None, :]
         x = tiles(streams, at_TC, real[:, None], D, N, "evict_first" if PENDING else "")
         if PENDING:
@@ -141,7 +142,7 @@ def _expand(
                 tl.store(new + at_TC + k * D, x[k], mask=real[:, None])
             eighths = eighths + (_eighths(x[k].to(tl.float32)),)
         f = tl.arange(0, N * STEP)
-        w_PF = tl.load(fn + of_fn[:, None] + (f // STEP * D + start + f % STEP)[None, :], mask=real_P[:, None], other=0.0)
+        w_PF = tl.load(fn + of_fn[:, None] + (f // STEP * D + d + f % STEP)[None, :], mask=real_P[:, None], other=0.0)
         logits_PT = tl.dot(w_PF, tl.trans(_side_by_side(x, N)), logits_PT, input_precision=PRECISION)
         sums = ()
         for j in tl.static_range(N):
@@ -150,9 +151,10 @@ def _expand(
         pairs = sums
     o, r = tl.arange(0, OUT), tl.arange(0, ROWS)
     logits_OT = tl.sum(tl.reshape(logits_PT, [PARTS, OUT, ROWS]), 0)
-    tl.store(parts + o[:, None] * ROWS + r[None, :], logits_OT, mask=(o < LOGITS)[:, None])
+    parts += start % GROUP
+    tl.store(parts + o[:, None] * GROUP + r[None, :], logits_OT, mask=(o < LOGITS)[:, None])
     for i in tl.static_range(N * (N + 1) // 2):
-        tl.store(parts + (LOGITS + i) * ROWS + r, tl.sum(pairs[i], 1))
+        tl.store(parts + (LOGITS + i) * GROUP + r, tl.sum(pairs[i], 1))
 
 
 @triton.jit
@@ -191,20 +193,20 @@ def softmax(logits, eps, N: tl.constexpr):
 def _mix(
     parts, base, scale, totals, pre, factor, post, comb, count, group, tokens, norm_eps, eps,
     D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, SUMS: tl.constexpr, SLICES: tl.constexpr,
-    ITERATIONS: tl.constexpr, ROWS: tl.constexpr,
+    ITERATIONS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The parts' totals [LOGITS + pairs, T]; a collapse's gates and norm, then a sublayer's post and comb."""
     OUTS: tl.constexpr = LOGITS + N * (N + 1) // 2
-    o, r = tl.arange(0, SUMS)[:, None], tl.arange(0, ROWS)
-    t = group.to(tl.int64) * ROWS + r
+    o, r = tl.arange(0, SUMS)[:, None], tl.arange(0, GROUP)
+    t = group.to(tl.int64) * GROUP + r
     real = t < tokens
-    sums_OT = tl.load(parts + o * ROWS + r[None, :], mask=o < OUTS, other=0.0)
+    sums_OT = tl.load(parts + o * GROUP + r[None, :], mask=o < OUTS, other=0.0)
     for s in tl.range(1, SLICES, loop_unroll_factor=4):
-        sums_OT += tl.load(parts + (s * OUTS + o) * ROWS + r[None, :], mask=o < OUTS, other=0.0)
+        sums_OT += tl.load(parts + (s * OUTS + o) * GROUP + r[None, :], mask=o < OUTS, other=0.0)
     tl.store(totals + o * tokens + t[None, :], sums_OT, mask=(o < OUTS) & real[None, :])
     tl.debug_barrier()
     found = columns(totals, t, real, tokens, OUTS)
-    squares = tl.zeros([ROWS], tl.float32)
+    squares = tl.zeros([GROUP], tl.float32)
     for j in tl.static_range(N):
         squares += found[LOGITS + j * N - j * (j + 1) // 2 + j]
     rms = tl.rsqrt(squares / (N * D) + norm_eps)
@@ -212,7 +214,7 @@ def _mix(
     for j in tl.static_range(N):
         gates = gates + (tl.sigmoid(tl.fma(found[j] * rms, tl.load(scale), tl.load(base + j))) + eps,)
         tl.store(pre + j * tokens + t, gates[j], mask=real)
-    squares = tl.zeros([ROWS], tl.float32)
+    squares = tl.zeros([GROUP], tl.float32)
     for j in tl.static_range(N):
         for k in tl.static_range(j, N):
             product = gates[j] * gates[k] * found[LOGITS + j * N - j * (j + 1) // 2 + k]
@@ -237,10 +239,10 @@ def _mix(
 
 @triton.jit
 def _collapse(
-    streams, pre, factor, weight, x, group, slice, tokens,
+    streams, pre, factor, weight, x, start, slice, tokens,
     D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    t, c = group.to(tl.int64) * ROWS + tl.arange(0, ROWS), slice * CHANNELS + tl.arange(0, CHANNELS)
+    t, c = start.to(tl.int64) + tl.arange(0, ROWS), slice * CHANNELS + tl.arange(0, CHANNELS)
     real = t < tokens
     real_TC = real[:, None] & (c < D)[None, :]
     rows = tiles(streams, (t * (N * D))[:, None] + c[None, :], real_TC, D, N, "evict_first")
@@ -257,32 +259,37 @@ def _site(
     streams, output, post_in, comb_in, fn, base, scale, weight, new, parts, totals, pre, factor, post, comb, x, counts,
     tokens, lag, norm_eps, eps,
     D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, OUT: tl.constexpr, SUMS: tl.constexpr,
-    SLICES: tl.constexpr, ITERATIONS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
-    PENDING: tl.constexpr, PRECISION: tl.constexpr,
+    SLICES: tl.constexpr, ITERATIONS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    CHANNELS: tl.constexpr, PENDING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """In turn g each tile of group g is expanded and one of group g - lag is collapsed."""
     OUTS: tl.constexpr = LOGITS + N * (N + 1) // 2
+    TILES: tl.constexpr = GROUP // ROWS * SLICES
     taken = tl.atomic_add(counts, 1, sem="relaxed")
-    turn, slice = taken // (2 * SLICES), taken // 2 % SLICES
+    group, slice = taken // (2 * TILES), taken // 2 % SLICES
+    start = group * GROUP + taken // (2 * SLICES) % (GROUP // ROWS) * ROWS
     if taken % 2 == 0:
-        if turn * ROWS < tokens:
-            count, parts = counts + 1 + turn, parts + turn.to(tl.int64) * (SLICES * OUTS * ROWS)
-            _expand(
-                streams, output, post_in, comb_in, fn, new, parts + slice * (OUTS * ROWS), turn, slice, tokens,
-                D, N, LOGITS, OUT, ROWS, STEP, CHANNELS, PENDING, PRECISION,
-            )  # fmt: skip
-            tl.debug_barrier()
-            if tl.atomic_add(count, 1, sem="acq_rel") == SLICES - 1:
-                _mix(
-                    parts, base, scale, totals, pre, factor, post, comb, count, turn, tokens, norm_eps, eps,
-                    D, N, LOGITS, SUMS, SLICES, ITERATIONS, ROWS,
+        if group * GROUP < tokens:
+            count, parts = counts + 1 + group, parts + group.to(tl.int64) * (SLICES * OUTS * GROUP)
+            if start < tokens:
+                _expand(
+                    streams, output, post_in, comb_in, fn, new, parts + slice * (OUTS * GROUP), start, slice, tokens,
+                    D, N, LOGITS, OUT, GROUP, ROWS, STEP, CHANNELS, PENDING, PRECISION,
                 )  # fmt: skip
-    elif turn >= lag:
-        count = counts + 1 + turn - lag
-        seen = tl.atomic_add(count, 0, sem="acquire")
-        while seen <= SLICES:
+            tl.debug_barrier()
+            if tl.atomic_add(count, 1, sem="acq_rel") == TILES - 1:
+                _mix(
+                    parts, base, scale, totals, pre, factor, post, comb, count, group, tokens, norm_eps, eps,
+                    D, N, LOGITS, SUMS, SLICES, ITERATIONS, GROUP,
+                )  # fmt: skip
+    else:
+        start -= lag * GROUP
+        if (start >= 0) & (start < tokens):
+            count = counts + 1 + group - lag
             seen = tl.atomic_add(count, 0, sem="acquire")
-        _collapse(new, pre, factor, weight, x, turn - lag, slice, tokens, D, N, ROWS, CHANNELS)
+            while seen <= TILES:
+                seen = tl.atomic_add(count, 0, sem="acquire")
+            _collapse(new, pre, factor, weight, x, start, slice, tokens, D, N, ROWS, CHANNELS)
 
 
 class Sizes(NamedTuple):
@@ -329,7 +336,7 @@ def site_forward(
     tokens, n, d = streams.shape
     sizes = check(streams, update, fn)
     new = streams if update is None else torch.empty_like(streams)
-    groups = triton.cdiv(tokens, ROWS)
+    groups = triton.cdiv(tokens, GROUP)
     wide = fn.new_empty(sizes.outs + n + 1 + (n + n * n if fn.shape[0] > n else 0), tokens)
     totals, pre, factor, post, comb = wide.split([sizes.outs, n, 1, *([n, n * n] if fn.shape[0] > n else [0, 0])])
     counts = fn.new_empty(1 + 2 * groups, dtype=torch.int32)
@@ -343,11 +350,12 @@ def site_forward(
         _prepare[(triton.cdiv(max(fn.numel(), counts.numel()), 1024),)](
             fn, halves, counts, fn.numel(), counts.numel(), BLOCK=1024, SPLIT=low, num_warps=4
         )
-        parts, lag = fn.new_empty(groups, sizes.slices, sizes.outs, ROWS), min(triton.cdiv(LAG, 2 * sizes.slices), groups)
-        _site[((groups + lag) * sizes.slices * 2,)](
+        tiles = sizes.slices * (GROUP // ROWS)
+        parts, lag = fn.new_empty(groups, sizes.slices, sizes.outs, GROUP), min(triton.cdiv(LAG, 2 * tiles), groups)
+        _site[((groups + lag) * tiles * 2,)](
             streams, *(update or (fn, fn, fn)), halves, base, scale, weight, new, parts, *result[2:7],
             result.x, counts, tokens, lag, norm_eps, eps, *sizes, OUT=sizes.out, SUMS=next_power(sizes.outs),
-            SLICES=sizes.slices, ITERATIONS=iterations, ROWS=ROWS, STEP=math.gcd(d, STEP), CHANNELS=CHANNELS,
+            SLICES=sizes.slices, ITERATIONS=iterations, GROUP=GROUP, ROWS=ROWS, STEP=math.gcd(d, STEP), CHANNELS=CHANNELS,
             PENDING=update is not None, PRECISION=precision(streams.dtype), num_warps=WARPS, num_stages=STAGES,
             **SAME_BITS, **MORE,
         )  # fmt: skip

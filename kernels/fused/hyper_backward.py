@@ -75,21 +75,21 @@ def _mix_backward(
     dots, totals, pre, factor, of_post, of_comb, base, scale, of_logits, of_norm, sums, of_gates, group, tokens, norm_eps,
     eps,
     D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, SLICES: tl.constexpr, SLOTS: tl.constexpr,
-    ITERATIONS: tl.constexpr, ROWS: tl.constexpr,
+    ITERATIONS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """of_logits [LOGITS + 1, T]: of fn's products, and what the streams are multiplied by for the norm's sake.
 
     of_norm [2, T]: what x's gradient times the norm's weight, and x, are multiplied by; of_gates [LOGITS + 3] of a group,
     of base and of scale.
     """
-    r, s = tl.arange(0, ROWS), tl.arange(0, SLOTS)
-    t = group.to(tl.int64) * ROWS + r
+    r, s = tl.arange(0, GROUP), tl.arange(0, SLOTS)
+    t = group.to(tl.int64) * GROUP + r
     real = t < tokens
     found, gates = columns(totals, t, real, tokens, LOGITS + N * (N + 1) // 2), columns(pre, t, real, tokens, N)
     norm = tl.load(factor + t, mask=real, other=0.0)
-    of_pre, mean, squares = (), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    of_pre, mean, squares = (), tl.zeros([GROUP], tl.float32), tl.zeros([GROUP], tl.float32)
     for j in tl.static_range(N):
-        parts_SR = tl.load(dots + (s * N + j)[:, None] * ROWS + r[None, :], mask=(s < SLICES)[:, None], other=0.0)
+        parts_SR = tl.load(dots + (s * N + j)[:, None] * GROUP + r[None, :], mask=(s < SLICES)[:, None] & real[None, :], other=0.0)
         of_pre = of_pre + (tl.sum(parts_SR, 0),)
         mean = tl.fma(gates[j], of_pre[j], mean)
         squares += found[LOGITS + j * N - j * (j + 1) // 2 + j]
@@ -97,9 +97,9 @@ def _mix_backward(
     tl.store(of_norm + t, norm, mask=real)
     tl.store(of_norm + tokens + t, -norm * norm * mean, mask=real)
     rms = tl.rsqrt(squares / (N * D) + norm_eps)
-    of_rms, of_scale, gate_scale = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32), tl.load(scale)
+    of_rms, of_scale, gate_scale = tl.zeros([GROUP], tl.float32), tl.zeros([GROUP], tl.float32), tl.load(scale)
     for j in tl.static_range(N):
-        inner = tl.zeros([ROWS], tl.float32)  # of x and stream j
+        inner = tl.zeros([GROUP], tl.float32)  # of x and stream j
         for k in tl.static_range(N):
             inner = tl.fma(gates[k], found[LOGITS + (j * N - j * (j + 1) // 2 + k if j < k else k * N - k * (k + 1) // 2 + j)], inner)
         gate = tl.sigmoid(tl.fma(found[j] * rms, gate_scale, tl.load(base + j)))
@@ -110,7 +110,7 @@ def _mix_backward(
     tl.store(of_gates + LOGITS, tl.sum(of_scale * rms, 0))
     of_rms += of_scale * gate_scale
     if LOGITS > N:
-        of_scale, gate_scale = tl.zeros([ROWS], tl.float32), tl.load(scale + 1)
+        of_scale, gate_scale = tl.zeros([GROUP], tl.float32), tl.load(scale + 1)
         grads = columns(of_post, t, real, tokens, N)
         for k in tl.static_range(N):
             gate = tl.sigmoid(tl.fma(found[N + k] * rms, gate_scale, tl.load(base + N + k)))
@@ -120,7 +120,7 @@ def _mix_backward(
             tl.store(of_logits + (N + k) * tokens + t, g * gate_scale * rms, mask=real)
         tl.store(of_gates + LOGITS + 1, tl.sum(of_scale * rms, 0))
         of_rms += of_scale * gate_scale
-        of_scale, gate_scale, logits = tl.zeros([ROWS], tl.float32), tl.load(scale + 2), ()
+        of_scale, gate_scale, logits = tl.zeros([GROUP], tl.float32), tl.load(scale + 2), ()
         for i in tl.static_range(N * N):
             logits = logits + (tl.fma(found[2 * N + i] * rms, gate_scale, tl.load(base + 2 * N + i)),)
         grads = columns(of_comb, t, real, tokens, N * N)
@@ -139,25 +139,26 @@ def _gates_backward(
     streams, weight, of_x, dots, totals, pre, factor, of_post, of_comb, base, scale, of_logits, of_norm, sums, of_gates,
     counts, tokens, norm_eps, eps,
     D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, SLICES: tl.constexpr, SLOTS: tl.constexpr,
-    ITERATIONS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    ITERATIONS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dots [groups, SLICES, N, ROWS]: of x's gradient, times the norm's weight, and each stream."""
-    group, slice = tl.program_id(0) // SLICES, tl.program_id(0) % SLICES
-    r, c = tl.arange(0, ROWS), slice * CHANNELS + tl.arange(0, CHANNELS)
-    t = group.to(tl.int64) * ROWS + r
+    """dots [groups, SLICES, N, GROUP]: of x's gradient, times the norm's weight, and each stream."""
+    TILES: tl.constexpr = GROUP // ROWS * SLICES
+    group, slice = tl.program_id(0) // TILES, tl.program_id(0) % SLICES
+    r = tl.program_id(0) // SLICES % (GROUP // ROWS) * ROWS + tl.arange(0, ROWS)
+    t, c = group.to(tl.int64) * GROUP + r, slice * CHANNELS + tl.arange(0, CHANNELS)
     real_TC = (t < tokens)[:, None] & (c < D)[None, :]
     rows = tiles(streams, (t * (N * D))[:, None] + c[None, :], real_TC, D, N, "")
     g_TC = tl.load(of_x + t[:, None] * D + c[None, :], mask=real_TC, other=0.0).to(tl.float32)
     g_TC *= tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
-    dots += group.to(tl.int64) * (SLICES * N * ROWS)
+    dots += group.to(tl.int64) * (SLICES * N * GROUP)
     for j in tl.static_range(N):
-        tl.store(dots + (slice * N + j) * ROWS + r, tl.sum(g_TC * rows[j].to(tl.float32), 1))
+        tl.store(dots + (slice * N + j) * GROUP + r, tl.sum(g_TC * rows[j].to(tl.float32), 1))
     tl.debug_barrier()
     # It counts on when a graph is gone back through again.
-    if tl.atomic_add(counts + group, 1, sem="acq_rel") % SLICES == SLICES - 1:
+    if tl.atomic_add(counts + group, 1, sem="acq_rel") % TILES == TILES - 1:
         _mix_backward(
             dots, totals, pre, factor, of_post, of_comb, base, scale, of_logits, of_norm, sums,
-            of_gates + group * (LOGITS + 3), group, tokens, norm_eps, eps, D, N, LOGITS, SLICES, SLOTS, ITERATIONS, ROWS,
+            of_gates + group * (LOGITS + 3), group, tokens, norm_eps, eps, D, N, LOGITS, SLICES, SLOTS, ITERATIONS, GROUP,
         )  # fmt: skip
 
 
@@ -292,15 +293,15 @@ def site_backward(
     if tokens == 0:
         return *(None,) * len(inputs), *(torch.zeros_like(x) for x in weights)
     sizes, of_x = Sizes(d, n, fn.shape[0]), of_x.contiguous()
-    groups, slices = triton.cdiv(tokens, hyper.ROWS), sizes.slices
-    dots, of_gates = totals.new_empty(groups, slices, n, hyper.ROWS), totals.new_empty(groups, sizes.LOGITS + 3)
+    groups, slices = triton.cdiv(tokens, hyper.GROUP), sizes.slices
+    dots, of_gates = totals.new_empty(groups, slices, n, hyper.GROUP), totals.new_empty(groups, sizes.LOGITS + 3)
     of_logits, of_norm = totals.new_empty(sizes.LOGITS + 1, tokens), totals.new_empty(2, tokens)
     sums = totals.new_empty(2 * iterations - 1 if iterations else 0, n, tokens)
     grads = [pre if x is None else x.contiguous() for x in (of_post, of_comb)]  # which the head has not
-    _gates_backward[(groups * slices,)](
+    _gates_backward[(groups * (hyper.GROUP // hyper.ROWS) * slices,)](
         new, weight, of_x, dots, totals, pre, factor, *grads, base, scale, of_logits, of_norm, sums, of_gates,
         counts[1 + groups :], tokens, norm_eps, eps, *sizes, SLICES=slices, SLOTS=next_power(slices),
-        ITERATIONS=iterations, ROWS=hyper.ROWS, CHANNELS=hyper.CHANNELS, num_warps=GWARPS, **GMORE,
+        ITERATIONS=iterations, GROUP=hyper.GROUP, ROWS=hyper.ROWS, CHANNELS=hyper.CHANNELS, num_warps=GWARPS, **GMORE,
     )  # fmt: skip
     hopper = is_hopper(old.device) and old.dtype == torch.bfloat16 and d % STEP == 0 and HOPPER
     step = math.gcd(d, STEP)
@@ -316,8 +317,9 @@ def site_backward(
         *of_inputs, parts[3], parts[0], parts[2],
     )  # fmt: skip
     if hopper:
-        from .hopper_hyper import streams_backward
+        from . import hopper_hyper, hopper_hyper2
 
+        streams_backward = (hopper_hyper2 if HOPPER == "ws" else hopper_hyper).streams_backward
         streams_backward(*arguments)
     else:
         _of_tiles(sizes, *arguments)

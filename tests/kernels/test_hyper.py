@@ -23,7 +23,8 @@ def _triton(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fused_hyper, "CHANNELS", 32)
     monkeypatch.setattr(fused_hyper, "STEP", 16)
     monkeypatch.setattr(fused_hyper, "ROWS", 16)
-    monkeypatch.setattr(fused_hyper, "LAG", 2)
+    monkeypatch.setattr(fused_hyper, "GROUP", 32)
+    monkeypatch.setattr(fused_hyper, "LAG", 8)
     monkeypatch.setattr(hyper_backward, "PROGRAMS", 6)
 
 
