@@ -121,9 +121,9 @@ def hyper(setting: Setting) -> Rows:
                 def ours(gates: Tensor, weight: Tensor, count: int = count, **given: Tensor) -> Tensor:
                     return oracles.joined(site(setting, *given.values(), gates[:count], gates[count:], weight))
 
-                def oracle(gates: Tensor, weight: Tensor, count: int = count, **given: Tensor) -> Tensor:
+                def oracle(gates: Tensor, weight: Tensor, count: int = count, dtype=dtype, **given: Tensor) -> Tensor:
                     values = *given.values(), gates[:count], gates[count:], weight
-                    return oracles.joined(oracles.site(*settings, *values))  # pyright: ignore[reportCallIssue]
+                    return oracles.joined(oracles.site(*settings, dtype, *values))  # pyright: ignore[reportCallIssue]
 
                 errors = compare(given, partial(by_autograd, ours), oracle, torch.float32)
                 yield from rows(f"hyper-connections: {name}", tokens, dtype, errors)

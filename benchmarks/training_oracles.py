@@ -37,13 +37,19 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([each.to(torch.promote_types(each.dtype, torch.float32)).flatten() for each in parts])
 
 
+def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as memory holds it; its gradient is what it would be without."""
+    return x + (x.to(dtype).to(x.dtype) - x).detach()
+
+
 def site(
-    iterations: int, norm_eps: float, eps: float, streams: Tensor, output: Tensor, post: Tensor, comb: Tensor,
-    fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor,
+    iterations: int, norm_eps: float, eps: float, dtype: torch.dtype, streams: Tensor, output: Tensor, post: Tensor,
+    comb: Tensor, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """`hyper.enter`'s four results, or `hyper.leave`'s two for an fn of n rows."""
+    """`hyper.enter`'s four results, or `hyper.leave`'s two for an fn of n rows; the streams are stored in `dtype`."""
     n = streams.shape[1]
     streams = torch.einsum("kt,td->tkd", post, output) + torch.einsum("jkt,tjd->tkd", comb, streams)
+    streams = stored(streams, dtype)
     flat = streams.flatten(1)
     logits = (flat @ fn.t()) / (flat.square().mean(1, keepdim=True) + norm_eps).sqrt()
     pre = torch.sigmoid(logits[:, :n] * scale[0] + base[:n]) + eps

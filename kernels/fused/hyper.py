@@ -1,12 +1,14 @@
 """Triton kernels of hyper-connections, forward: a sublayer's output into the streams, and the next sublayer's input.
 
-A site is what lies between two sublayers. Two kernels pass over a token's n streams: the first expands the output into
-them and, while it holds a tile, sums up its products with `fn` and its squares; the second collapses them to the next
-sublayer's input, with its norm. In bf16 at n = 4 that is 14 d numbers a token, and 10 d would be the least: the second
-pass needs the whole first one's sums. Programs of the second kernel that come first mix: gates and Sinkhorn-Knopp.
+A site is what lies between two sublayers; one launch does it, in tiles of ROWS tokens and CHANNELS channels of each of
+the n streams. A tile is first expanded: its new streams, their products with `fn` and with one another. The program that
+finds itself the last of a group of tokens sums those up and mixes: gates and Sinkhorn-Knopp. Then tiles of the group are
+collapsed and normed; what they read of the new streams is still in the L2 cache.
 
-A token's sums over its n d channels are made in parts of CHANNELS of each stream, stored, and added in order. The
-number of tokens is not told to the compiler, which would lay out sums in another way where it divides by 16.
+Programs take their tile from a counter, so that whatever a program waits for was taken by one that runs already.
+
+The collapse's norm is a quadratic form of the streams' products with one another: no sum over its result is needed.
+The number of tokens is not told to the compiler, which would lay out sums in another way where it divides by 16.
 """
 
 import math
@@ -20,28 +22,29 @@ from torch import Tensor
 from .launch import SAME_BITS, check_dtypes, next_power, precision
 from .launch import STEP as LEAST
 
-CHANNELS = 256  # of each stream, summed up by one program
-ROWS, STEP = 32, 32  # tokens and channels of a tile, small enough for two programs on a multiprocessor
-MIXED = 32  # tokens whose gates one program finds
-TILE = 4096  # channels of one stream that a program collapses
+GROUP = 128  # tokens that are mixed at once
+ROWS = 64  # of them, in a tile
+CHANNELS = 128  # of each stream, in a tile
+STEP = 64  # of them, at a time
+LAG = 640  # tiles taken before the first is collapsed: those that run at once and a few, to fit into the L2 cache
 STREAMS = 1, 2, 4  # for which there are kernels
 
 
 @triton.jit
-def columns(table, t, real, COUNT: tl.constexpr):
-    """The columns of a table [T, COUNT] at tokens t, as a tuple."""
+def columns(table, t, real, tokens, COUNT: tl.constexpr, OTHER: tl.constexpr = 0.0):
+    """The rows of a table [COUNT, T] at tokens t, as a tuple; OTHER where there is no token."""
     found = ()
     for i in tl.static_range(COUNT):
-        found = found + (tl.load(table + t * COUNT + i, mask=real, other=0.0),)
+        found = found + (tl.load(table + i * tokens + t, mask=real, other=OTHER),)
     return found
 
 
 @triton.jit
-def tiles(streams, at_TC, real_TC, D: tl.constexpr, N: tl.constexpr):
+def tiles(streams, at_TC, real_TC, D: tl.constexpr, N: tl.constexpr, POLICY: tl.constexpr):
     """Tiles of the streams [T, N, D], as a tuple: at_TC are the places in the first, t N D + c."""
     found = ()
     for j in tl.static_range(N):
-        found = found + (tl.load(streams + at_TC + j * D, mask=real_TC, other=0.0),)
+        found = found + (tl.load(streams + at_TC + j * D, mask=real_TC, other=0.0, eviction_policy=POLICY),)
     return found
 
 
@@ -58,125 +61,235 @@ def expanded(streams, output_TC, posts, combs, N: tl.constexpr):
 
 
 @triton.jit
-def _two_numbers(w_OC):
-    """[2 O, C]: the bf16 nearest to each number, then those nearest to what that leaves: up to 2^-18 is lost."""
-    high = w_OC.to(tl.bfloat16)
-    rest = (w_OC - high.to(tl.float32)).to(tl.bfloat16)
-    return tl.reshape(tl.permute(tl.join(high, rest), (2, 0, 1)), [2 * w_OC.shape[0], w_OC.shape[1]])
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _expand(
-    streams, output, post, comb, fn, new, parts, tokens,
-    D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    CHANNELS: tl.constexpr, PENDING: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """New streams, if there is an output to add, and parts [slices, LOGITS + 1, T] of their logits and squares."""
-    first, t = tl.program_id(0) * CHANNELS, tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    # In bf16 the logits' rows come twice, for the two numbers that stand for one of fn.
-    PARTS: tl.constexpr = 2 if streams.dtype.element_ty == tl.bfloat16 else 1
-    real, o = t < tokens, tl.arange(0, OUT)
-    if PENDING:
-        posts, combs = columns(post, t, real, N), columns(comb, t, real, N * N)
-    logits, squares_TC = (), tl.zeros([ROWS, STEP], tl.float32)
-    for _ in tl.static_range(N):
-        logits = logits + (tl.zeros([PARTS * OUT, ROWS], tl.float32),)
-    for start in tl.range(first, tl.minimum(first + CHANNELS, D), STEP):
-        c = start + tl.arange(0, STEP)
-        at_TC = (t * (N * D))[:, None] + c[None, :]
-        x = tiles(streams, at_TC, real[:, None], D, N)
-        if PENDING:
-            output_TC = tl.load(output + t[:, None] * D + c[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-            x = expanded(x, output_TC, posts, combs, N)
-        sums = ()
-        for k in tl.static_range(N):
-            if PENDING:
-                tl.store(new + at_TC + k * D, x[k], mask=real[:, None])
-            wide = x[k].to(tl.float32)
-            squares_TC = tl.fma(wide, wide, squares_TC)
-            w_OC = tl.load(fn + (o * (N * D))[:, None] + c[None, :] + k * D, mask=(o < LOGITS)[:, None], other=0.0)
-            w_PC = w_OC if PARTS == 1 else _two_numbers(w_OC)
-            sums = sums + (tl.dot(w_PC, tl.trans(x[k]), logits[k], input_precision=PRECISION),)
-        logits = sums
-    row = parts + tl.program_id(0) * (LOGITS + 1) * tokens
-    logits_PT = logits[0]
-    for k in tl.static_range(1, N):
-        logits_PT += logits[k]
-    logits_OT = tl.sum(tl.reshape(logits_PT, [PARTS, OUT, ROWS]), 0)
-    tl.store(row + o[:, None] * tokens + t[None, :], logits_OT, mask=(o < LOGITS)[:, None] & real[None, :])
-    tl.store(row + LOGITS * tokens + t, tl.sum(squares_TC, 1), mask=real)
+def _side_by_side(x, N: tl.constexpr):
+    """A tuple of N tiles [T, C] as one [T, N C]."""
+    T: tl.constexpr = x[0].shape[0]
+    C: tl.constexpr = x[0].shape[1]
+    if N == 1:
+        return x[0]
+    elif N == 2:
+        return tl.reshape(tl.permute(tl.join(x[0], x[1]), (0, 2, 1)), [T, 2 * C])
+    else:
+        pairs = tl.join(tl.join(x[0], x[1]), tl.join(x[2], x[3]))
+        return tl.reshape(tl.permute(pairs, (0, 3, 2, 1)), [T, 4 * C])
 
 
 @triton.jit
-def _total(parts, o, t, real, tokens, OUTS: tl.constexpr, SLICES: tl.constexpr):
-    sums = tl.load(parts + o * tokens + t, mask=real, other=0.0)
-    for s in tl.static_range(1, SLICES):
-        sums += tl.load(parts + (s * OUTS + o) * tokens + t, mask=real, other=0.0)
+def _halves(x_TC):
+    return tl.split(tl.reshape(x_TC, [x_TC.shape[0], x_TC.shape[1] // 2, 2]))
+
+
+@triton.jit
+def _eighths(x_TC):
+    """Eight tiles [T, C / 8], of every eighth channel."""
+    a, b = _halves(x_TC)
+    quarters = _halves(a) + _halves(b)
+    return _halves(quarters[0]) + _halves(quarters[1]) + _halves(quarters[2]) + _halves(quarters[3])
+
+
+@triton.jit
+def dots(sums, left, right):
+    """sums [T, C / 8] of the products of two tiles' eighths."""
+    for i in tl.static_range(8):
+        sums = tl.fma(left[i], right[i], sums)
     return sums
 
 
 @triton.jit
-def sinkhorn(logits_TJK, eps, ITERATIONS: tl.constexpr):
-    """The softmax over k (plus eps) and each of the 2 ITERATIONS - 1 passes after it, as a tuple: over j, k, j, ..."""
-    exps = tl.exp(logits_TJK - tl.max(logits_TJK, 2, keep_dims=True))
-    steps = (exps / tl.sum(exps, 2, keep_dims=True) + eps,)
-    for i in tl.static_range(2 * ITERATIONS - 1):
-        steps = steps + (steps[i] / (tl.sum(steps[i], 1 + i % 2, keep_dims=True) + eps),)
-    return steps
+def _prepare(fn, halves, counts, size, marks, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
+    """The bf16 nearest to each number of fn, then those nearest to what that leaves: up to 2^-18 is lost; zeros."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(counts + at, 0, mask=at < marks)
+    if SPLIT:
+        w = tl.load(fn + at, mask=at < size, other=0.0)
+        high = w.to(tl.bfloat16)
+        tl.store(halves + at, high, mask=at < size)
+        tl.store(halves + size + at, (w - high.to(tl.float32)).to(tl.bfloat16), mask=at < size)
+
+
+@triton.jit
+def _expand(
+    streams, output, post, comb, fn, new, parts, start, slice, tokens,
+    D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, OUT: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr, CHANNELS: tl.constexpr, PENDING: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of new streams, if there is an output to add; of parts [LOGITS + pairs, GROUP], its tokens' columns."""
+    t = start.to(tl.int64) + tl.arange(0, ROWS)
+    real = t < tokens
+    # In bf16 the logits' rows come twice, for the two numbers that stand for one of fn.
+    PARTS: tl.constexpr = 2 if streams.dtype.element_ty == tl.bfloat16 else 1
+    p = tl.arange(0, PARTS * OUT)
+    of_fn, real_P = (p // OUT * LOGITS + p % OUT) * (N * D), p % OUT < LOGITS
+    if PENDING:
+        posts, combs = columns(post, t, real, tokens, N), columns(comb, t, real, tokens, N * N)
+    logits_PT = tl.zeros([PARTS * OUT, ROWS], tl.float32)
+    pairs = ()
+    for _ in tl.static_range(N * (N + 1) // 2):
+        pairs = pairs + (tl.zeros([ROWS, STEP // 8], tl.float32),)
+    first = slice * CHANNELS
+    for d in tl.range(first, tl.minimum(first + CHANNELS, D), STEP):
+        c = d + tl.arange(0, STEP)
+        at_TC = (t * (N * D))[:, None] + c[None, :]
+        x = tiles(streams, at_TC, real[:, None], D, N, "evict_first" if PENDING else "")
+        if PENDING:
+            output_TC = tl.load(
+                output + t[:, None] * D + c[None, :], mask=real[:, None], other=0.0, eviction_policy="evict_first"
+            )
+            x = expanded(x, output_TC.to(tl.float32), posts, combs, N)
+        eighths = ()
+        for k in tl.static_range(N):
+            if PENDING:
+                tl.store(new + at_TC + k * D, x[k], mask=real[:, None])
+            eighths = eighths + (_eighths(x[k].to(tl.float32)),)
+        f = tl.arange(0, N * STEP)
+        w_PF = tl.load(fn + of_fn[:, None] + (f // STEP * D + d + f % STEP)[None, :], mask=real_P[:, None], other=0.0)
+        logits_PT = tl.dot(w_PF, tl.trans(_side_by_side(x, N)), logits_PT, input_precision=PRECISION)
+        sums = ()
+        for j in tl.static_range(N):
+            for k in tl.static_range(j, N):
+                sums = sums + (dots(pairs[j * N - j * (j + 1) // 2 + k], eighths[j], eighths[k]),)
+        pairs = sums
+    o, r = tl.arange(0, OUT), tl.arange(0, ROWS)
+    logits_OT = tl.sum(tl.reshape(logits_PT, [PARTS, OUT, ROWS]), 0)
+    parts += start % GROUP
+    tl.store(parts + o[:, None] * GROUP + r[None, :], logits_OT, mask=(o < LOGITS)[:, None])
+    for i in tl.static_range(N * (N + 1) // 2):
+        tl.store(parts + (LOGITS + i) * GROUP + r, tl.sum(pairs[i], 1))
+
+
+@triton.jit
+def normalized(m, eps, AXIS: tl.constexpr, N: tl.constexpr):
+    """m, a tuple of N x N, over the N sums along an axis, plus eps; and what it was divided by."""
+    sums, factors, new = (), (), ()
+    for i in tl.static_range(N):
+        total = m[i * N if AXIS else i]
+        for l in tl.static_range(1, N):
+            total += m[i * N + l if AXIS else l * N + i]
+        sums = sums + (total + eps,)
+        factors = factors + (1 / sums[i],)
+    for i in tl.static_range(N * N):
+        new = new + (m[i] * factors[i // N if AXIS else i % N],)
+    return new, sums
+
+
+@triton.jit
+def softmax(logits, eps, N: tl.constexpr):
+    """Of each row of a tuple of N x N, plus eps."""
+    new = ()
+    for j in tl.static_range(N):
+        most = logits[j * N]
+        for k in tl.static_range(1, N):
+            most = tl.maximum(most, logits[j * N + k])
+        exps, total = (), tl.zeros_like(most)
+        for k in tl.static_range(N):
+            exps = exps + (tl.exp(logits[j * N + k] - most),)
+            total += exps[k]
+        for k in tl.static_range(N):
+            new = new + (exps[k] / total + eps,)
+    return new
 
 
 @triton.jit
 def _mix(
-    parts, base, scale, totals, post, comb, tokens, norm_eps, eps,
-    D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, OUT: tl.constexpr, SLICES: tl.constexpr,
-    ITERATIONS: tl.constexpr, MIXED: tl.constexpr,
+    parts, base, scale, totals, pre, factor, post, comb, count, group, tokens, norm_eps, eps,
+    D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, SUMS: tl.constexpr, SLICES: tl.constexpr,
+    ITERATIONS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The parts' sums, totals [LOGITS + 1, T], for the backward, and a sublayer's post and comb."""
-    OUTS: tl.constexpr = LOGITS + 1
-    t = tl.program_id(0).to(tl.int64) * MIXED + tl.arange(0, MIXED)
-    o, real = tl.arange(0, OUT)[None, :], t < tokens
-    kept = real[:, None] & (o < OUTS)
-    sums_TO = _total(parts, o, t[:, None], kept, tokens, OUTS, SLICES)
-    tl.store(totals + o * tokens + t[:, None], sums_TO, mask=kept)
+    """The parts' totals [LOGITS + pairs, T]; a collapse's gates and norm, then a sublayer's post and comb."""
+    OUTS: tl.constexpr = LOGITS + N * (N + 1) // 2
+    o, r = tl.arange(0, SUMS)[:, None], tl.arange(0, GROUP)
+    t = group.to(tl.int64) * GROUP + r
+    real = t < tokens
+    sums_OT = tl.load(parts + o * GROUP + r[None, :], mask=o < OUTS, other=0.0)
+    for s in tl.range(1, SLICES, loop_unroll_factor=4):
+        sums_OT += tl.load(parts + (s * OUTS + o) * GROUP + r[None, :], mask=o < OUTS, other=0.0)
+    tl.store(totals + o * tokens + t[None, :], sums_OT, mask=(o < OUTS) & real[None, :])
+    tl.debug_barrier()
+    found = columns(totals, t, real, tokens, OUTS)
+    squares = tl.zeros([GROUP], tl.float32)
+    for j in tl.static_range(N):
+        squares += found[LOGITS + j * N - j * (j + 1) // 2 + j]
+    rms = tl.rsqrt(squares / (N * D) + norm_eps)
+    gates = ()
+    for j in tl.static_range(N):
+        gates = gates + (tl.sigmoid(tl.fma(found[j] * rms, tl.load(scale), tl.load(base + j))) + eps,)
+        tl.store(pre + j * tokens + t, gates[j], mask=real)
+    squares = tl.zeros([GROUP], tl.float32)
+    for j in tl.static_range(N):
+        for k in tl.static_range(j, N):
+            product = gates[j] * gates[k] * found[LOGITS + j * N - j * (j + 1) // 2 + k]
+            squares += product if j == k else 2 * product
+    tl.store(factor + t, tl.rsqrt(tl.maximum(squares, 0.0) / D + norm_eps), mask=real)
+    tl.debug_barrier()
+    tl.atomic_add(count, 1, sem="release")  # the group may be collapsed
     if LOGITS > N:
-        rms = tl.rsqrt(_total(parts, LOGITS, t, real, tokens, OUTS, SLICES) / (N * D) + norm_eps)
-        n = tl.arange(0, N)
-        logits_TN = _total(parts, N + n[None, :], t[:, None], real[:, None], tokens, OUTS, SLICES) * rms[:, None]
-        gate_TN = tl.sigmoid(tl.fma(logits_TN, tl.load(scale + 1), tl.load(base + N + n)[None, :]))
-        tl.store(post + t[:, None] * N + n[None, :], 2 * gate_TN, mask=real[:, None])
-        jk, t = n[:, None] * N + n[None, :], t[:, None, None]
-        logits_TJK = _total(parts, 2 * N + jk[None, :, :], t, t < tokens, tokens, OUTS, SLICES) * rms[:, None, None]
-        logits_TJK = tl.fma(logits_TJK, tl.load(scale + 2), tl.load(base + 2 * N + jk)[None, :, :])
-        steps = sinkhorn(logits_TJK, eps, ITERATIONS)
-        tl.store(comb + t * (N * N) + jk[None, :, :], steps[2 * ITERATIONS - 1], mask=t < tokens)
+        for k in tl.static_range(N):
+            gate = tl.sigmoid(tl.fma(found[N + k] * rms, tl.load(scale + 1), tl.load(base + N + k)))
+            tl.store(post + k * tokens + t, 2 * gate, mask=real)
+        logits, gate_scale = (), tl.load(scale + 2)
+        for i in tl.static_range(N * N):
+            logits = logits + (tl.fma(found[2 * N + i] * rms, gate_scale, tl.load(base + 2 * N + i)),)
+        m, _ = normalized(softmax(logits, eps, N), eps, 0, N)
+        for _ in tl.range(1, ITERATIONS):
+            rows, _ = normalized(m, eps, 1, N)
+            m, _ = normalized(rows, eps, 0, N)
+        for i in tl.static_range(N * N):
+            tl.store(comb + i * tokens + t, m[i], mask=real)
 
 
-@triton.jit(do_not_specialize=["tokens", "mixers"])
-def _mix_and_collapse(
-    streams, parts, base, scale, weight, totals, pre, post, comb, x, tokens, mixers, norm_eps, eps,
-    D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, OUT: tl.constexpr, SLICES: tl.constexpr,
-    ITERATIONS: tl.constexpr, MIXED: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
+@triton.jit
+def _collapse(
+    streams, pre, factor, weight, x, start, slice, tokens,
+    D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    if tl.program_id(0) < mixers:
-        _mix(
-            parts, base, scale, totals, post, comb, tokens, norm_eps, eps, D, N, LOGITS, OUT, SLICES, ITERATIONS, MIXED
-        )
+    t, c = start.to(tl.int64) + tl.arange(0, ROWS), slice * CHANNELS + tl.arange(0, CHANNELS)
+    real = t < tokens
+    real_TC = real[:, None] & (c < D)[None, :]
+    rows = tiles(streams, (t * (N * D))[:, None] + c[None, :], real_TC, D, N, "evict_first")
+    gates, norm = columns(pre, t, real, tokens, N), tl.load(factor + t, mask=real, other=0.0)
+    weight_C = tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+    sums_TC = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for j in tl.static_range(N):
+        sums_TC = tl.fma((gates[j] * norm)[:, None], rows[j].to(tl.float32), sums_TC)
+    tl.store(x + t[:, None] * D + c[None, :], sums_TC * weight_C, mask=real_TC)
+
+
+@triton.jit(do_not_specialize=["tokens", "lag"])
+def _site(
+    streams, output, post_in, comb_in, fn, base, scale, weight, new, parts, totals, pre, factor, post, comb, x, counts,
+    tokens, lag, norm_eps, eps,
+    D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, OUT: tl.constexpr, SUMS: tl.constexpr,
+    SLICES: tl.constexpr, ITERATIONS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    CHANNELS: tl.constexpr, PENDING: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """In turn g each tile of group g is expanded and one of group g - lag is collapsed."""
+    OUTS: tl.constexpr = LOGITS + N * (N + 1) // 2
+    TILES: tl.constexpr = GROUP // ROWS * SLICES
+    taken = tl.atomic_add(counts, 1, sem="relaxed")
+    group, slice = taken // (2 * TILES), taken // 2 % SLICES
+    start = group * GROUP + taken // (2 * SLICES) % (GROUP // ROWS) * ROWS
+    if taken % 2 == 0:
+        if group * GROUP < tokens:
+            count, parts = counts + 1 + group, parts + group.to(tl.int64) * (SLICES * OUTS * GROUP)
+            if start < tokens:
+                _expand(
+                    streams, output, post_in, comb_in, fn, new, parts + slice * (OUTS * GROUP), start, slice, tokens,
+                    D, N, LOGITS, OUT, GROUP, ROWS, STEP, CHANNELS, PENDING, PRECISION,
+                )  # fmt: skip
+            tl.debug_barrier()
+            if tl.atomic_add(count, 1, sem="acq_rel") == TILES - 1:
+                _mix(
+                    parts, base, scale, totals, pre, factor, post, comb, count, group, tokens, norm_eps, eps,
+                    D, N, LOGITS, SUMS, SLICES, ITERATIONS, GROUP,
+                )  # fmt: skip
     else:
-        t = (tl.program_id(0) - mixers).to(tl.int64) * R + tl.arange(0, R)
-        d, real = tl.arange(0, WIDTH), t < tokens
-        real_TD = real[:, None] & (d < D)[None, :]
-        rows = tiles(streams, (t * (N * D))[:, None] + d[None, :], real_TD, D, N)
-        rms = tl.rsqrt(_total(parts, LOGITS, t, real, tokens, LOGITS + 1, SLICES) / (N * D) + norm_eps)
-        sums_TD = tl.zeros([R, WIDTH], tl.float32)
-        for j in tl.static_range(N):
-            logit = _total(parts, j, t, real, tokens, LOGITS + 1, SLICES) * rms
-            gate = tl.sigmoid(tl.fma(logit, tl.load(scale), tl.load(base + j))) + eps
-            tl.store(pre + t * N + j, gate, mask=real)
-            sums_TD = tl.fma(gate[:, None], rows[j].to(tl.float32), sums_TD)
-        x_TD = sums_TD.to(x.dtype.element_ty).to(tl.float32)  # what the definition collapses to
-        x_TD *= tl.rsqrt(tl.sum(x_TD * x_TD, 1) / D + norm_eps)[:, None]
-        x_TD *= tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        tl.store(x + t[:, None] * D + d[None, :], x_TD, mask=real_TD)
+        start -= lag * GROUP
+        if (start >= 0) & (start < tokens):
+            count = counts + 1 + group - lag
+            seen = tl.atomic_add(count, 0, sem="acquire")
+            while seen <= TILES:
+                seen = tl.atomic_add(count, 0, sem="acquire")
+            _collapse(new, pre, factor, weight, x, start, slice, tokens, D, N, ROWS, CHANNELS)
 
 
 class Sizes(NamedTuple):
@@ -188,30 +301,31 @@ class Sizes(NamedTuple):
 
     @property
     def out(self) -> int:
-        """Rows of a tile of logits and one more number; twice as many is the least that warpgroups multiply."""
-        return max(next_power(self.LOGITS + 1), 32)
+        """Rows of a tile of logits; twice as many is the least that warpgroups multiply."""
+        return max(next_power(self.LOGITS), 32)
+
+    @property
+    def outs(self) -> int:
+        """Of a token's sums: the logits, and the streams' products with one another."""
+        return self.LOGITS + self.N * (self.N + 1) // 2
 
     @property
     def slices(self) -> int:
         return math.ceil(self.D / CHANNELS)
 
-    @property
-    def rows(self) -> dict[str, int]:
-        """Of the programs that hold whole tokens."""
-        width = next_power(self.D)
-        return {"R": max(TILE // width, 1), "WIDTH": width}
-
 
 class Result(NamedTuple):
     new: Tensor  # the streams [T, n, d]
     x: Tensor  # [T, d]
-    pre: Tensor  # [T, n]
-    post: Tensor  # [T, n]
-    comb: Tensor  # [T, n, n]
-    totals: Tensor  # [logits + 1, T]: fn times the streams, and the sum of their squares
+    totals: Tensor  # [logits + n (n + 1) / 2, T]: fn times the streams; the streams' products: of 0 and 0, 0 and 1, ...
+    pre: Tensor  # [n, T]
+    factor: Tensor  # [T], of the norm of what the streams collapse to
+    post: Tensor  # [n, T]
+    comb: Tensor  # [n, n, T]
+    counts: Tensor  # of tiles that are done: 1 + 2 groups, the last third for the backward
 
 
-Update = tuple[Tensor, Tensor, Tensor]  # an output [T, d], its post [T, n] and comb [T, n, n]
+Update = tuple[Tensor, Tensor, Tensor]  # an output [T, d], its post [n, T] and comb [n, n, T]
 
 
 def site_forward(
@@ -222,23 +336,33 @@ def site_forward(
     tokens, n, d = streams.shape
     sizes = check(streams, update, fn)
     new = streams if update is None else torch.empty_like(streams)
-    parts = streams.new_empty(sizes.slices, sizes.LOGITS + 1, tokens, dtype=torch.float32)
-    gates = parts.new_empty(tokens, n), parts.new_empty(tokens, n), parts.new_empty(tokens, n, n)
-    result = Result(new, streams.new_empty(tokens, d), *gates, torch.empty_like(parts[0]))
+    groups = triton.cdiv(tokens, GROUP)
+    wide = fn.new_empty(sizes.outs + n + 1 + (n + n * n if fn.shape[0] > n else 0), tokens)
+    totals, pre, factor, post, comb = wide.split([sizes.outs, n, 1, *([n, n * n] if fn.shape[0] > n else [0, 0])])
+    counts = fn.new_empty(1 + 2 * groups, dtype=torch.int32)
+    result = Result(
+        new, streams.new_empty(tokens, d), totals, pre, factor[0], post, comb.view(len(comb) // n, n, tokens), counts
+    )
     if tokens:
-        _expand[(sizes.slices, triton.cdiv(tokens, ROWS))](
-            streams, *(update or (fn, fn, fn)), fn, new, parts, tokens, *sizes, OUT=sizes.out,
-            ROWS=ROWS, STEP=math.gcd(d, STEP), CHANNELS=CHANNELS, PENDING=update is not None,
-            PRECISION=precision(streams.dtype), num_warps=8, num_stages=3, **SAME_BITS,
-        )  # fmt: skip
-        mixers = triton.cdiv(tokens, MIXED)
-        _mix_and_collapse[(mixers + triton.cdiv(tokens, sizes.rows["R"]),)](
-            new, parts, base, scale, weight, result.totals, *gates, result.x, tokens, mixers, norm_eps, eps,
-            *sizes, OUT=sizes.out, SLICES=sizes.slices, ITERATIONS=iterations,
-            MIXED=MIXED, **sizes.rows, num_warps=8, **SAME_BITS,
+        low = streams.dtype == torch.bfloat16
+        halves = fn.new_empty(2, *fn.shape, dtype=torch.bfloat16) if low else fn
+        
+        _prepare[(triton.cdiv(max(fn.numel(), counts.numel()), 1024),)](
+            fn, halves, counts, fn.numel(), counts.numel(), BLOCK=1024, SPLIT=low, num_warps=4
+        )
+        tiles = sizes.slices * (GROUP // ROWS)
+        parts, lag = fn.new_empty(groups, sizes.slices, sizes.outs, GROUP), min(triton.cdiv(LAG, 2 * tiles), groups)
+        _site[((groups + lag) * tiles * 2,)](
+            streams, *(update or (fn, fn, fn)), halves, base, scale, weight, new, parts, *result[2:7],
+            result.x, counts, tokens, lag, norm_eps, eps, *sizes, OUT=sizes.out, SUMS=next_power(sizes.outs),
+            SLICES=sizes.slices, ITERATIONS=iterations, GROUP=GROUP, ROWS=ROWS, STEP=math.gcd(d, STEP), CHANNELS=CHANNELS,
+            PENDING=update is not None, PRECISION=precision(streams.dtype), num_warps=WARPS, num_stages=STAGES,
+            **SAME_BITS, **MORE,
         )  # fmt: skip
     return result
 
+WARPS, STAGES = 8, 1
+MORE = {}
 
 def check(streams: Tensor, update: Update | None, fn: Tensor) -> Sizes:
     """ValueError, by name, for what the kernels do not take."""
@@ -249,11 +373,6 @@ def check(streams: Tensor, update: Update | None, fn: Tensor) -> Sizes:
     if d % LEAST:
         raise ValueError(f"channels: {d}; the Triton kernels take multiples of {LEAST}")
     return Sizes(d, n, fn.shape[0])
-
-
-def by_token(x: Tensor) -> Tensor:
-    """[..., T] as [T, ...], with a token's numbers next to one another in memory."""
-    return x.movedim(-1, 0).contiguous()
 
 
 class Site(torch.autograd.Function):
@@ -267,15 +386,15 @@ class Site(torch.autograd.Function):
         streams, fn = streams.contiguous(), fn.contiguous()
         update = None
         if output is not None and post is not None and comb is not None:
-            update = output.contiguous(), by_token(post), by_token(comb)
+            update = output.contiguous(), post.contiguous(), comb.contiguous()
         result = site_forward(streams, update, fn, base, scale, weight, iterations, norm_eps, eps)
-        kept = result.new, result.pre, result.totals
+        kept = result.new, result.totals, result.pre, result.factor, result.counts
         ctx.save_for_backward(streams, *(update or [None] * 3), fn, base, scale, weight, *kept)
         ctx.settings = iterations, norm_eps, eps
         new = None if update is None else result.new
         if fn.shape[0] == streams.shape[1]:
             return new, result.x, None, None
-        return new, result.x, result.post.t(), result.comb.movedim(0, -1)
+        return new, result.x, result.post, result.comb
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

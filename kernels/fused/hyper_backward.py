@@ -1,13 +1,12 @@
 """Triton kernels of hyper-connections, backward: three, in this order.
 
-1. Of whole tokens: the norm and the collapse, as far as they give the gradient of `pre`. Reads the streams and x's.
-2. Of gates: back through Sinkhorn-Knopp, whose passes are computed again and kept in registers; `base` and `scale`.
-3. Of tiles: the gradient of the new streams is put together, used for `fn`, and taken back to the old streams, the
+1. Of gates: the sums over a token that the gradient of `pre` needs, in tiles; the program that finds itself the last of a
+   group of tokens goes back through the gates and Sinkhorn-Knopp, whose passes are done again and then undone.
+2. Of tiles: the gradient of the new streams is put together, used for `fn`, and taken back to the old streams, the
    output, its `post` and `comb`, without ever being stored. The new streams are computed again from the old ones.
+3. What programs stored in parts is added, in order.
 
-In bf16 at n = 4 that reads and writes 20 d numbers a token, of which the first kernel has 5 d, and what the third
-stores for sums over channels: 20 numbers in fp32 for each 64. A program of the third keeps its channels of `fn`'s
-gradient while it goes through tokens; a few such parts are then added in order.
+A program of the second keeps its channels of the gradients of `fn` and the norm's weight while it goes through tokens.
 """
 
 import math
@@ -17,146 +16,216 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .hyper import MIXED, Sizes, Update, by_token, columns, expanded, sinkhorn, tiles
-from .launch import precision
+from . import hyper
+from .hyper import Sizes, Update, columns, expanded, normalized, softmax, tiles
+from .launch import is_hopper, next_power, precision
 
 ROWS, STEP = 32, 64  # tokens and channels of a tile
-STAGES = 2  # more would spill
 PROGRAMS = 132  # of tiles: their registers leave one on each of an H100's multiprocessors
-ROW_PROGRAMS = 132  # of whole tokens; each keeps a sum for the norm weight's gradient
-ROW_STAGES = 3  # two tokens are loaded while one is summed up
+PARTS, BLOCK = 16, 128  # rows and columns that are added at once
 
 
 @triton.jit
-def _collapse_backward(
-    streams, pre, weight, of_x, of_pre, of_norm, parts, tokens, norm_eps,
-    D: tl.constexpr, N: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, ROW_STAGES: tl.constexpr,
-):  # fmt: skip
-    """of_pre [T, N]; of_norm [T, 2], the norm's factor and the mean that its gradient loses; the weight's parts."""
-    d = tl.arange(0, WIDTH)
-    weight_D = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-    of_weight = tl.zeros([WIDTH], tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(tokens, R), tl.num_programs(0), num_stages=ROW_STAGES):
-        t = tl.full([R], tile, tl.int64) * R + tl.arange(0, R)
-        real = t < tokens
-        real_TD = real[:, None] & (d < D)[None, :]
-        rows = tiles(streams, (t * (N * D))[:, None] + d[None, :], real_TD, D, N)
-        gates = columns(pre, t, real, N)
-        g_TD = tl.load(of_x + t[:, None] * D + d[None, :], mask=real_TD, other=0.0).to(tl.float32)
-        sums_TD = tl.zeros([R, WIDTH], tl.float32)
-        for j in tl.static_range(N):
-            sums_TD = tl.fma(gates[j][:, None], rows[j].to(tl.float32), sums_TD)
-        x_TD = sums_TD.to(of_x.dtype.element_ty).to(tl.float32)
-        factor = tl.rsqrt(tl.sum(x_TD * x_TD, 1) / D + norm_eps)
-        x_TD *= factor[:, None]
-        of_weight += tl.sum(g_TD * x_TD, 0)
-        g_TD *= weight_D[None, :]
-        mean = tl.sum(g_TD * x_TD, 1) / D
-        g_TD = (g_TD - x_TD * mean[:, None]) * factor[:, None]
-        tl.store(of_norm + 2 * t, factor, mask=real)
-        tl.store(of_norm + 2 * t + 1, mean, mask=real)
-        for j in tl.static_range(N):
-            tl.store(of_pre + t * N + j, tl.sum(g_TD * rows[j].to(tl.float32), 1), mask=real)
-    tl.store(parts + tl.program_id(0).to(tl.int64) * D + d, of_weight, mask=d < D)
+def _undone(m, g, sums, AXIS: tl.constexpr, N: tl.constexpr):
+    """What `normalized` was given, and its gradient, from what it gave, that one's gradient and the N divisors."""
+    before, of_before, factors, dots = (), (), (), ()
+    for i in tl.static_range(N):
+        dot = m[i * N if AXIS else i] * g[i * N if AXIS else i]
+        for l in tl.static_range(1, N):
+            dot = tl.fma(m[i * N + l if AXIS else l * N + i], g[i * N + l if AXIS else l * N + i], dot)
+        dots, factors = dots + (dot,), factors + (1 / sums[i],)
+    for i in tl.static_range(N * N):
+        before = before + (m[i] * sums[i // N if AXIS else i % N],)
+        of_before = of_before + ((g[i] - dots[i // N if AXIS else i % N]) * factors[i // N if AXIS else i % N],)
+    return before, of_before
+
+
+@triton.jit
+def _through_sinkhorn(logits, g, sums, t, real, tokens, eps, N: tl.constexpr, ITERATIONS: tl.constexpr):
+    """The logits' gradients, from those of comb; sums [2 ITERATIONS - 1, N, T] is where the passes' divisors go."""
+    first = softmax(logits, eps, N)
+    m, divisors = normalized(first, eps, 0, N)
+    for i in tl.static_range(N):
+        tl.store(sums + i * tokens + t, divisors[i], mask=real)
+    for turn in tl.range(1, ITERATIONS):
+        m, of_rows = normalized(m, eps, 1, N)
+        m, divisors = normalized(m, eps, 0, N)
+        for i in tl.static_range(N):
+            tl.store(sums + ((2 * turn - 1) * N + i) * tokens + t, of_rows[i], mask=real)
+            tl.store(sums + (2 * turn * N + i) * tokens + t, divisors[i], mask=real)
+    tl.debug_barrier()
+    for back in tl.range(1, ITERATIONS):
+        at = sums + 2 * (ITERATIONS - back) * N * tokens
+        divisors, of_rows = columns(at, t, real, tokens, N, 1.0), columns(at - N * tokens, t, real, tokens, N, 1.0)
+        m, g = _undone(m, g, divisors, 0, N)
+        m, g = _undone(m, g, of_rows, 1, N)
+    m, g = _undone(m, g, columns(sums, t, real, tokens, N, 1.0), 0, N)
+    of_logits = ()
+    for j in tl.static_range(N):
+        dot = g[j * N] * (first[j * N] - eps)
+        for k in tl.static_range(1, N):
+            dot = tl.fma(g[j * N + k], first[j * N + k] - eps, dot)
+        for k in tl.static_range(N):
+            of_logits = of_logits + ((g[j * N + k] - dot) * (first[j * N + k] - eps),)
+    return of_logits
 
 
 @triton.jit
 def _mix_backward(
-    totals, of_pre, of_post, of_comb, base, scale, of_logits, parts, tokens, norm_eps, eps,
-    D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, ITERATIONS: tl.constexpr, MIXED: tl.constexpr,
+    dots, totals, pre, factor, of_post, of_comb, base, scale, of_logits, of_norm, sums, of_gates, group, tokens, norm_eps,
+    eps,
+    D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, SLICES: tl.constexpr, SLOTS: tl.constexpr,
+    ITERATIONS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """of_logits [LOGITS + 1, T]: of fn's products, and what the streams are multiplied by for the norm's sake.
 
-    parts [programs, LOGITS + 3]: of base and of scale.
+    of_norm [2, T]: what x's gradient times the norm's weight, and x, are multiplied by; of_gates [LOGITS + 3] of a group,
+    of base and of scale.
     """
-    t, n = tl.program_id(0).to(tl.int64) * MIXED + tl.arange(0, MIXED), tl.arange(0, N)
-    real, parts = t < tokens, parts + tl.program_id(0) * (LOGITS + 3)
-    rms = tl.rsqrt(tl.load(totals + LOGITS * tokens + t, mask=real, other=0.0) / (N * D) + norm_eps)
-    of_rms = tl.zeros([MIXED], tl.float32)
-    at_TN, real_TN = n[None, :] * tokens + t[:, None], real[:, None]
-    for part in tl.static_range(2 if LOGITS > N else 1):
-        of_gate, first = (of_post, N * tokens) if part else (of_pre, 0)
-        logits = tl.load(totals + first + at_TN, mask=real_TN, other=0.0)
-        gate_scale = tl.load(scale + part)
-        gate = tl.sigmoid(tl.fma(logits * rms[:, None], gate_scale, tl.load(base + part * N + n)[None, :]))
-        g = tl.load(of_gate + t[:, None] * N + n[None, :], mask=real_TN, other=0.0) * gate * (1 - gate) * (part + 1)
-        tl.store(parts + part * N + n, tl.sum(g, 0))
-        tl.store(parts + LOGITS + part, tl.sum(tl.sum(g * logits, 1) * rms, 0))
-        g *= gate_scale
-        tl.store(of_logits + first + at_TN, g * rms[:, None], mask=real_TN)
-        of_rms += tl.sum(g * logits, 1)
+    r, s = tl.arange(0, GROUP), tl.arange(0, SLOTS)
+    t = group.to(tl.int64) * GROUP + r
+    real = t < tokens
+    found, gates = columns(totals, t, real, tokens, LOGITS + N * (N + 1) // 2), columns(pre, t, real, tokens, N)
+    norm = tl.load(factor + t, mask=real, other=0.0)
+    of_pre, mean, squares = (), tl.zeros([GROUP], tl.float32), tl.zeros([GROUP], tl.float32)
+    for j in tl.static_range(N):
+        parts_SR = tl.load(dots + (s * N + j)[:, None] * GROUP + r[None, :], mask=(s < SLICES)[:, None] & real[None, :], other=0.0)
+        of_pre = of_pre + (tl.sum(parts_SR, 0),)
+        mean = tl.fma(gates[j], of_pre[j], mean)
+        squares += found[LOGITS + j * N - j * (j + 1) // 2 + j]
+    mean *= norm / D
+    tl.store(of_norm + t, norm, mask=real)
+    tl.store(of_norm + tokens + t, -norm * norm * mean, mask=real)
+    rms = tl.rsqrt(squares / (N * D) + norm_eps)
+    of_rms, of_scale, gate_scale = tl.zeros([GROUP], tl.float32), tl.zeros([GROUP], tl.float32), tl.load(scale)
+    for j in tl.static_range(N):
+        inner = tl.zeros([GROUP], tl.float32)  # of x and stream j
+        for k in tl.static_range(N):
+            inner = tl.fma(gates[k], found[LOGITS + (j * N - j * (j + 1) // 2 + k if j < k else k * N - k * (k + 1) // 2 + j)], inner)
+        gate = tl.sigmoid(tl.fma(found[j] * rms, gate_scale, tl.load(base + j)))
+        g = (of_pre[j] - mean * norm * inner) * norm * gate * (1 - gate)
+        tl.store(of_gates + j, tl.sum(g, 0))
+        of_scale = tl.fma(g, found[j], of_scale)
+        tl.store(of_logits + j * tokens + t, g * gate_scale * rms, mask=real)
+    tl.store(of_gates + LOGITS, tl.sum(of_scale * rms, 0))
+    of_rms += of_scale * gate_scale
     if LOGITS > N:
-        jk, first = n[:, None] * N + n[None, :], 2 * N * tokens
-        at, real_TJK = jk[None, :, :] * tokens + t[:, None, None], real[:, None, None]
-        logits = tl.load(totals + first + at, mask=real_TJK, other=0.0)
-        gate_scale = tl.load(scale + 2)
-        steps = sinkhorn(
-            tl.fma(logits * rms[:, None, None], gate_scale, tl.load(base + 2 * N + jk)[None, :, :]), eps, ITERATIONS
-        )
-        g = tl.load(of_comb + t[:, None, None] * (N * N) + jk[None, :, :], mask=real_TJK, other=0.0)
-        LAST: tl.constexpr = 2 * ITERATIONS - 2
-        for i in tl.static_range(LAST + 1):
-            g -= tl.sum(g * steps[LAST - i + 1], 1 + (LAST - i) % 2, keep_dims=True)
-            g /= tl.sum(steps[LAST - i], 1 + (LAST - i) % 2, keep_dims=True) + eps
-        g = (g - tl.sum(g * (steps[0] - eps), 2, keep_dims=True)) * (steps[0] - eps)
-        tl.store(parts + 2 * N + jk, tl.sum(g, 0))
-        tl.store(parts + LOGITS + 2, tl.sum(tl.sum(tl.sum(g * logits, 2), 1) * rms, 0))
-        g *= gate_scale
-        tl.store(of_logits + first + at, g * rms[:, None, None], mask=real_TJK)
-        of_rms += tl.sum(tl.sum(g * logits, 2), 1)
+        of_scale, gate_scale = tl.zeros([GROUP], tl.float32), tl.load(scale + 1)
+        grads = columns(of_post, t, real, tokens, N)
+        for k in tl.static_range(N):
+            gate = tl.sigmoid(tl.fma(found[N + k] * rms, gate_scale, tl.load(base + N + k)))
+            g = grads[k] * 2 * gate * (1 - gate)
+            tl.store(of_gates + N + k, tl.sum(g, 0))
+            of_scale = tl.fma(g, found[N + k], of_scale)
+            tl.store(of_logits + (N + k) * tokens + t, g * gate_scale * rms, mask=real)
+        tl.store(of_gates + LOGITS + 1, tl.sum(of_scale * rms, 0))
+        of_rms += of_scale * gate_scale
+        of_scale, gate_scale, logits = tl.zeros([GROUP], tl.float32), tl.load(scale + 2), ()
+        for i in tl.static_range(N * N):
+            logits = logits + (tl.fma(found[2 * N + i] * rms, gate_scale, tl.load(base + 2 * N + i)),)
+        grads = columns(of_comb, t, real, tokens, N * N)
+        grads = _through_sinkhorn(logits, grads, sums, t, real, tokens, eps, N, ITERATIONS)
+        for i in tl.static_range(N * N):
+            tl.store(of_gates + 2 * N + i, tl.sum(grads[i], 0))
+            of_scale = tl.fma(grads[i], found[2 * N + i], of_scale)
+            tl.store(of_logits + (2 * N + i) * tokens + t, grads[i] * gate_scale * rms, mask=real)
+        tl.store(of_gates + LOGITS + 2, tl.sum(of_scale * rms, 0))
+        of_rms += of_scale * gate_scale
     tl.store(of_logits + LOGITS * tokens + t, -of_rms * rms * rms * rms / (N * D), mask=real)
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def _gates_backward(
+    streams, weight, of_x, dots, totals, pre, factor, of_post, of_comb, base, scale, of_logits, of_norm, sums, of_gates,
+    counts, tokens, norm_eps, eps,
+    D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, SLICES: tl.constexpr, SLOTS: tl.constexpr,
+    ITERATIONS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """dots [groups, SLICES, N, GROUP]: of x's gradient, times the norm's weight, and each stream."""
+    TILES: tl.constexpr = GROUP // ROWS * SLICES
+    group, slice = tl.program_id(0) // TILES, tl.program_id(0) % SLICES
+    r = tl.program_id(0) // SLICES % (GROUP // ROWS) * ROWS + tl.arange(0, ROWS)
+    t, c = group.to(tl.int64) * GROUP + r, slice * CHANNELS + tl.arange(0, CHANNELS)
+    real_TC = (t < tokens)[:, None] & (c < D)[None, :]
+    rows = tiles(streams, (t * (N * D))[:, None] + c[None, :], real_TC, D, N, "")
+    g_TC = tl.load(of_x + t[:, None] * D + c[None, :], mask=real_TC, other=0.0).to(tl.float32)
+    g_TC *= tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)[None, :]
+    dots += group.to(tl.int64) * (SLICES * N * GROUP)
+    for j in tl.static_range(N):
+        tl.store(dots + (slice * N + j) * GROUP + r, tl.sum(g_TC * rows[j].to(tl.float32), 1))
+    tl.debug_barrier()
+    # It counts on when a graph is gone back through again.
+    if tl.atomic_add(counts + group, 1, sem="acq_rel") % TILES == TILES - 1:
+        _mix_backward(
+            dots, totals, pre, factor, of_post, of_comb, base, scale, of_logits, of_norm, sums,
+            of_gates + group * (LOGITS + 3), group, tokens, norm_eps, eps, D, N, LOGITS, SLICES, SLOTS, ITERATIONS, GROUP,
+        )  # fmt: skip
+
+
 @triton.jit
+def _loaded(old, output, of_new, of_x, tile, c, tokens, D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, PENDING: tl.constexpr):
+    """x's gradient; the old streams; the output and the gradients of the new streams, if there are any."""
+    t = tl.full([ROWS], tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+    real_TC, at_TC, streams_TC = (t < tokens)[:, None], t[:, None] * D + c[None, :], (t * (N * D))[:, None] + c[None, :]
+    found = (tl.load(of_x + at_TC, mask=real_TC, other=0.0),) + tiles(old, streams_TC, real_TC, D, N, "")
+    if PENDING:
+        found = found + (tl.load(output + at_TC, mask=real_TC, other=0.0),) + tiles(of_new, streams_TC, real_TC, D, N, "")
+    return found
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def _streams_backward(
     old, output, post, comb, fn, weight, pre, of_norm, of_logits, of_new, of_x, of_old, of_output, parts_gates,
-    parts_fn, tokens,
+    parts_fn, parts_weight, tokens,
     D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    PENDING: tl.constexpr, PRECISION: tl.constexpr,
+    PENDING: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    """parts_gates [slices, N + N N, T]; parts_fn [programs, LOGITS, N D]; parts_weight [programs, D]."""
     c, o = tl.program_id(0) * STEP + tl.arange(0, STEP), tl.arange(0, OUT)
     dtype: tl.constexpr = old.dtype.element_ty
     weight_C = tl.load(weight + c).to(tl.float32)[None, :]
-    weights, of_fn = (), ()
+    weights, of_fn, of_weight_TC = (), (), tl.zeros([ROWS, STEP], tl.float32)
     for k in tl.static_range(N):
         w_OC = tl.load(fn + (o * (N * D))[:, None] + c[None, :] + k * D, mask=(o < LOGITS)[:, None], other=0.0)
         weights, of_fn = weights + (tl.trans(w_OC).to(dtype),), of_fn + (tl.zeros([STEP, OUT], tl.float32),)
-    parts_gates += tl.program_id(0).to(tl.int64) * (N + N * N) * ROWS * tl.cdiv(tokens, ROWS) + tl.arange(0, ROWS)
+    parts_gates += tl.program_id(0).to(tl.int64) * (N + N * N) * tokens
+    if AHEAD:
+        held = _loaded(old, output, of_new, of_x, tl.program_id(1), c, tokens, D, N, ROWS, PENDING)
     for tile in tl.range(tl.program_id(1), tl.cdiv(tokens, ROWS), tl.num_programs(1)):
+        if AHEAD:
+            ahead = _loaded(old, output, of_new, of_x, tile + tl.num_programs(1), c, tokens, D, N, ROWS, PENDING)
+        else:
+            held = _loaded(old, output, of_new, of_x, tile, c, tokens, D, N, ROWS, PENDING)
         t = tl.full([ROWS], tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         real = t < tokens
         real_TC, at_TC = real[:, None], t[:, None] * D + c[None, :]
         streams_TC = (t * (N * D))[:, None] + c[None, :]
-        of_x_TC = tl.load(of_x + at_TC, mask=real_TC, other=0.0)
-        if PENDING:
-            later = tiles(of_new, streams_TC, real_TC, D, N)
-        before, gates = tiles(old, streams_TC, real_TC, D, N), columns(pre, t, real, N)
+        gates, norm = columns(pre, t, real, tokens, N), columns(of_norm, t, real, tokens, 2)
         g_OT = tl.load(
             of_logits + o[:, None] * tokens + t[None, :], mask=(o < LOGITS)[:, None] & real[None, :], other=0.0
         )
         g_OT = g_OT.to(dtype)
-        x = before
+        x = held[1 : N + 1]
         if PENDING:
-            posts, combs = columns(post, t, real, N), columns(comb, t, real, N * N)
-            output_TC = tl.load(output + at_TC, mask=real_TC, other=0.0).to(tl.float32)
-            x = expanded(before, output_TC, posts, combs, N)
-        sums_TC = tl.zeros([ROWS, STEP], tl.float32)
+            posts, combs = columns(post, t, real, tokens, N), columns(comb, t, real, tokens, N * N)
+            output_TC = held[N + 1].to(tl.float32)
+            x = expanded(held[1 : N + 1], output_TC, posts, combs, N)
+        x_TC = tl.zeros([ROWS, STEP], tl.float32)
         for k in tl.static_range(N):
-            sums_TC = tl.fma(gates[k][:, None], x[k].to(tl.float32), sums_TC)
-        norm = columns(of_norm, t, real, 2)
-        x_TC = sums_TC.to(dtype).to(tl.float32) * norm[0][:, None]
-        g_TC = of_x_TC.to(tl.float32) * weight_C
-        g_TC = (g_TC - x_TC * norm[1][:, None]) * norm[0][:, None]
+            x_TC = tl.fma(gates[k][:, None], x[k].to(tl.float32), x_TC)
+        g_TC = held[0].to(tl.float32) * norm[0][:, None]
+        of_weight_TC = tl.fma(g_TC, x_TC, of_weight_TC)
+        g_TC = tl.fma(x_TC, norm[1][:, None], g_TC * weight_C)
         of_square = tl.load(of_logits + LOGITS * tokens + t, mask=real, other=0.0)[:, None]
         whole, sums = (), ()
         for k in tl.static_range(N):
             product = tl.trans(tl.dot(weights[k], g_OT, input_precision=PRECISION))
             product = tl.fma(of_square, x[k].to(tl.float32), tl.fma(gates[k][:, None], g_TC, product))
             if PENDING:
-                product += later[k].to(tl.float32)
+                product += held[N + 2 + k].to(tl.float32)
             whole = whole + (product,)
             sums = sums + (tl.dot(tl.trans(x[k]), tl.trans(g_OT), of_fn[k], input_precision=PRECISION),)
-        of_fn, of_gates = sums, parts_gates + tile * ((N + N * N) * ROWS)
+        of_fn, of_gates = sums, parts_gates + t
         for j in tl.static_range(N):
             g_TC = whole[j]
             if PENDING:
@@ -164,8 +233,8 @@ def _streams_backward(
                 for k in tl.static_range(1, N):
                     g_TC = tl.fma(combs[j * N + k][:, None], whole[k], g_TC)
                 for k in tl.static_range(N):
-                    dots = tl.sum(before[j].to(tl.float32) * whole[k], 1)
-                    tl.store(of_gates + (N + j * N + k) * ROWS, dots)
+                    dots = tl.sum(held[1 + j].to(tl.float32) * whole[k], 1)
+                    tl.store(of_gates + (N + j * N + k) * tokens, dots, mask=real)
             tl.store(of_old + streams_TC + j * D, g_TC, mask=real_TC)
         if PENDING:
             g_TC = posts[0][:, None] * whole[0]
@@ -173,16 +242,50 @@ def _streams_backward(
                 g_TC = tl.fma(posts[k][:, None], whole[k], g_TC)
             tl.store(of_output + at_TC, g_TC, mask=real_TC)
             for k in tl.static_range(N):
-                tl.store(of_gates + k * ROWS, tl.sum(output_TC * whole[k], 1))
+                tl.store(of_gates + k * tokens, tl.sum(output_TC * whole[k], 1), mask=real)
+        if AHEAD:
+            held = ahead
     part = parts_fn + tl.program_id(1).to(tl.int64) * LOGITS * N * D
     for k in tl.static_range(N):
         tl.store(part + (o * (N * D))[None, :] + c[:, None] + k * D, of_fn[k], mask=(o < LOGITS)[None, :])
+    tl.store(parts_weight + tl.program_id(1) * D + c, tl.sum(of_weight_TC, 0))
+
+
+@triton.jit
+def _add(parts, out, i, size, count, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out [size]: the sum of parts [count, size], columns i BLOCK ... of it; i below 0, or beyond: nothing."""
+    at, p = tl.full([BLOCK], i, tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PARTS)
+    sums = tl.zeros([PARTS, BLOCK], tl.float32)
+    for start in tl.range(0, count, PARTS):
+        row = start + p
+        sums += tl.load(parts + row.to(tl.int64)[:, None] * size + at[None, :], mask=(row < count)[:, None] & (at < size)[None, :], other=0.0)
+    tl.store(out + at, tl.sum(sums, 0), mask=at < size)
+
+
+@triton.jit(do_not_specialize=["sizes", "counts"])
+def _add_parts(parts, outs, sizes, counts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Each of several sums, in programs of its own: the first's come first."""
+    i = tl.program_id(0)
+    for n in tl.static_range(len(parts)):
+        programs = tl.cdiv(sizes[n], BLOCK)
+        if (i >= 0) & (i < programs):
+            _add(parts[n], outs[n], i, sizes[n], counts[n], PARTS, BLOCK)
+        i -= programs
+
+
+def added(*parts: Tensor) -> list[Tensor]:
+    """The sums over the first dimension of each, which depend on its shape alone."""
+    outs = [torch.empty_like(x[0]) for x in parts]
+    sizes, counts = tuple(x.numel() for x in outs), tuple(x.shape[0] for x in parts)
+    programs = sum(triton.cdiv(size, BLOCK) for size in sizes)
+    _add_parts[(programs,)](parts, tuple(outs), sizes, counts, PARTS=PARTS, BLOCK=BLOCK, num_warps=4)
+    return outs
 
 
 def site_backward(
     old: Tensor, update: Update | None, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor, new: Tensor,
-    pre: Tensor, totals: Tensor, of_new: Tensor | None, of_x: Tensor, of_post: Tensor | None, of_comb: Tensor | None,
-    iterations: int, norm_eps: float, eps: float,
+    totals: Tensor, pre: Tensor, factor: Tensor, counts: Tensor, of_new: Tensor | None, of_x: Tensor,
+    of_post: Tensor | None, of_comb: Tensor | None, iterations: int, norm_eps: float, eps: float,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of old, update's output, post and comb, fn, base, scale and weight."""
     tokens, n, d = old.shape
@@ -190,42 +293,60 @@ def site_backward(
     if tokens == 0:
         return *(None,) * len(inputs), *(torch.zeros_like(x) for x in weights)
     sizes, of_x = Sizes(d, n, fn.shape[0]), of_x.contiguous()
-    of_pre, of_norm, parts_weight = _of_whole_tokens(sizes, new, pre, weight, of_x, norm_eps)
-    of_logits, parts = torch.empty_like(totals), totals.new_empty(triton.cdiv(tokens, MIXED), sizes.LOGITS + 3)
-    of_gates = [of_pre if x is None else by_token(x) for x in (of_post, of_comb)]  # which the head has not
-    _mix_backward[(parts.shape[0],)](
-        totals, of_pre, *of_gates, base, scale, of_logits, parts, tokens, norm_eps, eps, *sizes,
-        ITERATIONS=iterations, MIXED=MIXED, num_warps=8,
+    groups, slices = triton.cdiv(tokens, hyper.GROUP), sizes.slices
+    dots, of_gates = totals.new_empty(groups, slices, n, hyper.GROUP), totals.new_empty(groups, sizes.LOGITS + 3)
+    of_logits, of_norm = totals.new_empty(sizes.LOGITS + 1, tokens), totals.new_empty(2, tokens)
+    sums = totals.new_empty(2 * iterations - 1 if iterations else 0, n, tokens)
+    grads = [pre if x is None else x.contiguous() for x in (of_post, of_comb)]  # which the head has not
+    _gates_backward[(groups * (hyper.GROUP // hyper.ROWS) * slices,)](
+        new, weight, of_x, dots, totals, pre, factor, *grads, base, scale, of_logits, of_norm, sums, of_gates,
+        counts[1 + groups :], tokens, norm_eps, eps, *sizes, SLICES=slices, SLOTS=next_power(slices),
+        ITERATIONS=iterations, GROUP=hyper.GROUP, ROWS=hyper.ROWS, CHANNELS=hyper.CHANNELS, num_warps=GWARPS, **GMORE,
     )  # fmt: skip
+    hopper = is_hopper(old.device) and old.dtype == torch.bfloat16 and d % STEP == 0 and HOPPER
     step = math.gcd(d, STEP)
     slices = d // step
-    blocks = triton.cdiv(tokens, ROWS)
-    groups = max(min(PROGRAMS // slices, blocks), 1)
-    of_inputs, parts_fn = [x if x is None else torch.empty_like(x) for x in inputs], totals.new_empty(groups, *fn.shape)
-    parts_gates = totals.new_empty(slices, blocks if update else 0, n + n * n, ROWS)
-    _streams_backward[(slices, groups)](
-        old, *(update or (fn, fn, fn)), fn, weight, pre, of_norm, of_logits,
-        of_x if of_new is None else of_new.contiguous(), of_x, of_inputs[0], of_inputs[1] if update else of_x,
-        parts_gates, parts_fn, tokens, *sizes, OUT=sizes.out, ROWS=ROWS, STEP=step, PENDING=update is not None,
-        PRECISION=precision(old.dtype), num_warps=8, num_stages=STAGES,
+    programs = max(min(PROGRAMS // slices, triton.cdiv(tokens, ROWS)), 1)
+    of_inputs = [x if x is None else torch.empty_like(x) for x in inputs[:2]]
+    parts = (
+        totals.new_empty(programs, *fn.shape), of_gates, totals.new_empty(programs, d),
+        totals.new_empty(slices, n + n * n, tokens if update else 0),
     )  # fmt: skip
-    if update:
-        gates = parts_gates.sum(0).transpose(0, 1).flatten(1)[:, :tokens]
-        of_inputs[2:] = gates[:n], gates[n:].unflatten(0, (n, n))
-    of_base, of_scale = parts.sum(0).split([sizes.LOGITS, 3])
-    of_weights = parts_fn.sum(0), of_base, of_scale[: scale.numel()], parts_weight.sum(0)
-    return *of_inputs, *(g.to(x.dtype) for g, x in zip(of_weights, weights, strict=True))
+    arguments = (
+        old, update, fn, weight, pre, of_norm, of_logits, None if of_new is None else of_new.contiguous(), of_x,
+        *of_inputs, parts[3], parts[0], parts[2],
+    )  # fmt: skip
+    if hopper:
+        from . import hopper_hyper, hopper_hyper2
+
+        streams_backward = (hopper_hyper2 if HOPPER == "ws" else hopper_hyper).streams_backward
+        streams_backward(*arguments)
+    else:
+        _of_tiles(sizes, *arguments)
+    of_fn, of_gates, of_weight, *of_update = added(*parts[: 4 if update else 3])
+    of_base, of_scale = of_gates.split([sizes.LOGITS, 3])
+    of_weights = of_fn, of_base, of_scale[: scale.numel()], of_weight
+    of_update = [each for g in of_update for each in (g[:n], g[n:].view(n, n, tokens))] or [None, None]
+    return *of_inputs, *of_update, *(g.to(x.dtype) for g, x in zip(of_weights, weights, strict=True))
 
 
-def _of_whole_tokens(
-    sizes: Sizes, new: Tensor, pre: Tensor, weight: Tensor, of_x: Tensor, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """of_pre, of_norm and the norm weight's parts, as `_collapse_backward` gives them."""
-    tokens = new.shape[0]
-    programs = min(triton.cdiv(tokens, sizes.rows["R"]), ROW_PROGRAMS)
-    of_pre, of_norm, parts = torch.empty_like(pre), pre.new_empty(tokens, 2), pre.new_empty(programs, sizes.D)
-    _collapse_backward[(programs,)](
-        new, pre, weight, of_x, of_pre, of_norm, parts, tokens, norm_eps,
-        D=sizes.D, N=sizes.N, **sizes.rows, ROW_STAGES=ROW_STAGES, num_warps=16,
+def _of_tiles(
+    sizes: Sizes, old: Tensor, update: Update | None, fn: Tensor, weight: Tensor, pre: Tensor, of_norm: Tensor,
+    of_logits: Tensor, of_new: Tensor | None, of_x: Tensor, of_old: Tensor, of_output: Tensor | None,
+    parts_gates: Tensor, parts_fn: Tensor, parts_weight: Tensor,
+) -> None:  # fmt: skip
+    """`_streams_backward`: fills what its last five arguments are, from those before."""
+    step = math.gcd(sizes.D, STEP)
+    _streams_backward[(sizes.D // step, parts_fn.shape[0])](
+        old, *(update or (fn, fn, fn)), fn, weight, pre, of_norm, of_logits, of_x if of_new is None else of_new, of_x,
+        of_old, of_x if of_output is None else of_output, parts_gates, parts_fn, parts_weight, old.shape[0], *sizes,
+        OUT=sizes.out, ROWS=ROWS, STEP=step, PENDING=update is not None, PRECISION=precision(old.dtype), AHEAD=AHEAD,
+        num_warps=BWARPS, num_stages=1, **MORE,
     )  # fmt: skip
-    return of_pre, of_norm, parts
+
+
+HOPPER = True
+GWARPS, BWARPS = 8, 8
+MORE = {}
+GMORE = {}
+AHEAD=True

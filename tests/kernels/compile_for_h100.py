@@ -33,6 +33,7 @@ from amalgam.kernels.fused import (
     fp8,
     fp8_experts,
     hopper_forward,
+    hopper_hyper,
     hopper_indexer,
     hopper_queries,
     hopper_rows,
@@ -152,6 +153,19 @@ def hyper_connections(head: bool = False, first: bool = False, dtype: torch.dtyp
     outs: Any = hyper.Site.apply(*leaves, 0 if head else 20, 1e-6, 1e-6)
     made = [out for out in outs if out is not None]
     torch.autograd.backward(made, [torch.empty_like(out) for out in made])
+
+
+def hopper_streams(head: bool = False, first: bool = False) -> None:
+    """The tiles of a site's backward."""
+    n, width = 4, 4096
+    logits, pre, pair = n if head else (2 + n) * n, meta(n, TOKENS, dtype=FP32), meta(2, TOKENS, dtype=FP32)
+    streams, x, comb = meta(TOKENS, n, width), meta(TOKENS, width), meta(n, n, TOKENS, dtype=FP32)
+    hopper_hyper.streams_backward(
+        streams, None if first else (x, pre, comb), meta(logits, n * width, dtype=FP32), meta(width, dtype=FP32), pre,
+        pair, meta(logits + 1, TOKENS, dtype=FP32), None if first else streams, x, streams, None if first else x,
+        meta(width // 64, n + n * n, 0 if first else TOKENS, dtype=FP32), meta(2, logits, n * width, dtype=FP32),
+        meta(2, width, dtype=FP32),
+    )  # fmt: skip
 
 
 def backward(result: Any) -> None:
@@ -336,6 +350,9 @@ CASES: dict[str, Callable[[], None]] = {
     "hopper, CSA": lambda: hopper(2),
     "hopper, decoding": hopper_splits,
     "hopper, indexer": hopper_scores,
+    "hopper, hyper-connections": hopper_streams,
+    "hopper, hyper-connections, first": lambda: hopper_streams(first=True),
+    "hopper, hyper-connections, head": lambda: hopper_streams(head=True),
 }
 
 

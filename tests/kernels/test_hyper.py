@@ -18,12 +18,14 @@ OPTIONS = {"norm_eps": 1e-6, "eps": 1e-6}
 
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch: pytest.MonkeyPatch):
-    """And several parts of each sum over channels, several programs for each of tokens, more than one turn of each."""
+    """And several groups and slices of each, several programs for tokens, more than one turn of each."""
     monkeypatch.setenv("AMALGAM_KERNELS", "triton")
     monkeypatch.setattr(fused_hyper, "CHANNELS", 32)
     monkeypatch.setattr(fused_hyper, "STEP", 16)
+    monkeypatch.setattr(fused_hyper, "ROWS", 16)
+    monkeypatch.setattr(fused_hyper, "GROUP", 32)
+    monkeypatch.setattr(fused_hyper, "LAG", 8)
     monkeypatch.setattr(hyper_backward, "PROGRAMS", 6)
-    monkeypatch.setattr(hyper_backward, "ROW_PROGRAMS", 3)
 
 
 def inputs(tokens: int, n: int, d: int, head: bool, dtype: torch.dtype) -> dict[str, Tensor]:
