@@ -16,7 +16,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .hopper import barrier, programs
 
 ROWS, DEPTH = gl.constexpr(64), gl.constexpr(64)  # of a warpgroup; channels of a step
-BAND = gl.constexpr(8)  # tiles of rows that go across together, as neighbours in time share weights and rows in the cache
+BAND = gl.constexpr(
+    8
+)  # tiles of rows that go across together, as neighbours in time share weights and rows in the cache
 
 
 @gluon.jit
@@ -126,7 +128,9 @@ def linear_kernel(
         )  # fmt: skip
 
 
-def multiply(x: Tensor, weight: Tensor, y: Tensor, groups: int, parts: int = 3, columns: int = 256, stages: int = 4) -> None:
+def multiply(
+    x: Tensor, weight: Tensor, y: Tensor, groups: int, parts: int = 3, columns: int = 256, stages: int = 4
+) -> None:
     """Fills y [T, G * o], bf16 or fp32, with x [T, G * i] times weight [G * o, i], a block of the weight a group."""
     rows, depth, out = x.shape[0], weight.shape[1], weight.shape[0] // groups
     layout = gl.NVMMASharedLayout(128, 16, 2)

@@ -115,11 +115,16 @@ class Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         blocks = weight.unflatten(0, (ctx.groups, -1))  # [G, o, i]
-        grad = grads[0].to(x.dtype).unflatten(1, (ctx.groups, -1)).transpose(0, 1)  # [G, T, o]
+        grad = _grouped(grads[0].to(x.dtype), ctx.groups)
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_x = torch.bmm(grad, blocks).transpose(0, 1).flatten(1)
+            of_x = x.new_empty(x.shape)
+            torch.bmm(grad, blocks, out=_grouped(of_x, ctx.groups))
         if ctx.needs_input_grad[1]:
-            rows = x.unflatten(1, (ctx.groups, -1)).transpose(0, 1)
-            of_weight = torch.bmm(grad.transpose(1, 2), rows).flatten(0, 1)
+            of_weight = torch.bmm(grad.transpose(1, 2), _grouped(x, ctx.groups)).flatten(0, 1)
         return of_x, of_weight, None, None
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """x [T, G * i] as [G, T, i], which cuBLAS reads and writes where it lies."""
+    return x.unflatten(1, (groups, -1)).transpose(0, 1)

@@ -155,19 +155,20 @@ def backward(result: Any) -> None:
     result.backward(torch.empty_like(result))
 
 
-def token_loss(head: torch.dtype = torch.bfloat16, keep: bool = False) -> None:
-    """Forward and backward."""
-    hidden, weight = meta(TOKENS, 4096).requires_grad_(), meta(VOCABULARY, 4096, dtype=head).requires_grad_()
-    scores = losses.TokenLoss.apply(hidden, weight, meta(TOKENS, dtype=torch.int64), 0.7, keep)
+def token_loss(head: torch.dtype = torch.bfloat16, tokens: int = TOKENS, masked: bool = False) -> None:
+    """Forward and backward; of more tokens than channels, with the product again."""
+    hidden, weight = meta(tokens, 4096).requires_grad_(), meta(VOCABULARY, 4096, dtype=head).requires_grad_()
+    allowed = meta(tokens, VOCABULARY // 32, dtype=torch.int32) if masked else None
+    scores = losses.TokenLoss.apply(hidden, weight, meta(tokens, dtype=torch.int64), 0.7, allowed, None, True)
     torch.autograd.backward(scores, [torch.empty_like(x) for x in scores])
 
 
-def divergence(kind: str, keep: bool = False) -> None:
+def divergence(kind: str, tokens: int = TOKENS) -> None:
     """Forward and backward, from four teachers, two of them wider."""
-    hidden, weight = meta(TOKENS, 4096).requires_grad_(), meta(VOCABULARY, 4096).requires_grad_()
+    hidden, weight = meta(tokens, 4096).requires_grad_(), meta(VOCABULARY, 4096).requires_grad_()
     heads = {i: meta(VOCABULARY, width) for i, width in enumerate((4096, 4096, 7168, 7168))}
-    teachers = losses.sorted_by_teacher(meta(TOKENS, 7168), heads, meta(TOKENS, dtype=torch.int64))
-    backward(losses.Divergence.apply(hidden, weight, teachers, kind, keep))
+    teachers = losses.sorted_by_teacher(meta(tokens, 7168), heads, meta(tokens, dtype=torch.int64))
+    backward(losses.Divergence.apply(hidden, weight, teachers, kind, None, True))
 
 
 def hopper(kind: int) -> None:
@@ -290,9 +291,9 @@ CASES: dict[str, Callable[[], None]] = {
     "fp8, experts in FP4, 64 rows": lambda: low_experts(32, fp4=True),
     "loss, tokens": token_loss,
     "loss, tokens, fp32 head": lambda: token_loss(FP32),
-    "loss, tokens, kept": lambda: token_loss(keep=True),
+    "loss, tokens, masked": lambda: token_loss(tokens=2 * TOKENS, masked=True),
     "loss, reverse KL": lambda: divergence("reverse"),
-    "loss, reverse KL, kept": lambda: divergence("reverse", keep=True),
+    "loss, reverse KL, many tokens": lambda: divergence("reverse", 2 * TOKENS),
     "loss, forward KL": lambda: divergence("forward"),
     "loss, Jensen-Shannon": lambda: divergence("jensen_shannon"),
     "hopper, window": lambda: hopper(0),
