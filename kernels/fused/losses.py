@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import vocabulary
-from .launch import SAME_BITS, precision
+from . import hopper_vocabulary, vocabulary
+from .launch import SAME_BITS, is_hopper, precision
 from .linear import check, multiply, store_wide, tile_place, tile_product, tiles
 from .vocabulary import Against, Measured, Parts, pieces, rooms
-from .vocabulary_backward import gradient, gradient_of_kept
+from .vocabulary_backward import gradient, gradient_of_kept, without_teacher
 
 KINDS = {"reverse": vocabulary.REVERSE, "forward": vocabulary.FORWARD, "jensen_shannon": vocabulary.MIXED}
 
@@ -49,7 +49,8 @@ class Teachers(NamedTuple):
     hidden: Tensor  # [T, widest d'], teacher after teacher, then the rows of none
     heads: list[Tensor]  # [V, d'] each
     spans: Tensor  # int32 [n + 1]: where each teacher's rows begin; after the last one's, those of none
-    place: Tensor  # int32 [T]: a token's row
+    place: Tensor  # int32 [T]: a token's row ...
+    order: Tensor  # int32 [T]: ... and a row's token
 
     def logits(self, columns: slice) -> Tensor:
         """fp32 [T, columns]; rows of no teacher hold anything."""
@@ -67,6 +68,29 @@ class Teachers(NamedTuple):
             )  # fmt: skip
         return y
 
+    def measure(self, parts: Parts, hidden: Tensor, head: Tensor, columns: slice, kept: list[Tensor]) -> None:
+        """`Parts.measure` on Hopper, of the student's logits hidden headᵀ."""
+        kind, first, dtype = parts.against.kind, columns.start, hidden.dtype
+        logits = hopper_vocabulary.measure_student(parts.parts, kind, first, hidden, head[columns].to(dtype), kept)
+        for i, other in enumerate(self.heads):
+            weight = other[columns].to(dtype)
+            hopper_vocabulary.measure_teacher(
+                parts.parts, kind, first, self.hidden, weight, self.spans, i, self.order, logits, kept
+            )
+
+    def slope(
+        self, against: Against, measured: Measured, parts: Tensor, grad: Tensor, columns: slice, logits: Tensor
+    ) -> Tensor:
+        """`vocabulary_backward.gradient` on Hopper, from the student's logits: fp32, or kept ones."""
+        out = without_teacher(against, logits, self.hidden.dtype)
+        value = measured.value if against.kind == vocabulary.REVERSE else measured.second
+        for i, other in enumerate(self.heads):
+            hopper_vocabulary.slope(
+                out, parts, against.kind, columns.start, self.hidden, other[columns].to(out.dtype), self.spans, i,
+                self.order, logits, measured.lse, measured.teacher_lse, value, grad,
+            )  # fmt: skip
+        return out
+
 
 def sorted_by_teacher(hidden: Tensor, heads: Mapping[int, Tensor], teacher: Tensor) -> Teachers:
     """Of teachers' hidden [T, widest d'] and heads by number, each token's number in `teacher` int64 [T]."""
@@ -77,7 +101,7 @@ def sorted_by_teacher(hidden: Tensor, heads: Mapping[int, Tensor], teacher: Tens
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     counts = (number == torch.arange(-1, len(heads), device=order.device)[:, None]).sum(1)  # -1: none before the first
     frozen = [head.detach() for head in heads.values()]
-    return Teachers(hidden.detach()[order], frozen, counts.cumsum(0).int(), place.int())
+    return Teachers(hidden.detach()[order], frozen, counts.cumsum(0).int(), place.int(), order.int())
 
 
 class TokenLoss(torch.autograd.Function):
@@ -115,7 +139,7 @@ class Divergence(torch.autograd.Function):
         against = Against(KINDS[kind], place, place, taught, group=group)
         measured = _measured(ctx, hidden, head, against, teachers, train)
         if kind == "jensen_shannon":
-            sums = Parts(against, head.shape[0])
+            sums = Parts(against, head.shape[0], False)
             for columns in pieces(hidden.shape[0], head.shape[0]):
                 sums.mix(columns.start, _logits(hidden, head, columns), teachers.logits(columns), measured)
             sums.add_mixed(measured)
@@ -129,7 +153,7 @@ class Divergence(torch.autograd.Function):
 def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float, allowed: Tensor | None) -> Tensor:
     """`TokenLoss`'s log-probs, bit for bit, from all the logits fp32 [B, V] of its rows."""
     against = Against(vocabulary.TOKENS, tokens.contiguous(), tokens, tokens, 1 / temperature, allowed)
-    parts = Parts(against, logits.shape[1])
+    parts = Parts(against, logits.shape[1], is_hopper(logits.device))
     if logits.shape[0]:
         parts.measure(0, logits.contiguous(), logits, [])
     return parts.merged().value
@@ -144,24 +168,28 @@ def _measured(
 ) -> Measured:
     """All pieces; what is kept of them goes, with all else that the backward needs, to `ctx`."""
     train = train and any(ctx.needs_input_grad[:2]) and hidden.shape[0] > 0
-    parts, kept = Parts(against, head.shape[0]), []
     of_head = torch.empty_like(head) if train and ctx.needs_input_grad[1] else None
-    if train:
-        kept = list(rooms(hidden, head, of_head, 1 if teachers is None else 2))
+    kept = list(rooms(hidden, head, of_head, 1 if teachers is None else 2)) if train else []
+    fast = hopper_vocabulary.takes(hidden)
+    parts = Parts(against, head.shape[0], fast or (teachers is None and is_hopper(hidden.device)))
     for i, columns in enumerate(pieces(hidden.shape[0], head.shape[0])):
-        student = _logits(hidden, head, columns)
-        teacher = student if teachers is None else teachers.logits(columns)
-        parts.measure(columns.start, student, teacher, kept[i] if train else [])
+        first, room = columns.start, kept[i] if train else []
+        if not fast:
+            student = _logits(hidden, head, columns)
+            parts.measure(first, student, student if teachers is None else teachers.logits(columns), room)
+        elif teachers is None:
+            parts.measure_product(first, hidden, head[columns].to(hidden.dtype), room)
+        else:
+            teachers.measure(parts, hidden, head, columns, room)
     measured = parts.merged()
-    ctx.against, ctx.teachers, ctx.kept, ctx.of_head = against, teachers, kept, of_head
+    ctx.against, ctx.teachers, ctx.kept, ctx.of_head, ctx.block = against, teachers, kept, of_head, parts.block
     ctx.save_for_backward(hidden, head, parts.parts, *measured)
     return measured
 
 
 def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
     """Of hidden states and head, where they are wanted."""
-    hidden, head, parts, *fields = ctx.saved_tensors
-    measured, against = Measured(*fields), ctx.against
+    hidden, head, _, *_ = ctx.saved_tensors
     kept, of_head, ctx.kept, ctx.of_head = ctx.kept, ctx.of_head, [], None  # the backward writes over them
     grads = tuple(grad.contiguous() for grad in grads)
     of_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
@@ -170,22 +198,37 @@ def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, Tens
     elif of_head is None:
         of_head = (torch.empty_like if hidden.shape[0] else torch.zeros_like)(head)
 
-    def add(columns: slice, logits: list[Tensor]) -> None:
-        weight, teacher = head[columns].to(hidden.dtype), None
-        if ctx.teachers is not None and len(logits) < 2:
-            teacher = ctx.teachers.logits(columns)
-        if logits:
-            grad = gradient_of_kept(against, measured, parts, grads, columns.start, logits, teacher, hidden.dtype)
-        else:
-            grad = gradient(against, measured, grads, columns.start, hidden, weight, teacher)
+    def add(columns: slice, room: list[Tensor]) -> None:
+        grad = _gradient(ctx, grads, columns, room)
         if of_hidden is not None:
-            _multiply_into(of_hidden, grad, weight, beta=1)
+            _multiply_into(of_hidden, grad, head[columns].to(hidden.dtype), beta=1)
         if of_head is not None:
             _multiply_into(of_head[columns], grad.t(), hidden, beta=0)
 
     for i, columns in enumerate(pieces(hidden.shape[0], head.shape[0])):
         add(columns, kept[i] if kept else [])
-    return None if of_hidden is None else against.summed(of_hidden).to(hidden.dtype), of_head
+    return None if of_hidden is None else ctx.against.summed(of_hidden).to(hidden.dtype), of_head
+
+
+def _gradient(ctx: Any, grads: tuple[Tensor, ...], columns: slice, room: list[Tensor]) -> Tensor:
+    """[T, columns] in hidden's dtype, of a piece of logits."""
+    hidden, head, parts, *fields = ctx.saved_tensors
+    against, measured, teachers, first = ctx.against, Measured(*fields), ctx.teachers, columns.start
+    fast, whole = hopper_vocabulary.takes(hidden), len(room) == (1 if teachers is None else 2)
+    if fast and not whole:
+        weight = head[columns].to(hidden.dtype)
+        if teachers is None:
+            targets, scale, mask = against.targets, against.scale, against.mask()
+            return hopper_vocabulary.token_slope(
+                targets, mask, measured.lse, measured.second, grads, first, scale, hidden, weight
+            )
+        logits = room[0] if room else multiply(hidden, weight, wide=True)
+        return teachers.slope(against, measured, parts, grads[0], columns, logits)
+    teacher = None if teachers is None or whole else teachers.logits(columns)
+    if room:
+        given = against, measured, parts, ctx.block, grads, first
+        return gradient_of_kept(*given, room, teacher, hidden.dtype)
+    return gradient(against, measured, grads, first, hidden, head[columns].to(hidden.dtype), teacher)
 
 
 def _multiply_into(out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:

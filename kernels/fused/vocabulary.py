@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hopper_vocabulary
 from .launch import SAME_BITS, next_power
 
 BLOCK = 2048  # columns
@@ -228,8 +229,10 @@ class Measured(NamedTuple):
 class Parts:
     """Rows of a vocabulary, measured one piece after the other."""
 
-    def __init__(self, against: Against, vocabulary: int):
-        self.against, self.count = against, triton.cdiv(vocabulary, BLOCK)
+    def __init__(self, against: Against, vocabulary: int, hopper: bool):
+        """`hopper`: measured by `hopper_vocabulary`, in its blocks."""
+        self.against, self.hopper, self.block = against, hopper, hopper_vocabulary.BLOCK if hopper else BLOCK
+        self.count = triton.cdiv(vocabulary, self.block)
         rows, kinds = against.targets.shape[0], 3 if against.kind == TOKENS else 5
         self.parts = against.targets.new_empty(kinds, rows, self.count, dtype=torch.float32)
         self.picked = self.parts.new_zeros(rows)
@@ -239,12 +242,21 @@ class Parts:
         teacher's, as many as there are."""
         kind, targets, place, taught, scale = self.against[:5]
         allowed, words = self.against.mask()
+        if self.hopper:
+            mask = allowed, words
+            hopper_vocabulary.measure_logits(targets, mask, self.picked, self.parts, first, scale, student, kept)
+            return
         some = [*kept, student, student]
         _measure[grid(student)](
             student, teacher, place, taught, targets, allowed, self.picked, self.parts, some[0], some[1],
             student.shape[1], first, words, self.count, scale,
             KIND=REVERSE if kind == MIXED else kind, MASKED=words > 0, KEEP=len(kept), BLOCK=BLOCK, **SAME_BITS,
         )  # fmt: skip
+
+    def measure_product(self, first: int, hidden: Tensor, weight: Tensor, kept: list[Tensor]) -> None:
+        """The same of tokens' logits hidden [T, d] weight [columns, d]ᵀ, which are nowhere as a whole."""
+        targets, scale, mask = self.against.targets, self.against.scale, self.against.mask()
+        hopper_vocabulary.measure_tokens(targets, mask, self.picked, self.parts, first, scale, hidden, weight, kept)
 
     def merged(self) -> Measured:
         kind, _, place, taught = self.against[:4]

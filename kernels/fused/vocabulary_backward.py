@@ -32,7 +32,7 @@ def _gradient_of(x, y, r, c, there, targets, value, grad, of_entropy, within, fi
             found = tl.exp(x) - tl.exp(y)
         else:
             found = tl.exp(x) * (half_log_ratio(x - y) - known)
-        found = tl.where(there, g, 0.0)[:, None] * found
+        found = tl.where(there[:, None], g[:, None] * found, 0.0)
     return found
 
 
@@ -72,17 +72,19 @@ def _gradient(
 def _gradient_of_kept(
     kept, teacher, parts, out, place, taught, targets, allowed, lse, teacher_lse, value, grad, of_entropy,
     rows, columns, first, words, count, scale,
-    KIND: tl.constexpr, MASKED: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, MASKED: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The same of one row and block, from what `_measure` kept: of the student, or, KEPT = 2, of the teacher too."""
-    r, block = tl.program_id(0) + tl.arange(0, 1), tl.program_id(1)
-    c = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    """The same of one row and WIDTH columns, from what `_measure` kept: of the student, or, KEPT = 2, of the teacher
+    too, each less the maximum of its block."""
+    r = tl.program_id(0) + tl.arange(0, 1)
+    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
     at, inside = r.to(tl.int64)[:, None] * columns + c, c < columns
-    parts += r.to(tl.int64) * count + first // BLOCK + block
-    own, others = parts, parts + 3 * tl.num_programs(0).to(tl.int64) * count
+    own = parts + r.to(tl.int64)[:, None] * count + (first + c) // BLOCK
+    others = own + 3 * tl.num_programs(0).to(tl.int64) * count
     if KIND == FORWARD:
         own, others = others, own
-    x = tl.load(kept + at, mask=inside, other=0.0).to(tl.float32) + (tl.load(own) - tl.load(lse + r))[:, None]
+    x = tl.load(kept + at, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(own, mask=inside, other=0.0) - tl.load(lse + r)[:, None]
     if KIND == TOKENS:
         y, there = x, r < rows
     else:
@@ -90,7 +92,7 @@ def _gradient_of_kept(
         there = other < tl.load(taught)
         if KEPT == 2:
             y = tl.load(teacher + at, mask=inside, other=0.0).to(tl.float32)
-            y += (tl.load(others) - tl.load(teacher_lse + r))[:, None]
+            y += tl.load(others, mask=inside, other=0.0) - tl.load(teacher_lse + r)[:, None]
         else:
             y = tl.load(teacher + other.to(tl.int64)[:, None] * columns + c, mask=inside & there[:, None], other=0.0)
             y -= tl.load(teacher_lse + r)[:, None]
@@ -98,6 +100,22 @@ def _gradient_of_kept(
     if MASKED:
         found = tl.where(is_allowed(allowed + r.to(tl.int64)[:, None] * words, first + c, inside), found, 0.0)
     tl.store(out + at, found.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _clear(out, place, taught, columns, WIDTH: tl.constexpr):
+    """Zeros in the rows of no teacher."""
+    row, c = tl.program_id(0), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    if tl.load(place + row) >= tl.load(taught):
+        zeros = tl.zeros([WIDTH], out.dtype.element_ty)
+        tl.store(out + row.to(tl.int64) * columns + c, zeros, mask=c < columns)
+
+
+def without_teacher(against: Against, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """[T, columns] in `dtype`, as yet filled only where a row has no teacher."""
+    out = torch.empty_like(like, dtype=dtype)
+    _clear[grid(out)](out, against.place, against.taught, out.shape[1], WIDTH=vocabulary.BLOCK)
+    return out
 
 
 def gradient(
@@ -122,8 +140,8 @@ def gradient(
 
 
 def gradient_of_kept(
-    against: Against, measured: Measured, parts: Tensor, grads: tuple[Tensor, ...], first: int, kept: list[Tensor],
-    teacher: Tensor | None, dtype: torch.dtype,
+    against: Against, measured: Measured, parts: Tensor, block: int, grads: tuple[Tensor, ...], first: int,
+    kept: list[Tensor], teacher: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The same in `dtype` from what `Parts.measure` kept, the parts, and the teacher's logits if they were not kept."""
     kind, targets, place, taught, scale = against[:5]
@@ -133,6 +151,6 @@ def gradient_of_kept(
         kept[0], kept[-1] if teacher is None else teacher, parts, out, place, taught, targets, allowed,
         measured.lse, measured.teacher_lse, measured.value if kind == REVERSE else measured.second, grads[0], grads[-1],
         rows, columns, first, words, parts.shape[2], scale,
-        KIND=kind, MASKED=words > 0, KEPT=len(kept), BLOCK=vocabulary.BLOCK,
+        KIND=kind, MASKED=words > 0, KEPT=len(kept), BLOCK=block, WIDTH=vocabulary.BLOCK,
     )  # fmt: skip
     return out

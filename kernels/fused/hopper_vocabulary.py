@@ -1,0 +1,400 @@
+"""Losses over the vocabulary for Hopper, in Gluon: `vocabulary`'s kernels at the end of the products that make logits.
+
+Logits are measured where they are in registers, in blocks of 256 columns, those of a tile. A row has the same bits if
+its logits come from memory (`measure_kernel`), as the sampler's do: the same function takes them in the same layout. Of
+a divergence the student's product comes first, and leaves its logits in fp32 for the teachers', whose rows are sorted.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .hopper import programs
+from .hopper_linear import described, multiply_tiles, places, wide
+from .launch import SAME_BITS, is_hopper
+
+BLOCK = 256
+REVERSE, FORWARD = gl.constexpr(1), gl.constexpr(2)  # as `vocabulary` has them
+MASKED, KEEP = (
+    gl.constexpr(4),
+    gl.constexpr(8),
+)  # more of what `HOW` says: of tokens, if a mask is to be read; to keep logits
+NOTHING = gl.constexpr(-3e38)  # of a number that takes no part: beside any maximum its exponential is 0
+
+
+def takes(hidden: Tensor) -> bool:
+    """Whether the kernels take products with these hidden states; else `vocabulary`'s do."""
+    return is_hopper(hidden.device) and hidden.dtype == torch.bfloat16
+
+
+@gluon.jit
+def _halves(x):
+    """Of the columns."""
+    return x.reshape([x.type.shape[0], 2, x.type.shape[1] // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def _quarters(x):
+    """Of the columns: there are not enough registers for what all need at once."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, x.type.shape[1] // 4, 16])
+    left, right = _halves(x)
+    a, b = _halves(left)
+    c, d = _halves(right)
+    a, b = gl.convert_layout(a, layout), gl.convert_layout(b, layout)  # the same registers, by a simpler name
+    return a, b, gl.convert_layout(c, layout), gl.convert_layout(d, layout)
+
+
+@gluon.jit
+def _those(x, row, column, rows, columns):
+    """NOTHING where there is no number."""
+    r, c = places(x, row, column)
+    return gl.where((r < rows) & (c < columns), x, NOTHING)
+
+
+@gluon.jit
+def _allowed(x, other, allowed, words, row, column, rows, first):
+    """`other` where a bit is not set."""
+    r, c = places(x, row, first + column)
+    bits = gl.load(allowed + r.to(gl.int64) * words + c // 32, mask=(r < rows) & (c < words * 32), other=0)
+    return gl.where(((bits >> (c % 32)) & 1) != 0, x, other)
+
+
+@gluon.jit
+def _highest(a, b, c, d):
+    """Of each row of four quarters; of nothing, a number so low that nothing beside others counts."""
+    most = gl.maximum(gl.maximum(gl.max(a, 1), gl.max(b, 1)), gl.maximum(gl.max(c, 1), gl.max(d, 1)))
+    return gl.maximum(most, -1e30)
+
+
+@gluon.jit
+def _keep(kept, less, row, column, rows, columns):
+    """Stores a tile at `row` and `column` of kept [rows, columns], fp16 or fp32."""
+    values = gl.maximum(less, -65504.0)
+    if kept.dtype.element_ty == gl.float16:
+        values = wide(values.to(gl.float16))
+    r, c = places(values, row, column)
+    gl.store(kept + r.to(gl.int64) * columns + c, values, mask=(r < rows) & (c < columns))
+
+
+@gluon.jit
+def _measure(logits, row, g, column, given, HOW: gl.constexpr):
+    """`vocabulary._measure` of tokens, a tile's rows at once."""
+    targets, allowed, picked, parts, kept, rows, columns, first, words, count, scale = given
+    WIDTH: gl.constexpr = logits.type.shape[1]
+    QUARTER: gl.constexpr = WIDTH // 4
+    x0, x1, x2, x3 = _quarters(logits * scale)
+    x0 = _those(x0, row, column, rows, columns)
+    x1 = _those(x1, row, column + QUARTER, rows, columns)
+    x2 = _those(x2, row, column + 2 * QUARTER, rows, columns)
+    x3 = _those(x3, row, column + 3 * QUARTER, rows, columns)
+    if HOW & MASKED:
+        x0 = _allowed(x0, NOTHING, allowed, words, row, column, rows, first)
+        x1 = _allowed(x1, NOTHING, allowed, words, row, column + QUARTER, rows, first)
+        x2 = _allowed(x2, NOTHING, allowed, words, row, column + 2 * QUARTER, rows, first)
+        x3 = _allowed(x3, NOTHING, allowed, words, row, column + 3 * QUARTER, rows, first)
+    m = _highest(x0, x1, x2, x3)
+    at = row + gl.arange(0, logits.type.shape[0], m.type.layout)
+    known = at < rows
+    target = (gl.load(targets + at, mask=known, other=-1) - first).to(gl.int32)
+    hit = (target >= column) & (target < column + WIDTH) & (target < columns)
+    hits = gl.max(hit.to(gl.int32), 0) > 0
+    total, cross = m * 0.0, m * 0.0
+    for i in gl.static_range(4):
+        x = (x0, x1, x2, x3)[i]
+        start = column + i * QUARTER
+        less = x - m[:, None]
+        e = gl.exp(less)
+        total += gl.sum(e, 1)
+        cross += gl.sum(e * less, 1)
+        if hits:
+            r, c = places(x, row, start)
+            chosen = gl.max(gl.where(c == target[:, None], x, float("-inf")), 1)
+            chosen = gl.where(chosen == NOTHING, float("-inf"), chosen)
+            gl.store(picked + at, chosen, mask=hit & (target >= start) & (target < start + QUARTER))
+        if HOW & KEEP:
+            _keep(kept, less, row, start, rows, columns)
+    slot = parts + at.to(gl.int64) * count + (first + column) // WIDTH
+    step = rows.to(gl.int64) * count
+    gl.store(slot, m, mask=known)
+    gl.store(slot + step, total, mask=known)
+    gl.store(slot + 2 * step, cross, mask=known)
+
+
+@gluon.jit
+def token_kernel(
+    hidden, weight, targets, allowed, picked, parts, kept, rows, depth, columns, first, words, count, scale,
+    HOW: gl.constexpr, COLUMNS: gl.constexpr,
+):  # fmt: skip
+    """Logits of a piece, measured and perhaps kept."""
+    given = targets, allowed, picked, parts, kept, rows, columns, first, words, count, scale
+    multiply_tiles(hidden, weight, given, 0, rows, depth, columns, 1, _measure, HOW, COLUMNS, 4)
+
+
+@gluon.jit
+def measure_kernel(
+    logits, targets, allowed, picked, parts, kept, rows, columns, first, words, count, scale,
+    HOW: gl.constexpr, COLUMNS: gl.constexpr,
+):  # fmt: skip
+    """The same of logits fp32 [rows, columns] in memory."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    row, column = gl.program_id(0) * 64, gl.program_id(1) * COLUMNS
+    r, c = places(gl.zeros([64, COLUMNS], gl.float32, layout), row, column)
+    x = gl.load(logits + r.to(gl.int64) * columns + c, mask=(r < rows) & (c < columns), other=0.0)
+    given = targets, allowed, picked, parts, kept, rows, columns, first, words, count, scale
+    _measure(x, row, 0, column, given, HOW)
+
+
+@gluon.jit
+def _of_student(logits, row, g, column, given, HOW: gl.constexpr):
+    """Stores logits, in fp32 too, and of each row the maximum and the sum of exponentials."""
+    y, maxima, totals, kept, rows, columns, first, count = given
+    WIDTH: gl.constexpr = logits.type.shape[1]
+    QUARTER: gl.constexpr = WIDTH // 4
+    x0, x1, x2, x3 = _quarters(logits)
+    x0 = _those(x0, row, column, rows, columns)
+    x1 = _those(x1, row, column + QUARTER, rows, columns)
+    x2 = _those(x2, row, column + 2 * QUARTER, rows, columns)
+    x3 = _those(x3, row, column + 3 * QUARTER, rows, columns)
+    m = _highest(x0, x1, x2, x3)
+    total = m * 0.0
+    for i in gl.static_range(4):
+        x = (x0, x1, x2, x3)[i]
+        less = x - m[:, None]
+        total += gl.sum(gl.exp(less), 1)
+        r, c = places(x, row, column + i * QUARTER)
+        gl.store(y + r.to(gl.int64) * columns + c, x, mask=(r < rows) & (c < columns))
+        if HOW & KEEP:
+            _keep(kept, less, row, column + i * QUARTER, rows, columns)
+    at = row + gl.arange(0, logits.type.shape[0], m.type.layout)
+    slot = at.to(gl.int64) * count + (first + column) // WIDTH
+    gl.store(maxima + slot, m, mask=at < rows)
+    gl.store(totals + slot, total, mask=at < rows)
+
+
+@gluon.jit
+def student_kernel(
+    hidden, weight, y, maxima, totals, kept, rows, depth, columns, first, count,
+    HOW: gl.constexpr, COLUMNS: gl.constexpr,
+):  # fmt: skip
+    given = y, maxima, totals, kept, rows, columns, first, count
+    multiply_tiles(hidden, weight, given, 0, rows, depth, columns, 1, _of_student, HOW, COLUMNS, 4)
+
+
+@gluon.jit
+def _token(order, row, end, like):
+    """Which tokens a tile's rows are, and whether they are those of this teacher, in its layout."""
+    at = row + gl.arange(0, like.type.shape[0], gl.SliceLayout(1, like.type.layout))
+    return gl.load(order + at, mask=at < end, other=0).to(gl.int64), at < end
+
+
+@gluon.jit
+def _of_teacher(logits, row, g, column, given, HOW: gl.constexpr):
+    """Of each row the maximum, the sum of exponentials, and the sum of e ((x - m) - (y - n)) or, FORWARD, of
+    f ((y - n) - (x - m))."""
+    x_in, order, end, maxima, highest, totals, crosses, kept, columns, first, count = given
+    WIDTH: gl.constexpr = logits.type.shape[1]
+    QUARTER: gl.constexpr = WIDTH // 4
+    y0, y1, y2, y3 = _quarters(logits)
+    y0 = _those(y0, row, column, end, columns)
+    y1 = _those(y1, row, column + QUARTER, end, columns)
+    y2 = _those(y2, row, column + 2 * QUARTER, end, columns)
+    y3 = _those(y3, row, column + 3 * QUARTER, end, columns)
+    n = _highest(y0, y1, y2, y3)
+    token, own = _token(order, row, end, y0)
+    slot = token * count + (first + column) // WIDTH
+    m = gl.load(maxima + slot, mask=own, other=0.0)
+    total, cross = n * 0.0, n * 0.0
+    for i in gl.static_range(4):
+        y = (y0, y1, y2, y3)[i]
+        r, c = places(y, row, column + i * QUARTER)
+        there = (r < end) & (c < columns)
+        x = gl.load(x_in + token[:, None] * columns + c, mask=there, other=NOTHING)
+        less, less_y = x - m[:, None], y - n[:, None]
+        f = gl.exp(less_y)
+        total += gl.sum(f, 1)
+        if HOW & 3 == FORWARD:
+            cross += gl.sum(gl.where(there, f * (less_y - less), 0.0), 1)
+        else:
+            cross += gl.sum(gl.where(there, gl.exp(less) * (less - less_y), 0.0), 1)
+        if HOW & KEEP:
+            values = wide(gl.maximum(less_y, -65504.0).to(gl.float16))
+            to, mine = _token(order, row, end, values)
+            r, c = places(values, row, column + i * QUARTER)
+            gl.store(kept + to[:, None] * columns + c, values, mask=(r < end) & (c < columns))
+    gl.store(highest + slot, n, mask=own)
+    gl.store(totals + slot, total, mask=own)
+    gl.store(crosses + slot, cross, mask=own)
+
+
+@gluon.jit
+def teacher_kernel(
+    hidden, weight, spans, teacher, x, order, maxima, highest, totals, crosses, kept,
+    depth, columns, first, count, HOW: gl.constexpr, COLUMNS: gl.constexpr,
+):  # fmt: skip
+    """Logits of a teacher's rows beside the student's x fp32 [T, columns]."""
+    start, end = gl.load(spans + teacher), gl.load(spans + teacher + 1)
+    given = x, order, end, maxima, highest, totals, crosses, kept, columns, first, count
+    multiply_tiles(hidden, weight, given, start, end - start, depth, columns, 1, _of_teacher, HOW, COLUMNS, 4)
+
+
+@gluon.jit
+def _half_log_ratio(d):
+    """As `vocabulary.half_log_ratio`."""
+    return 0.5 * (0.6931471805599453 - gl.maximum(-d, 0.0) - gl.log(1.0 + gl.exp(-gl.abs(d))))
+
+
+@gluon.jit
+def _slope(logits, row, g, column, given, HOW: gl.constexpr):
+    """The gradient of the student's logits, at their tokens: of kept ones, or of all that they are, in fp32."""
+    kept, out, order, end, maxima, lse, teacher_lse, value, grad, columns, first, count = given
+    WIDTH: gl.constexpr = logits.type.shape[1]
+    QUARTER: gl.constexpr = WIDTH // 4
+    ys = _quarters(logits)
+    token, own = _token(order, row, end, ys[0])
+    less = gl.load(lse + token, mask=own, other=0.0)
+    if kept.dtype.element_ty == gl.float16:
+        less -= gl.load(maxima + token * count + (first + column) // WIDTH, mask=own, other=0.0)
+    of_teacher = gl.load(teacher_lse + token, mask=own, other=0.0)
+    known, by = gl.load(value + token, mask=own, other=0.0), gl.load(grad + token, mask=own, other=0.0)
+    for i in gl.static_range(4):
+        y = ys[i] - of_teacher[:, None]
+        like = wide(ys[i].to(gl.float16))
+        to, mine = _token(order, row, end, like)
+        r, c = places(like, row, column + i * QUARTER)
+        at, there = to[:, None] * columns + c, mine[:, None] & (c < columns)
+        x = gl.load(kept + at, mask=there, other=0.0)
+        x = gl.convert_layout(x, y.type.layout).to(gl.float32) - less[:, None]
+        if HOW & 3 == REVERSE:
+            found = gl.exp(x) * (x - y - known[:, None])
+        elif HOW & 3 == FORWARD:
+            found = gl.exp(x) - gl.exp(y)
+        else:
+            found = gl.exp(x) * (_half_log_ratio(x - y) - known[:, None])
+        gl.store(out + at, wide((found * by[:, None]).to(gl.bfloat16)), mask=there)
+
+
+@gluon.jit
+def slope_kernel(
+    hidden, weight, spans, teacher, kept, out, order, maxima, lse, teacher_lse, value, grad,
+    depth, columns, first, count, HOW: gl.constexpr, COLUMNS: gl.constexpr,
+):  # fmt: skip
+    start, end = gl.load(spans + teacher), gl.load(spans + teacher + 1)
+    given = kept, out, order, end, maxima, lse, teacher_lse, value, grad, columns, first, count
+    multiply_tiles(hidden, weight, given, start, end - start, depth, columns, 1, _slope, HOW, COLUMNS, 4)
+
+
+@gluon.jit
+def _token_slope(logits, row, g, column, given, HOW: gl.constexpr):
+    """`vocabulary_backward._gradient` of tokens."""
+    out, targets, allowed, lse, entropy, grad, of_entropy, rows, columns, first, words, scale = given
+    QUARTER: gl.constexpr = logits.type.shape[1] // 4
+    xs = _quarters(logits * scale)
+    at = row + gl.arange(0, logits.type.shape[0], gl.SliceLayout(1, xs[0].type.layout))
+    known = at < rows
+    total, of_all = gl.load(lse + at, mask=known, other=0.0), gl.load(entropy + at, mask=known, other=0.0)
+    by, of_second = gl.load(grad + at, mask=known, other=0.0), gl.load(of_entropy + at, mask=known, other=0.0)
+    target = (gl.load(targets + at, mask=known, other=-1) - first).to(gl.int32)
+    for i in gl.static_range(4):
+        r, c = places(xs[i], row, column + i * QUARTER)
+        x = xs[i] - total[:, None]
+        p = gl.exp(x)
+        found = by[:, None] * gl.where(c == target[:, None], 1.0 - p, -p)
+        found = (found - of_second[:, None] * p * (x + of_all[:, None])) * scale
+        if HOW & MASKED:
+            found = _allowed(found, 0.0, allowed, words, row, column + i * QUARTER, rows, first)
+        values = wide(found.to(gl.bfloat16))
+        r, c = places(values, row, column + i * QUARTER)
+        gl.store(out + r.to(gl.int64) * columns + c, values, mask=(r < rows) & (c < columns))
+
+
+@gluon.jit
+def token_slope_kernel(
+    hidden, weight, out, targets, allowed, lse, entropy, grad, of_entropy, rows, depth, columns, first, words, scale,
+    HOW: gl.constexpr, COLUMNS: gl.constexpr,
+):  # fmt: skip
+    given = out, targets, allowed, lse, entropy, grad, of_entropy, rows, columns, first, words, scale
+    multiply_tiles(hidden, weight, given, 0, rows, depth, columns, 1, _token_slope, HOW, COLUMNS, 4)
+
+
+def _product(hidden: Tensor, weight: Tensor) -> tuple[tuple[int], TensorDescriptor, TensorDescriptor]:
+    """Programs, and both operands."""
+    items = -(-hidden.shape[0] // 128) * -(-weight.shape[0] // BLOCK)
+    return (programs(items, hidden.device),), described(hidden.contiguous(), 64), described(weight, BLOCK)
+
+
+def measure_tokens(
+    targets: Tensor, mask: tuple[Tensor, int], picked: Tensor, parts: Tensor, first: int, scale: float,
+    hidden: Tensor, weight: Tensor, kept: list[Tensor],
+) -> None:  # fmt: skip
+    """`vocabulary.Parts.measure` of the logits hidden [T, d] weight [columns, d]ᵀ, which are nowhere as a whole."""
+    (grid, x, w), (allowed, words) = _product(hidden, weight), mask
+    token_kernel[grid](
+        x, w, targets, allowed, picked, parts, (kept or [parts])[0], *hidden.shape, weight.shape[0], first, words,
+        parts.shape[2], scale, HOW=MASKED * (words > 0) + KEEP * bool(kept), COLUMNS=BLOCK, num_warps=4, **SAME_BITS,
+    )  # fmt: skip
+
+
+def measure_logits(
+    targets: Tensor, mask: tuple[Tensor, int], picked: Tensor, parts: Tensor, first: int, scale: float,
+    logits: Tensor, kept: list[Tensor],
+) -> None:  # fmt: skip
+    """The same of logits fp32 [T, columns]."""
+    (rows, columns), (allowed, words) = logits.shape, mask
+    measure_kernel[(-(-rows // 64), -(-columns // BLOCK))](
+        logits, targets, allowed, picked, parts, (kept or [parts])[0], rows, columns, first, words, parts.shape[2],
+        scale, HOW=MASKED * (words > 0) + KEEP * bool(kept), COLUMNS=BLOCK, num_warps=4, **SAME_BITS,
+    )  # fmt: skip
+
+
+def measure_student(parts: Tensor, kind: int, first: int, hidden: Tensor, weight: Tensor, kept: list[Tensor]) -> Tensor:
+    """The student's part of `vocabulary.Parts.measure` against teachers; returns its logits fp32 [T, columns]."""
+    grid, x, w = _product(hidden, weight)
+    logits = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
+    own = parts[3:] if kind == FORWARD else parts[:2]
+    student_kernel[grid](
+        x, w, logits, own[0], own[1], (kept or [parts])[0], *hidden.shape, weight.shape[0], first, parts.shape[2],
+        HOW=KEEP * bool(kept), COLUMNS=BLOCK, num_warps=4, **SAME_BITS,
+    )  # fmt: skip
+    return logits
+
+
+def measure_teacher(
+    parts: Tensor, kind: int, first: int, hidden: Tensor, weight: Tensor, spans: Tensor, teacher: int, order: Tensor,
+    logits: Tensor, kept: list[Tensor],
+) -> None:  # fmt: skip
+    """A teacher's: of hidden's rows spans[teacher] ... spans[teacher + 1], which are those of the tokens `order`."""
+    grid, x, w = _product(hidden, weight)
+    student, own = (parts[3], parts) if kind == FORWARD else (parts[0], parts[3:])
+    teacher_kernel[grid](
+        x, w, spans, teacher, logits, order, student, own[0], own[1], parts[2], kept[1] if len(kept) > 1 else parts,
+        weight.shape[1], weight.shape[0], first, parts.shape[2],
+        HOW=(FORWARD if kind == FORWARD else REVERSE) + KEEP * (len(kept) > 1), COLUMNS=BLOCK, num_warps=4, **SAME_BITS,
+    )  # fmt: skip
+
+
+def token_slope(
+    targets: Tensor, mask: tuple[Tensor, int], lse: Tensor, entropy: Tensor, grads: tuple[Tensor, ...], first: int,
+    scale: float, hidden: Tensor, weight: Tensor,
+) -> Tensor:  # fmt: skip
+    """`vocabulary_backward.gradient` of tokens."""
+    (grid, x, w), (allowed, words) = _product(hidden, weight), mask
+    out = hidden.new_empty(hidden.shape[0], weight.shape[0])
+    token_slope_kernel[grid](
+        x, w, out, targets, allowed, lse, entropy, grads[0], grads[1], *hidden.shape, weight.shape[0], first, words,
+        scale, HOW=MASKED * (words > 0), COLUMNS=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def slope(
+    out: Tensor, parts: Tensor, kind: int, first: int, hidden: Tensor, weight: Tensor, spans: Tensor, teacher: int,
+    order: Tensor, logits: Tensor, lse: Tensor, teacher_lse: Tensor, value: Tensor, grad: Tensor,
+) -> None:  # fmt: skip
+    """Fills a teacher's tokens' rows of out [T, columns], the gradient of the student's logits: fp32, or kept ones."""
+    grid, x, w = _product(hidden, weight)
+    slope_kernel[grid](
+        x, w, spans, teacher, logits, out, order, parts[3] if kind == FORWARD else parts[0], lse, teacher_lse, value,
+        grad, weight.shape[1], weight.shape[0], first, parts.shape[2], HOW=kind, COLUMNS=BLOCK, num_warps=4,
+    )  # fmt: skip
