@@ -228,7 +228,7 @@ def _of_teacher(logits, row, g, column, given, HOW: gl.constexpr):
     gl.store(crosses + slot, cross, mask=own)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["teacher"])
 def teacher_kernel(
     hidden, weight, spans, teacher, x, order, maxima, highest, totals, crosses, kept,
     depth, columns, first, count, HOW: gl.constexpr, COLUMNS: gl.constexpr,
@@ -275,7 +275,7 @@ def _slope(logits, row, g, column, given, HOW: gl.constexpr):
         gl.store(out + at, wide((found * by[:, None]).to(gl.bfloat16)), mask=there)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["teacher"])
 def slope_kernel(
     hidden, weight, spans, teacher, kept, out, order, maxima, lse, teacher_lse, value, grad,
     depth, columns, first, count, HOW: gl.constexpr, COLUMNS: gl.constexpr,

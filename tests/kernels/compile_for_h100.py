@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -34,6 +35,7 @@ from amalgam.kernels.fused import (
     hopper_indexer,
     hopper_queries,
     hopper_rows,
+    hopper_vocabulary,
     hyper,
     indexer,
     linear,
@@ -90,8 +92,19 @@ def decoding() -> None:
     attend_forward(q, rows, entries, meta(HEADS, dtype=FP32), place, None)
 
 
-def product(rows: int, out: int, depth: int, wide: bool = False) -> None:
-    linear.multiply(meta(rows, depth), meta(out, depth), wide=wide)
+def product(rows: int, out: int, depth: int, wide: bool = False, groups: int = 1) -> None:
+    linear.multiply(meta(rows, groups * depth), meta(groups * out, depth), groups, wide)
+
+
+def on_hopper(run: Callable[[], None]) -> None:
+    """With the Gluon kernels, which are chosen by the device."""
+    patches = [mock.patch.object(module, "is_hopper", lambda _: True) for module in (linear, losses, hopper_vocabulary)]
+    for each in patches:
+        each.start()
+    try:
+        run()
+    finally:
+        mock.patch.stopall()
 
 
 def fp8_linear(rows: int, out: int, depth: int) -> None:
@@ -155,12 +168,16 @@ def backward(result: Any) -> None:
     result.backward(torch.empty_like(result))
 
 
-def token_loss(head: torch.dtype = torch.bfloat16, tokens: int = TOKENS, masked: bool = False) -> None:
+def token_loss(tokens: int = TOKENS, masked: bool = False) -> None:
     """Forward and backward; of more tokens than channels, with the product again."""
-    hidden, weight = meta(tokens, 4096).requires_grad_(), meta(VOCABULARY, 4096, dtype=head).requires_grad_()
+    hidden, weight = meta(tokens, 4096).requires_grad_(), meta(VOCABULARY, 4096).requires_grad_()
     allowed = meta(tokens, VOCABULARY // 32, dtype=torch.int32) if masked else None
     scores = losses.TokenLoss.apply(hidden, weight, meta(tokens, dtype=torch.int64), 0.7, allowed, None, True)
     torch.autograd.backward(scores, [torch.empty_like(x) for x in scores])
+
+
+def sampled() -> None:
+    losses.chosen_logprobs(meta(64, VOCABULARY, dtype=FP32), meta(64, dtype=torch.int64), 0.7, None)
 
 
 def divergence(kind: str, tokens: int = TOKENS) -> None:
@@ -290,7 +307,6 @@ CASES: dict[str, Callable[[], None]] = {
     "fp8, experts in FP4": lambda: low_experts(16384, fp4=True),
     "fp8, experts in FP4, 64 rows": lambda: low_experts(32, fp4=True),
     "loss, tokens": token_loss,
-    "loss, tokens, fp32 head": lambda: token_loss(FP32),
     "loss, tokens, masked": lambda: token_loss(tokens=2 * TOKENS, masked=True),
     "loss, reverse KL": lambda: divergence("reverse"),
     "loss, reverse KL, many tokens": lambda: divergence("reverse", 2 * TOKENS),
@@ -301,6 +317,15 @@ CASES: dict[str, Callable[[], None]] = {
     "hopper, CSA": lambda: hopper(2),
     "hopper, decoding": hopper_splits,
     "hopper, indexer": hopper_scores,
+    "hopper, linear": lambda: on_hopper(lambda: product(TOKENS, 32768, 1024)),
+    "hopper, linear, narrow": lambda: on_hopper(lambda: product(TOKENS, 256, 1024)),
+    "hopper, linear, groups": lambda: on_hopper(lambda: product(TOKENS, 1024, 4096, groups=8)),
+    "hopper, loss, tokens": lambda: on_hopper(token_loss),
+    "hopper, loss, tokens, masked": lambda: on_hopper(lambda: token_loss(2 * TOKENS, masked=True)),
+    "hopper, log-probs of the sampler": lambda: on_hopper(sampled),
+    "hopper, loss, reverse KL": lambda: on_hopper(lambda: divergence("reverse", 2 * TOKENS)),
+    "hopper, loss, forward KL": lambda: on_hopper(lambda: divergence("forward")),
+    "hopper, loss, Jensen-Shannon": lambda: on_hopper(lambda: divergence("jensen_shannon")),
 }
 
 
