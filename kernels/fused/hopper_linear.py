@@ -181,7 +181,7 @@ def described(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def multiply(x: Tensor, weight: Tensor, y: Tensor, groups: int) -> None:
-    """Fills y [T, G * o], bf16 or fp32, with bf16 x [T, G * i] times weight [G * o, i], a block of the weight a group."""
+    """Fills y [T, G * o] with bf16 x [T, G * i] times weight [G * o, i], a block of the weight a group."""
     rows, depth, out = x.shape[0], weight.shape[1], weight.shape[0] // groups
     # Narrower tiles where there are too few for all multiprocessors.
     columns, down = 256, -(-rows // 128)

@@ -47,6 +47,12 @@ def _quarters(x):
 
 
 @gluon.jit
+def _rows(row, like):
+    """Of a tile, in its layout."""
+    return row + gl.arange(0, like.type.shape[0], gl.SliceLayout(1, like.type.layout))
+
+
+@gluon.jit
 def _those(x, row, column, rows, columns):
     """NOTHING where there is no number."""
     r, c = places(x, row, column)
@@ -95,7 +101,7 @@ def _measure(logits, row, g, column, given, HOW: gl.constexpr):
         x2 = _allowed(x2, NOTHING, allowed, words, row, column + 2 * QUARTER, rows, first)
         x3 = _allowed(x3, NOTHING, allowed, words, row, column + 3 * QUARTER, rows, first)
     m = _highest(x0, x1, x2, x3)
-    at = row + gl.arange(0, logits.type.shape[0], m.type.layout)
+    at = _rows(row, x0)
     known = at < rows
     target = (gl.load(targets + at, mask=known, other=-1) - first).to(gl.int32)
     hit = (target >= column) & (target < column + WIDTH) & (target < columns)
@@ -167,7 +173,7 @@ def _of_student(logits, row, g, column, given, HOW: gl.constexpr):
         gl.store(y + r.to(gl.int64) * columns + c, x, mask=(r < rows) & (c < columns))
         if HOW & KEEP:
             _keep(kept, less, row, column + i * QUARTER, rows, columns)
-    at = row + gl.arange(0, logits.type.shape[0], m.type.layout)
+    at = _rows(row, x0)
     slot = at.to(gl.int64) * count + (first + column) // WIDTH
     gl.store(maxima + slot, m, mask=at < rows)
     gl.store(totals + slot, total, mask=at < rows)
@@ -185,7 +191,7 @@ def student_kernel(
 @gluon.jit
 def _token(order, row, end, like):
     """Which tokens a tile's rows are, and whether they are those of this teacher, in its layout."""
-    at = row + gl.arange(0, like.type.shape[0], gl.SliceLayout(1, like.type.layout))
+    at = _rows(row, like)
     return gl.load(order + at, mask=at < end, other=0).to(gl.int64), at < end
 
 
@@ -251,16 +257,16 @@ def _slope(logits, row, g, column, given, HOW: gl.constexpr):
     kept, out, order, end, maxima, lse, teacher_lse, value, grad, columns, first, count = given
     WIDTH: gl.constexpr = logits.type.shape[1]
     QUARTER: gl.constexpr = WIDTH // 4
-    ys = _quarters(logits)
-    token, own = _token(order, row, end, ys[0])
+    y0, y1, y2, y3 = _quarters(logits)
+    token, own = _token(order, row, end, y0)
     less = gl.load(lse + token, mask=own, other=0.0)
     if kept.dtype.element_ty == gl.float16:
         less -= gl.load(maxima + token * count + (first + column) // WIDTH, mask=own, other=0.0)
     of_teacher = gl.load(teacher_lse + token, mask=own, other=0.0)
     known, by = gl.load(value + token, mask=own, other=0.0), gl.load(grad + token, mask=own, other=0.0)
     for i in gl.static_range(4):
-        y = ys[i] - of_teacher[:, None]
-        like = wide(ys[i].to(gl.float16))
+        y = (y0, y1, y2, y3)[i] - of_teacher[:, None]
+        like = wide(y.to(gl.float16))
         to, mine = _token(order, row, end, like)
         r, c = places(like, row, column + i * QUARTER)
         at, there = to[:, None] * columns + c, mine[:, None] & (c < columns)
@@ -290,15 +296,15 @@ def _token_slope(logits, row, g, column, given, HOW: gl.constexpr):
     """`vocabulary_backward._gradient` of tokens."""
     out, targets, allowed, lse, entropy, grad, of_entropy, rows, columns, first, words, scale = given
     QUARTER: gl.constexpr = logits.type.shape[1] // 4
-    xs = _quarters(logits * scale)
-    at = row + gl.arange(0, logits.type.shape[0], gl.SliceLayout(1, xs[0].type.layout))
+    x0, x1, x2, x3 = _quarters(logits * scale)
+    at = _rows(row, x0)
     known = at < rows
     total, of_all = gl.load(lse + at, mask=known, other=0.0), gl.load(entropy + at, mask=known, other=0.0)
     by, of_second = gl.load(grad + at, mask=known, other=0.0), gl.load(of_entropy + at, mask=known, other=0.0)
     target = (gl.load(targets + at, mask=known, other=-1) - first).to(gl.int32)
     for i in gl.static_range(4):
-        r, c = places(xs[i], row, column + i * QUARTER)
-        x = xs[i] - total[:, None]
+        x = (x0, x1, x2, x3)[i] - total[:, None]
+        r, c = places(x, row, column + i * QUARTER)
         p = gl.exp(x)
         found = by[:, None] * gl.where(c == target[:, None], 1.0 - p, -p)
         found = (found - of_second[:, None] * p * (x + of_all[:, None])) * scale

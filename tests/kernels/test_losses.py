@@ -149,7 +149,7 @@ def test_a_mask_of_another_shape_is_refused():
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("kind", ["tokens", *KINDS])
 def test_what_is_not_kept_is_computed_again(kind, monkeypatch: pytest.MonkeyPatch):
-    """With more tokens than channels the head's gradient has room for logits of 64 of 80 columns, KEPT for one piece."""
+    """With more tokens than channels the head's gradient has room for 64 of 80 columns; KEPT for one more piece."""
     monkeypatch.setattr(vocabulary, "KEPT", 4 * 19 * 32)
     hidden, head = inputs(DTYPES[0], 19, 80)
     taught, heads, teacher = torch.randn(19, 16), {0: head.flip(0)}, torch.zeros(19, dtype=torch.int64)

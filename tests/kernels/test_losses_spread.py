@@ -45,7 +45,7 @@ def weights() -> tuple[Tensor, dict[int, Tensor]]:
 
 def one_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), RANKS)
+    store = dist.FileStore(str(folder / "store"), RANKS)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
     part = slice(rank * ROWS, (rank + 1) * ROWS)
     for way in WAYS:
