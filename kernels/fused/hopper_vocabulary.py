@@ -21,6 +21,7 @@ MASKED, KEEP = (
     gl.constexpr(4),
     gl.constexpr(8),
 )  # more of what `HOW` says: of tokens, if a mask is to be read; to keep logits
+LOWEST = gl.constexpr(-65504.0)  # as `vocabulary` has it
 NOTHING = gl.constexpr(-3e38)  # of a number that takes no part: beside any maximum its exponential is 0
 
 
@@ -77,9 +78,9 @@ def _highest(a, b, c, d):
 @gluon.jit
 def _keep(kept, less, row, column, rows, columns):
     """Stores a tile at `row` and `column` of kept [rows, columns], fp16 or fp32."""
-    values = gl.maximum(less, -65504.0)
+    values = less
     if kept.dtype.element_ty == gl.float16:
-        values = wide(values.to(gl.float16))
+        values = wide(less.to(gl.float16))
     r, c = places(values, row, column)
     gl.store(kept + r.to(gl.int64) * columns + c, values, mask=(r < rows) & (c < columns))
 
@@ -91,10 +92,11 @@ def _measure(logits, row, g, column, given, HOW: gl.constexpr):
     WIDTH: gl.constexpr = logits.type.shape[1]
     QUARTER: gl.constexpr = WIDTH // 4
     x0, x1, x2, x3 = _quarters(logits * scale)
-    x0 = _those(x0, row, column, rows, columns)
-    x1 = _those(x1, row, column + QUARTER, rows, columns)
-    x2 = _those(x2, row, column + 2 * QUARTER, rows, columns)
-    x3 = _those(x3, row, column + 3 * QUARTER, rows, columns)
+    if (row + logits.type.shape[0] > rows) | (column + WIDTH > columns):
+        x0 = _those(x0, row, column, rows, columns)
+        x1 = _those(x1, row, column + QUARTER, rows, columns)
+        x2 = _those(x2, row, column + 2 * QUARTER, rows, columns)
+        x3 = _those(x3, row, column + 3 * QUARTER, rows, columns)
     if HOW & MASKED:
         x0 = _allowed(x0, NOTHING, allowed, words, row, column, rows, first)
         x1 = _allowed(x1, NOTHING, allowed, words, row, column + QUARTER, rows, first)
@@ -159,10 +161,11 @@ def _of_student(logits, row, g, column, given, HOW: gl.constexpr):
     WIDTH: gl.constexpr = logits.type.shape[1]
     QUARTER: gl.constexpr = WIDTH // 4
     x0, x1, x2, x3 = _quarters(logits)
-    x0 = _those(x0, row, column, rows, columns)
-    x1 = _those(x1, row, column + QUARTER, rows, columns)
-    x2 = _those(x2, row, column + 2 * QUARTER, rows, columns)
-    x3 = _those(x3, row, column + 3 * QUARTER, rows, columns)
+    if (row + logits.type.shape[0] > rows) | (column + WIDTH > columns):
+        x0 = _those(x0, row, column, rows, columns)
+        x1 = _those(x1, row, column + QUARTER, rows, columns)
+        x2 = _those(x2, row, column + 2 * QUARTER, rows, columns)
+        x3 = _those(x3, row, column + 3 * QUARTER, rows, columns)
     m = _highest(x0, x1, x2, x3)
     total = m * 0.0
     for i in gl.static_range(4):
@@ -203,10 +206,11 @@ def _of_teacher(logits, row, g, column, given, HOW: gl.constexpr):
     WIDTH: gl.constexpr = logits.type.shape[1]
     QUARTER: gl.constexpr = WIDTH // 4
     y0, y1, y2, y3 = _quarters(logits)
-    y0 = _those(y0, row, column, end, columns)
-    y1 = _those(y1, row, column + QUARTER, end, columns)
-    y2 = _those(y2, row, column + 2 * QUARTER, end, columns)
-    y3 = _those(y3, row, column + 3 * QUARTER, end, columns)
+    if (row + logits.type.shape[0] > end) | (column + WIDTH > columns):
+        y0 = _those(y0, row, column, end, columns)
+        y1 = _those(y1, row, column + QUARTER, end, columns)
+        y2 = _those(y2, row, column + 2 * QUARTER, end, columns)
+        y3 = _those(y3, row, column + 3 * QUARTER, end, columns)
     n = _highest(y0, y1, y2, y3)
     token, own = _token(order, row, end, y0)
     slot = token * count + (first + column) // WIDTH
@@ -225,7 +229,7 @@ def _of_teacher(logits, row, g, column, given, HOW: gl.constexpr):
         else:
             cross += gl.sum(gl.where(there, gl.exp(less) * (less - less_y), 0.0), 1)
         if HOW & KEEP:
-            values = wide(gl.maximum(less_y, -65504.0).to(gl.float16))
+            values = wide(less_y.to(gl.float16))
             to, mine = _token(order, row, end, values)
             r, c = places(values, row, column + i * QUARTER)
             gl.store(kept + to[:, None] * columns + c, values, mask=(r < end) & (c < columns))
@@ -271,7 +275,7 @@ def _slope(logits, row, g, column, given, HOW: gl.constexpr):
         r, c = places(like, row, column + i * QUARTER)
         at, there = to[:, None] * columns + c, mine[:, None] & (c < columns)
         x = gl.load(kept + at, mask=there, other=0.0)
-        x = gl.convert_layout(x, y.type.layout).to(gl.float32) - less[:, None]
+        x = gl.maximum(gl.convert_layout(x, y.type.layout).to(gl.float32), LOWEST) - less[:, None]
         if HOW & 3 == REVERSE:
             found = gl.exp(x) * (x - y - known[:, None])
         elif HOW & 3 == FORWARD:

@@ -19,8 +19,8 @@ from .launch import SAME_BITS, next_power
 
 BLOCK = 2048  # columns
 PIECE = 1 << 27  # bytes; of BLOCK columns or more
-KEPT = 1 << 27  # bytes of logits that are kept for the backward, beyond those that the head's gradient has room for
-LOWEST: tl.constexpr = tl.constexpr(-65504.0)  # fp16's; what is kept is at least that, as its exponential is 0 anyway
+KEPT = 1 << 28  # bytes of logits that are kept for the backward, beyond those that the head's gradient has room for
+LOWEST: tl.constexpr = tl.constexpr(-65504.0)  # fp16's: a kept logit is no less, as its exponential is 0 anyway
 # What a row is measured for: the log-prob of its target with the entropy, or a divergence from a teacher.
 TOKENS, REVERSE, FORWARD, MIXED = (tl.constexpr(kind) for kind in range(4))
 
@@ -94,10 +94,10 @@ def _measure(
         if KEEP == 2:
             less = x - m if KIND == FORWARD else y - n
             to = teacher_kept + row.to(tl.int64) * columns + at
-            tl.store(to, tl.maximum(less, LOWEST).to(teacher_kept.dtype.element_ty), mask=there)
+            tl.store(to, less.to(teacher_kept.dtype.element_ty), mask=there)
     if KEEP > 0:
         less = y - n if KIND == FORWARD else x - m
-        tl.store(kept + row.to(tl.int64) * columns + at, tl.maximum(less, LOWEST).to(kept.dtype.element_ty), mask=there)
+        tl.store(kept + row.to(tl.int64) * columns + at, less.to(kept.dtype.element_ty), mask=there)
     tl.store(parts, m)
     tl.store(parts + step, tl.sum(e))
     tl.store(parts + 2 * step, tl.sum(e * ratio))

@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import vocabulary
 from .launch import precision
 from .linear import tile_place, tile_product, tiles
-from .vocabulary import FORWARD, REVERSE, TOKENS, Against, Measured, grid, half_log_ratio, is_allowed
+from .vocabulary import FORWARD, LOWEST, REVERSE, TOKENS, Against, Measured, grid, half_log_ratio, is_allowed
 
 
 @triton.jit
@@ -76,23 +76,24 @@ def _gradient_of_kept(
 ):  # fmt: skip
     """The same of one row and WIDTH columns, from what `_measure` kept: of the student, or, KEPT = 2, of the teacher
     too, each less the maximum of its block."""
-    r = tl.program_id(0) + tl.arange(0, 1)
-    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    at, inside = r.to(tl.int64)[:, None] * columns + c, c < columns
-    own = parts + r.to(tl.int64)[:, None] * count + (first + c) // BLOCK
+    block = tl.program_id(1) * (WIDTH // BLOCK) + tl.arange(0, WIDTH // BLOCK)
+    r = tl.program_id(0) + 0 * block  # of each block
+    c = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    at, inside, real = r.to(tl.int64)[:, None] * columns + c, c < columns, block * BLOCK < columns
+    own = parts + r.to(tl.int64) * count + first // BLOCK + block
     others = own + 3 * tl.num_programs(0).to(tl.int64) * count
     if KIND == FORWARD:
         own, others = others, own
-    x = tl.load(kept + at, mask=inside, other=0.0).to(tl.float32)
-    x += tl.load(own, mask=inside, other=0.0) - tl.load(lse + r)[:, None]
+    x = tl.maximum(tl.load(kept + at, mask=inside, other=0.0).to(tl.float32), LOWEST)
+    x += (tl.load(own, mask=real, other=0.0) - tl.load(lse + r))[:, None]
     if KIND == TOKENS:
         y, there = x, r < rows
     else:
         other = tl.load(place + r)
         there = other < tl.load(taught)
         if KEPT == 2:
-            y = tl.load(teacher + at, mask=inside, other=0.0).to(tl.float32)
-            y += tl.load(others, mask=inside, other=0.0) - tl.load(teacher_lse + r)[:, None]
+            y = tl.maximum(tl.load(teacher + at, mask=inside, other=0.0).to(tl.float32), LOWEST)
+            y += (tl.load(others, mask=real, other=0.0) - tl.load(teacher_lse + r))[:, None]
         else:
             y = tl.load(teacher + other.to(tl.int64)[:, None] * columns + c, mask=inside & there[:, None], other=0.0)
             y -= tl.load(teacher_lse + r)[:, None]
