@@ -21,7 +21,6 @@ MASKED, KEEP = (
     gl.constexpr(4),
     gl.constexpr(8),
 )  # more of what `HOW` says: of tokens, if a mask is to be read; to keep logits
-LOWEST = gl.constexpr(-65504.0)  # as `vocabulary` has it
 NOTHING = gl.constexpr(-3e38)  # of a number that takes no part: beside any maximum its exponential is 0
 
 
@@ -37,7 +36,7 @@ def _halves(x):
 
 
 @gluon.jit
-def _quarters(x):
+def quarters(x):
     """Of the columns: there are not enough registers for what all need at once."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, x.type.shape[1] // 4, 16])
     left, right = _halves(x)
@@ -48,7 +47,7 @@ def _quarters(x):
 
 
 @gluon.jit
-def _rows(row, like):
+def rows_of(row, like):
     """Of a tile, in its layout."""
     return row + gl.arange(0, like.type.shape[0], gl.SliceLayout(1, like.type.layout))
 
@@ -61,7 +60,7 @@ def _those(x, row, column, rows, columns):
 
 
 @gluon.jit
-def _allowed(x, other, allowed, words, row, column, rows, first):
+def only_allowed(x, other, allowed, words, row, column, rows, first):
     """`other` where a bit is not set."""
     r, c = places(x, row, first + column)
     bits = gl.load(allowed + r.to(gl.int64) * words + c // 32, mask=(r < rows) & (c < words * 32), other=0)
@@ -91,19 +90,19 @@ def _measure(logits, row, g, column, given, HOW: gl.constexpr):
     targets, allowed, picked, parts, kept, rows, columns, first, words, count, scale = given
     WIDTH: gl.constexpr = logits.type.shape[1]
     QUARTER: gl.constexpr = WIDTH // 4
-    x0, x1, x2, x3 = _quarters(logits * scale)
+    x0, x1, x2, x3 = quarters(logits * scale)
     if (row + logits.type.shape[0] > rows) | (column + WIDTH > columns):
         x0 = _those(x0, row, column, rows, columns)
         x1 = _those(x1, row, column + QUARTER, rows, columns)
         x2 = _those(x2, row, column + 2 * QUARTER, rows, columns)
         x3 = _those(x3, row, column + 3 * QUARTER, rows, columns)
     if HOW & MASKED:
-        x0 = _allowed(x0, NOTHING, allowed, words, row, column, rows, first)
-        x1 = _allowed(x1, NOTHING, allowed, words, row, column + QUARTER, rows, first)
-        x2 = _allowed(x2, NOTHING, allowed, words, row, column + 2 * QUARTER, rows, first)
-        x3 = _allowed(x3, NOTHING, allowed, words, row, column + 3 * QUARTER, rows, first)
+        x0 = only_allowed(x0, NOTHING, allowed, words, row, column, rows, first)
+        x1 = only_allowed(x1, NOTHING, allowed, words, row, column + QUARTER, rows, first)
+        x2 = only_allowed(x2, NOTHING, allowed, words, row, column + 2 * QUARTER, rows, first)
+        x3 = only_allowed(x3, NOTHING, allowed, words, row, column + 3 * QUARTER, rows, first)
     m = _highest(x0, x1, x2, x3)
-    at = _rows(row, x0)
+    at = rows_of(row, x0)
     known = at < rows
     target = (gl.load(targets + at, mask=known, other=-1) - first).to(gl.int32)
     hit = (target >= column) & (target < column + WIDTH) & (target < columns)
@@ -160,7 +159,7 @@ def _of_student(logits, row, g, column, given, HOW: gl.constexpr):
     y, maxima, totals, kept, rows, columns, first, count = given
     WIDTH: gl.constexpr = logits.type.shape[1]
     QUARTER: gl.constexpr = WIDTH // 4
-    x0, x1, x2, x3 = _quarters(logits)
+    x0, x1, x2, x3 = quarters(logits)
     if (row + logits.type.shape[0] > rows) | (column + WIDTH > columns):
         x0 = _those(x0, row, column, rows, columns)
         x1 = _those(x1, row, column + QUARTER, rows, columns)
@@ -176,7 +175,7 @@ def _of_student(logits, row, g, column, given, HOW: gl.constexpr):
         gl.store(y + r.to(gl.int64) * columns + c, x, mask=(r < rows) & (c < columns))
         if HOW & KEEP:
             _keep(kept, less, row, column + i * QUARTER, rows, columns)
-    at = _rows(row, x0)
+    at = rows_of(row, x0)
     slot = at.to(gl.int64) * count + (first + column) // WIDTH
     gl.store(maxima + slot, m, mask=at < rows)
     gl.store(totals + slot, total, mask=at < rows)
@@ -192,9 +191,9 @@ def student_kernel(
 
 
 @gluon.jit
-def _token(order, row, end, like):
+def tokens_of(order, row, end, like):
     """Which tokens a tile's rows are, and whether they are those of this teacher, in its layout."""
-    at = _rows(row, like)
+    at = rows_of(row, like)
     return gl.load(order + at, mask=at < end, other=0).to(gl.int64), at < end
 
 
@@ -205,14 +204,14 @@ def _of_teacher(logits, row, g, column, given, HOW: gl.constexpr):
     x_in, order, end, maxima, highest, totals, crosses, kept, columns, first, count = given
     WIDTH: gl.constexpr = logits.type.shape[1]
     QUARTER: gl.constexpr = WIDTH // 4
-    y0, y1, y2, y3 = _quarters(logits)
+    y0, y1, y2, y3 = quarters(logits)
     if (row + logits.type.shape[0] > end) | (column + WIDTH > columns):
         y0 = _those(y0, row, column, end, columns)
         y1 = _those(y1, row, column + QUARTER, end, columns)
         y2 = _those(y2, row, column + 2 * QUARTER, end, columns)
         y3 = _those(y3, row, column + 3 * QUARTER, end, columns)
     n = _highest(y0, y1, y2, y3)
-    token, own = _token(order, row, end, y0)
+    token, own = tokens_of(order, row, end, y0)
     slot = token * count + (first + column) // WIDTH
     m = gl.load(maxima + slot, mask=own, other=0.0)
     total, cross = n * 0.0, n * 0.0
@@ -230,7 +229,7 @@ def _of_teacher(logits, row, g, column, given, HOW: gl.constexpr):
             cross += gl.sum(gl.where(there, gl.exp(less) * (less - less_y), 0.0), 1)
         if HOW & KEEP:
             values = wide(less_y.to(gl.float16))
-            to, mine = _token(order, row, end, values)
+            to, mine = tokens_of(order, row, end, values)
             r, c = places(values, row, column + i * QUARTER)
             gl.store(kept + to[:, None] * columns + c, values, mask=(r < end) & (c < columns))
     gl.store(highest + slot, n, mask=own)
@@ -249,86 +248,7 @@ def teacher_kernel(
     multiply_tiles(hidden, weight, given, start, end - start, depth, columns, 1, _of_teacher, HOW, COLUMNS, 4)
 
 
-@gluon.jit
-def _half_log_ratio(d):
-    """As `vocabulary.half_log_ratio`."""
-    return 0.5 * (0.6931471805599453 - gl.maximum(-d, 0.0) - gl.log(1.0 + gl.exp(-gl.abs(d))))
-
-
-@gluon.jit
-def _slope(logits, row, g, column, given, HOW: gl.constexpr):
-    """The gradient of the student's logits, at their tokens: of kept ones, or of all that they are, in fp32."""
-    kept, out, order, end, maxima, lse, teacher_lse, value, grad, columns, first, count = given
-    WIDTH: gl.constexpr = logits.type.shape[1]
-    QUARTER: gl.constexpr = WIDTH // 4
-    y0, y1, y2, y3 = _quarters(logits)
-    token, own = _token(order, row, end, y0)
-    less = gl.load(lse + token, mask=own, other=0.0)
-    if kept.dtype.element_ty == gl.float16:
-        less -= gl.load(maxima + token * count + (first + column) // WIDTH, mask=own, other=0.0)
-    of_teacher = gl.load(teacher_lse + token, mask=own, other=0.0)
-    known, by = gl.load(value + token, mask=own, other=0.0), gl.load(grad + token, mask=own, other=0.0)
-    for i in gl.static_range(4):
-        y = (y0, y1, y2, y3)[i] - of_teacher[:, None]
-        like = wide(y.to(gl.float16))
-        to, mine = _token(order, row, end, like)
-        r, c = places(like, row, column + i * QUARTER)
-        at, there = to[:, None] * columns + c, mine[:, None] & (c < columns)
-        x = gl.load(kept + at, mask=there, other=0.0)
-        x = gl.maximum(gl.convert_layout(x, y.type.layout).to(gl.float32), LOWEST) - less[:, None]
-        if HOW & 3 == REVERSE:
-            found = gl.exp(x) * (x - y - known[:, None])
-        elif HOW & 3 == FORWARD:
-            found = gl.exp(x) - gl.exp(y)
-        else:
-            found = gl.exp(x) * (_half_log_ratio(x - y) - known[:, None])
-        gl.store(out + at, wide((found * by[:, None]).to(gl.bfloat16)), mask=there)
-
-
-@gluon.jit(do_not_specialize=["teacher"])
-def slope_kernel(
-    hidden, weight, spans, teacher, kept, out, order, maxima, lse, teacher_lse, value, grad,
-    depth, columns, first, count, HOW: gl.constexpr, COLUMNS: gl.constexpr,
-):  # fmt: skip
-    start, end = gl.load(spans + teacher), gl.load(spans + teacher + 1)
-    given = kept, out, order, end, maxima, lse, teacher_lse, value, grad, columns, first, count
-    multiply_tiles(hidden, weight, given, start, end - start, depth, columns, 1, _slope, HOW, COLUMNS, 4)
-
-
-@gluon.jit
-def _token_slope(logits, row, g, column, given, HOW: gl.constexpr):
-    """`vocabulary_backward._gradient` of tokens."""
-    out, targets, allowed, lse, entropy, grad, of_entropy, rows, columns, first, words, scale = given
-    QUARTER: gl.constexpr = logits.type.shape[1] // 4
-    x0, x1, x2, x3 = _quarters(logits * scale)
-    at = _rows(row, x0)
-    known = at < rows
-    total, of_all = gl.load(lse + at, mask=known, other=0.0), gl.load(entropy + at, mask=known, other=0.0)
-    by, of_second = gl.load(grad + at, mask=known, other=0.0), gl.load(of_entropy + at, mask=known, other=0.0)
-    target = (gl.load(targets + at, mask=known, other=-1) - first).to(gl.int32)
-    for i in gl.static_range(4):
-        x = (x0, x1, x2, x3)[i] - total[:, None]
-        r, c = places(x, row, column + i * QUARTER)
-        p = gl.exp(x)
-        found = by[:, None] * gl.where(c == target[:, None], 1.0 - p, -p)
-        found = (found - of_second[:, None] * p * (x + of_all[:, None])) * scale
-        if HOW & MASKED:
-            found = _allowed(found, 0.0, allowed, words, row, column + i * QUARTER, rows, first)
-        values = wide(found.to(gl.bfloat16))
-        r, c = places(values, row, column + i * QUARTER)
-        gl.store(out + r.to(gl.int64) * columns + c, values, mask=(r < rows) & (c < columns))
-
-
-@gluon.jit
-def token_slope_kernel(
-    hidden, weight, out, targets, allowed, lse, entropy, grad, of_entropy, rows, depth, columns, first, words, scale,
-    HOW: gl.constexpr, COLUMNS: gl.constexpr,
-):  # fmt: skip
-    given = out, targets, allowed, lse, entropy, grad, of_entropy, rows, columns, first, words, scale
-    multiply_tiles(hidden, weight, given, 0, rows, depth, columns, 1, _token_slope, HOW, COLUMNS, 4)
-
-
-def _product(hidden: Tensor, weight: Tensor) -> tuple[tuple[int], TensorDescriptor, TensorDescriptor]:
+def product(hidden: Tensor, weight: Tensor) -> tuple[tuple[int], TensorDescriptor, TensorDescriptor]:
     """Programs, and both operands."""
     items = -(-hidden.shape[0] // 128) * -(-weight.shape[0] // BLOCK)
     return (programs(items, hidden.device),), described(hidden.contiguous(), 64), described(weight, BLOCK)
@@ -339,7 +259,7 @@ def measure_tokens(
     hidden: Tensor, weight: Tensor, kept: list[Tensor],
 ) -> None:  # fmt: skip
     """`vocabulary.Parts.measure` of the logits hidden [T, d] weight [columns, d]ᵀ, which are nowhere as a whole."""
-    (grid, x, w), (allowed, words) = _product(hidden, weight), mask
+    (grid, x, w), (allowed, words) = product(hidden, weight), mask
     token_kernel[grid](
         x, w, targets, allowed, picked, parts, (kept or [parts])[0], *hidden.shape, weight.shape[0], first, words,
         parts.shape[2], scale, HOW=MASKED * (words > 0) + KEEP * bool(kept), COLUMNS=BLOCK, num_warps=4, **SAME_BITS,
@@ -360,7 +280,7 @@ def measure_logits(
 
 def measure_student(parts: Tensor, kind: int, first: int, hidden: Tensor, weight: Tensor, kept: list[Tensor]) -> Tensor:
     """The student's part of `vocabulary.Parts.measure` against teachers; returns its logits fp32 [T, columns]."""
-    grid, x, w = _product(hidden, weight)
+    grid, x, w = product(hidden, weight)
     logits = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
     own = parts[3:] if kind == FORWARD else parts[:2]
     student_kernel[grid](
@@ -375,36 +295,10 @@ def measure_teacher(
     logits: Tensor, kept: list[Tensor],
 ) -> None:  # fmt: skip
     """A teacher's: of hidden's rows spans[teacher] ... spans[teacher + 1], which are those of the tokens `order`."""
-    grid, x, w = _product(hidden, weight)
+    grid, x, w = product(hidden, weight)
     student, own = (parts[3], parts) if kind == FORWARD else (parts[0], parts[3:])
     teacher_kernel[grid](
         x, w, spans, teacher, logits, order, student, own[0], own[1], parts[2], kept[1] if len(kept) > 1 else parts,
         weight.shape[1], weight.shape[0], first, parts.shape[2],
         HOW=(FORWARD if kind == FORWARD else REVERSE) + KEEP * (len(kept) > 1), COLUMNS=BLOCK, num_warps=4, **SAME_BITS,
-    )  # fmt: skip
-
-
-def token_slope(
-    targets: Tensor, mask: tuple[Tensor, int], lse: Tensor, entropy: Tensor, grads: tuple[Tensor, ...], first: int,
-    scale: float, hidden: Tensor, weight: Tensor,
-) -> Tensor:  # fmt: skip
-    """`vocabulary_backward.gradient` of tokens."""
-    (grid, x, w), (allowed, words) = _product(hidden, weight), mask
-    out = hidden.new_empty(hidden.shape[0], weight.shape[0])
-    token_slope_kernel[grid](
-        x, w, out, targets, allowed, lse, entropy, grads[0], grads[1], *hidden.shape, weight.shape[0], first, words,
-        scale, HOW=MASKED * (words > 0), COLUMNS=BLOCK, num_warps=4,
-    )  # fmt: skip
-    return out
-
-
-def slope(
-    out: Tensor, parts: Tensor, kind: int, first: int, hidden: Tensor, weight: Tensor, spans: Tensor, teacher: int,
-    order: Tensor, logits: Tensor, lse: Tensor, teacher_lse: Tensor, value: Tensor, grad: Tensor,
-) -> None:  # fmt: skip
-    """Fills a teacher's tokens' rows of out [T, columns], the gradient of the student's logits: fp32, or kept ones."""
-    grid, x, w = _product(hidden, weight)
-    slope_kernel[grid](
-        x, w, spans, teacher, logits, out, order, parts[3] if kind == FORWARD else parts[0], lse, teacher_lse, value,
-        grad, weight.shape[1], weight.shape[0], first, parts.shape[2], HOW=kind, COLUMNS=BLOCK, num_warps=4,
     )  # fmt: skip

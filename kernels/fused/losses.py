@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import hopper_vocabulary, vocabulary
+from . import hopper_vocabulary, hopper_vocabulary_backward, vocabulary
 from .launch import SAME_BITS, is_hopper, precision
 from .linear import check, multiply, store_wide, tile_place, tile_product, tiles
 from .vocabulary import Against, Measured, Parts, pieces, rooms
@@ -85,7 +85,7 @@ class Teachers(NamedTuple):
         out = without_teacher(against, logits, self.hidden.dtype)
         value = measured.value if against.kind == vocabulary.REVERSE else measured.second
         for i, other in enumerate(self.heads):
-            hopper_vocabulary.slope(
+            hopper_vocabulary_backward.slope(
                 out, parts, against.kind, columns.start, self.hidden, other[columns].to(out.dtype), self.spans, i,
                 self.order, logits, measured.lse, measured.teacher_lse, value, grad,
             )  # fmt: skip
@@ -219,7 +219,7 @@ def _gradient(ctx: Any, grads: tuple[Tensor, ...], columns: slice, room: list[Te
         weight = head[columns].to(hidden.dtype)
         if teachers is None:
             targets, scale, mask = against.targets, against.scale, against.mask()
-            return hopper_vocabulary.token_slope(
+            return hopper_vocabulary_backward.token_slope(
                 targets, mask, measured.lse, measured.second, grads, first, scale, hidden, weight
             )
         logits = room[0] if room else multiply(hidden, weight, wide=True)

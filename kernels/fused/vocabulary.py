@@ -75,7 +75,7 @@ def _measure(
         m, e = _highest(x, there)
         ratio = x - m
         target = tl.load(targets + row) - first
-        if (target >= block * BLOCK) & (target < block * BLOCK + BLOCK):
+        if (target >= block * BLOCK) & (target < tl.minimum(block * BLOCK + BLOCK, columns)):
             chosen = tl.load(student + row.to(tl.int64) * columns + target) * scale
             if MASKED:
                 mine = is_allowed(allowed + row.to(tl.int64) * words, first + target, target >= 0)
