@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .hopper_linear import multiply_tiles, places, wide
-from .hopper_vocabulary import BLOCK, FORWARD, MASKED, REVERSE, only_allowed, product, quarters, rows_of, tokens_of
+from .hopper_vocabulary import BLOCK, FORWARD, MASKED, REVERSE, exp, only_allowed, product, quarters, rows_of, tokens_of
 
 LOWEST = gl.constexpr(-65504.0)  # as `vocabulary` has it
 
@@ -13,7 +13,7 @@ LOWEST = gl.constexpr(-65504.0)  # as `vocabulary` has it
 @gluon.jit
 def _half_log_ratio(d):
     """As `vocabulary.half_log_ratio`."""
-    return 0.5 * (0.6931471805599453 - gl.maximum(-d, 0.0) - gl.log(1.0 + gl.exp(-gl.abs(d))))
+    return 0.5 * (0.6931471805599453 - gl.maximum(-d, 0.0) - gl.log(1.0 + exp(-gl.abs(d))))
 
 
 @gluon.jit
@@ -38,11 +38,11 @@ def _slope(logits, row, g, column, given, HOW: gl.constexpr):
         x = gl.load(kept + at, mask=there, other=0.0)
         x = gl.maximum(gl.convert_layout(x, y.type.layout).to(gl.float32), LOWEST) - less[:, None]
         if HOW & 3 == REVERSE:
-            found = gl.exp(x) * (x - y - known[:, None])
+            found = exp(x) * (x - y - known[:, None])
         elif HOW & 3 == FORWARD:
-            found = gl.exp(x) - gl.exp(y)
+            found = exp(x) - exp(y)
         else:
-            found = gl.exp(x) * (_half_log_ratio(x - y) - known[:, None])
+            found = exp(x) * (_half_log_ratio(x - y) - known[:, None])
         gl.store(out + at, wide((found * by[:, None]).to(gl.bfloat16)), mask=there)
 
 
@@ -70,7 +70,7 @@ def _token_slope(logits, row, g, column, given, HOW: gl.constexpr):
     for i in gl.static_range(4):
         x = (x0, x1, x2, x3)[i] - total[:, None]
         r, c = places(x, row, column + i * QUARTER)
-        p = gl.exp(x)
+        p = exp(x)
         found = by[:, None] * gl.where(c == target[:, None], 1.0 - p, -p)
         found = (found - of_second[:, None] * p * (x + of_all[:, None])) * scale
         if HOW & MASKED:
