@@ -92,8 +92,8 @@ def decoding() -> None:
     attend_forward(q, rows, entries, meta(HEADS, dtype=FP32), place, None)
 
 
-def product(rows: int, out: int, depth: int, wide: bool = False, groups: int = 1) -> None:
-    linear.multiply(meta(rows, groups * depth), meta(groups * out, depth), groups, wide)
+def product(rows: int, out: int, depth: int, wide: bool = False) -> None:
+    linear.multiply(meta(rows, depth), meta(out, depth), wide=wide)
 
 
 def on_hopper(run: Callable[[], None]) -> None:
@@ -319,12 +319,10 @@ CASES: dict[str, Callable[[], None]] = {
     "hopper, indexer": hopper_scores,
     "hopper, linear": lambda: on_hopper(lambda: product(TOKENS, 32768, 1024)),
     "hopper, linear, narrow": lambda: on_hopper(lambda: product(TOKENS, 256, 1024)),
-    "hopper, linear, groups": lambda: on_hopper(lambda: product(TOKENS, 1024, 4096, groups=8)),
     "hopper, loss, tokens": lambda: on_hopper(token_loss),
     "hopper, loss, tokens, masked": lambda: on_hopper(lambda: token_loss(2 * TOKENS, masked=True)),
     "hopper, log-probs of the sampler": lambda: on_hopper(sampled),
     "hopper, loss, reverse KL": lambda: on_hopper(lambda: divergence("reverse", 2 * TOKENS)),
-    "hopper, loss, forward KL": lambda: on_hopper(lambda: divergence("forward")),
     "hopper, loss, Jensen-Shannon": lambda: on_hopper(lambda: divergence("jensen_shannon")),
 }
 
