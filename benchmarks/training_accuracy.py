@@ -140,22 +140,20 @@ def losses(setting: Setting) -> Rows:
         teacher_hidden = training_losses.inputs(setting, tokens, dtype)[0].detach()
         heads = {i: training_losses.inputs(setting, 1, dtype)[1].detach() for i in range(4)}
         wide = teacher_hidden.double(), {i: each.double() for i, each in heads.items()}, teacher
-        for keep in (False, True):
-            kept = ", logits kept" if keep else ""
-            scores = partial(op.token_scores, targets=targets, keep=keep)
-            cases = {
-                "log-prob": (lambda scores=scores, **g: scores(**g).logprobs, partial(oracles.logprobs, targets)),
-                "entropy": (lambda scores=scores, **g: scores(**g).entropy, oracles.entropy),
-            }
-            for kind in ("reverse", "forward", "jensen_shannon"):
+        scores = partial(op.token_scores, targets=targets)
+        cases = {
+            "log-prob": (lambda scores=scores, **g: scores(**g).logprobs, partial(oracles.logprobs, targets)),
+            "entropy": (lambda scores=scores, **g: scores(**g).entropy, oracles.entropy),
+        }
+        for kind in ("reverse", "forward", "jensen_shannon"):
 
-                def ours(hidden: Tensor, head: Tensor, kind: op.Kind = kind, keep: bool = keep) -> Tensor:
-                    return op.divergence(hidden, head, teacher_hidden, heads, teacher, kind, keep=keep)  # noqa: B023
+            def ours(hidden: Tensor, head: Tensor, kind: op.Kind = kind) -> Tensor:
+                return op.divergence(hidden, head, teacher_hidden, heads, teacher, kind)  # noqa: B023
 
-                cases[f"divergence, {kind}, 4 teachers"] = ours, partial(oracles.divergence, kind, *wide)
-            for name, (function, oracle) in cases.items():
-                errors = compare(given, partial(by_autograd, function), oracle, torch.float32)
-                yield from rows(f"{name}{kept}", tokens, dtype, errors)
+            cases[f"divergence, {kind}, 4 teachers"] = ours, partial(oracles.divergence, kind, *wide)
+        for name, (function, oracle) in cases.items():
+            errors = compare(given, partial(by_autograd, function), oracle, torch.float32)
+            yield from rows(name, tokens, dtype, errors)
 
 
 @torch.no_grad()

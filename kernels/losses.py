@@ -1,14 +1,19 @@
 """Losses over the vocabulary, from hidden states and a head, in pieces that never hold [T, vocabulary] at once.
 
 Logits are fp32: hidden states and head are upcast. On a GPU they are multiplied in hidden's dtype, to which a head in
-fp32 is rounded first, with sums in fp32. There are no sampling masks, as nothing records them.
+fp32 is rounded first, with sums in fp32.
+
+A vocabulary may be spread over the ranks of a `group`: each holds as many of the head's rows as the others, those of a
+lower rank before those of a higher one, and all of the hidden states, which are the same everywhere. Each rank gets the
+whole result, and, under the same gradients of it, the whole gradient of hidden states and that of its own rows.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -35,55 +40,108 @@ def logits(hidden: Tensor, head: Tensor) -> Tensor:
     return project(upcast(hidden), upcast(head))
 
 
+def packed_mask(allowed: Tensor) -> Tensor:
+    """bool [T, V] -> int32 [T, ceil(V / 32)]: a mask as losses take it, token v as bit v % 32 of word v // 32."""
+    bits = F.pad(allowed, (0, -allowed.shape[1] % 32)).unflatten(1, (-1, 32)).long()
+    return (bits << torch.arange(32, device=allowed.device)).sum(2).to(torch.int32)
+
+
 def token_scores(
-    hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0, *, keep: bool = False
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    *,
+    allowed: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> TokenScores:
     """log p(targets), and the entropy of p = softmax(hidden head^T / temperature).
 
-    hidden [T, d], head [V, d] in hidden's dtype or fp32, targets int64 [T] in [0, V). `keep`, on a GPU, holds logits
-    [T, V] in hidden's dtype for the backward, which needs 2 products then, and 3 without.
+    hidden [T, d], head [V, d] in hidden's dtype or fp32, targets int64 [T] in [0, V). `allowed`, as `packed_mask` makes
+    it, holds the tokens that could be sampled (top-p, top-k, a grammar): p is that of these alone, so that others have
+    no gradient; a target outside has the log-prob -inf. At least one is allowed. With a `group`, T, d and targets are
+    of the whole, V and `allowed` of the rank's own rows.
     """
+    check_mask(allowed, hidden.shape[0], head.shape[0])
     if fused(hidden):
         from .fused.losses import TokenLoss
 
-        return TokenScores(*TokenLoss.apply(hidden, head, targets, temperature, keep))  # pyright: ignore
+        given = hidden, head, targets, temperature, allowed, group, torch.is_grad_enabled()
+        return TokenScores(*TokenLoss.apply(*given))  # pyright: ignore
 
-    def piece(h: Tensor, t: Tensor) -> Tensor:
-        logprobs = _log_softmax(h, head, temperature)
-        return torch.stack([_picked(logprobs, t), -(logprobs.exp() * logprobs).sum(-1)], 1)
+    def piece(h: Tensor, t: Tensor, *mask: Tensor) -> Tensor:
+        logprobs = _log_softmax(h, head, temperature, mask, group)
+        entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs.isneginf(), 0.0)).sum(-1)
+        return torch.stack([_picked(logprobs, t, group), _sum(entropy, group)], 1)
 
-    return TokenScores(*_in_pieces(piece, head.shape[0], hidden, targets).unbind(1))
+    mask = () if allowed is None else (allowed,)
+    return TokenScores(*_in_pieces(piece, head.shape[0], _shared(hidden, group), targets, *mask).unbind(1))
 
 
-def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+def token_logprobs(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    *,
+    allowed: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
     """`token_scores`' log-probs alone."""
     if fused(hidden):
-        return token_scores(hidden, head, targets, temperature).logprobs
+        return token_scores(hidden, head, targets, temperature, allowed=allowed, group=group).logprobs
+    check_mask(allowed, hidden.shape[0], head.shape[0])
 
-    def piece(h: Tensor, t: Tensor) -> Tensor:
-        return _picked(_log_softmax(h, head, temperature), t)
+    def piece(h: Tensor, t: Tensor, *mask: Tensor) -> Tensor:
+        return _picked(_log_softmax(h, head, temperature, mask, group), t, group)
 
-    return _in_pieces(piece, head.shape[0], hidden, targets)
+    mask = () if allowed is None else (allowed,)
+    return _in_pieces(piece, head.shape[0], _shared(hidden, group), targets, *mask)
 
 
-def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+def chosen_logprobs(
+    logits: Tensor, tokens: Tensor, temperature: float = 1.0, *, allowed: Tensor | None = None
+) -> Tensor:
     """fp32 [B]: log-probs of int64 tokens [B] from logits fp32 [B, V]; on a GPU with the bits of `token_scores`."""
+    check_mask(allowed, *logits.shape)
     if fused(logits):
         from .fused import losses
 
-        return losses.chosen_logprobs(logits, tokens, temperature)
-    return _picked(torch.log_softmax(logits / temperature, -1), tokens)
+        return losses.chosen_logprobs(logits, tokens, temperature, allowed)
+    logits = logits / temperature
+    return _picked(torch.log_softmax(logits if allowed is None else _masked(logits, allowed), -1), tokens)
+
+
+def check_mask(allowed: Tensor | None, rows: int, vocabulary: int) -> None:
+    """ValueError for a mask of another shape or dtype."""
+    want = [rows, -(-vocabulary // 32)]
+    if allowed is not None and (list(allowed.shape) != want or allowed.dtype != torch.int32):
+        raise ValueError(f"allowed: {allowed.dtype} {list(allowed.shape)}; want torch.int32 {want}")
 
 
 def packed_logprobs(
-    hidden: Tensor, head: Tensor, tokens: Tensor, cu_seqlens: Tensor, *, ahead: int = 1, temperature: float = 1.0
+    hidden: Tensor,
+    head: Tensor,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    ahead: int = 1,
+    temperature: float = 1.0,
+    allowed: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """fp32 [T]: each token's log-prob under the state `ahead` tokens before it; 0 for a document's first `ahead`.
 
-    hidden [T, d] of a pack of documents, head [V, d], tokens int64 [T], cu_seqlens [B + 1] (there or on the host).
+    hidden [T, d] of a pack of documents, head [V, d], tokens int64 [T], cu_seqlens [B + 1] (there or on the host). The
+    rest as in `token_scores`: row t of `allowed` goes with token t.
     """
     ahead = min(ahead, tokens.shape[0])
-    scores = token_logprobs(hidden[: tokens.shape[0] - ahead], head, tokens[ahead:], temperature)
+    before, after, mask = (
+        hidden[: tokens.shape[0] - ahead],
+        tokens[ahead:],
+        None if allowed is None else allowed[ahead:],
+    )
+    scores = token_logprobs(before, head, after, temperature, allowed=mask, group=group)
     cu = cu_seqlens.to(tokens.device, torch.int64, non_blocking=True)
     place = torch.arange(tokens.shape[0], device=tokens.device) - torch.repeat_interleave(
         cu[:-1], cu.diff(), output_size=tokens.shape[0]
@@ -99,7 +157,7 @@ def divergence(
     teacher: Tensor,
     kind: Kind = "reverse",
     *,
-    keep: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """fp32 [T]: how far each token's distribution p is from its teacher's, q, over the whole vocabulary.
 
@@ -111,7 +169,7 @@ def divergence(
         forward           KL(q || p)
         jensen_shannon    (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2
 
-    Gradients go to the student alone. `keep` as in `token_scores`, but of student and teacher: 2 products, not 4.
+    Gradients go to the student alone. With a `group`, each rank has its rows of all heads.
     """
     for index, other in teacher_heads.items():
         if other.shape[0] != head.shape[0] or other.shape[1] > teacher_hidden.shape[1]:
@@ -121,28 +179,32 @@ def divergence(
         from .fused.losses import Divergence, sorted_by_teacher
 
         teachers = sorted_by_teacher(teacher_hidden.to(hidden.dtype), teacher_heads, teacher)
-        result: Tensor = Divergence.apply(hidden, head, teachers, kind, keep)  # pyright: ignore[reportAssignmentType]
+        given = hidden, head, teachers, kind, group, torch.is_grad_enabled()
+        result: Tensor = Divergence.apply(*given)  # pyright: ignore[reportAssignmentType]
     else:
-        result = upcast(hidden).new_zeros(hidden.shape[0])
+        result, hidden = upcast(hidden).new_zeros(hidden.shape[0]), _shared(hidden, group)
         for index, teacher_head in teacher_heads.items():
             mine = (teacher == index).nonzero().squeeze(1)
             own = teacher_hidden[mine, : teacher_head.shape[1]]
-            result = result.index_add(0, mine, _divergence(hidden[mine], head, own, teacher_head, kind))
+            result = result.index_add(0, mine, _divergence(hidden[mine], head, own, teacher_head, kind, group))
     unknown = teacher >= 0
     for index in teacher_heads:
         unknown = unknown & (teacher != index)
     return result.masked_fill(unknown, math.nan)
 
 
-def _divergence(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, kind: Kind) -> Tensor:
+def _divergence(
+    hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, kind: Kind,
+    group: dist.ProcessGroup | None,
+) -> Tensor:  # fmt: skip
     def piece(h: Tensor, h_teacher: Tensor) -> Tensor:
-        p = _log_softmax(h, head)
+        p = _log_softmax(h, head, group=group)
         with torch.no_grad():
-            q = _log_softmax(h_teacher, teacher_head)
+            q = _log_softmax(h_teacher, teacher_head, group=group)
         if kind == "jensen_shannon":
             m = torch.logaddexp(p, q) - math.log(2)
-            return (_kl(p, m) + _kl(q, m)) / 2
-        return _kl(p, q) if kind == "reverse" else _kl(q, p)
+            return _sum((_kl(p, m) + _kl(q, m)) / 2, group)
+        return _sum(_kl(p, q) if kind == "reverse" else _kl(q, p), group)
 
     return _in_pieces(piece, head.shape[0], hidden, teacher_hidden)
 
@@ -151,12 +213,70 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def _log_softmax(hidden: Tensor, head: Tensor, temperature: float = 1.0) -> Tensor:
-    return torch.log_softmax(project(upcast(hidden), upcast(head)) / temperature, -1)
+def _log_softmax(
+    hidden: Tensor, head: Tensor, temperature: float = 1.0, mask: Sequence[Tensor] = (),
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:  # fmt: skip
+    """Of the rank's part of the vocabulary."""
+    x = project(upcast(hidden), upcast(head)) / temperature
+    for allowed in mask:
+        x = _masked(x, allowed)
+    if group is None:
+        return torch.log_softmax(x, -1)
+    highest = x.detach().amax(-1, keepdim=True)
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+    x = x - highest
+    return x - _shared(_sum(x.exp().sum(-1, keepdim=True), group), group).log()
 
 
-def _picked(logprobs: Tensor, tokens: Tensor) -> Tensor:
-    return logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+def _masked(logits: Tensor, allowed: Tensor) -> Tensor:
+    bits = allowed.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=allowed.device)
+    return logits.masked_fill(bits.bitwise_and(1).flatten(1)[:, : logits.shape[1]] == 0, -math.inf)
+
+
+def _picked(logprobs: Tensor, tokens: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    if group is None:
+        return logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    at = tokens - group.rank() * logprobs.shape[1]
+    own = (at >= 0) & (at < logprobs.shape[1])
+    return _sum(_picked(logprobs, at.where(own, 0)).where(own, 0.0), group)
+
+
+class _Sum(torch.autograd.Function):
+    """Over ranks, which all take the same of it: the gradient of a rank's part is that of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Shared(torch.autograd.Function):
+    """The same on all ranks, each of which makes another part of the result: its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def _sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    return x if group is None else _Sum.apply(x, group)  # pyright: ignore[reportReturnType]
+
+
+def _shared(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    return x if group is None else _Shared.apply(x, group)  # pyright: ignore[reportReturnType]
 
 
 def _in_pieces(piece: Callable[..., Tensor], vocabulary: int, *rows: Tensor) -> Tensor:

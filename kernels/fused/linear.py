@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import STEP, check_dtypes, precision
+from . import hopper_linear
+from .launch import STEP, check_dtypes, is_hopper, precision
 
 
 @triton.jit
@@ -90,6 +91,10 @@ def multiply(x: Tensor, weight: Tensor, groups: int = 1, wide: bool = False) -> 
     y = x.new_empty(rows, groups * out, dtype=torch.float32 if wide else x.dtype)
     if rows == 0:
         return y
+    # A column of zeros behind a group's channels is another group's; behind the last it is nobody's.
+    if rows > 64 and x.dtype == torch.bfloat16 and is_hopper(x.device) and (groups == 1 or depth % 64 == 0):
+        hopper_linear.multiply(x.contiguous(), weight.contiguous(), y, groups)
+        return y
     height, columns, step, warps, stages = tiles(rows, out, depth, x.dtype)
     _linear[(triton.cdiv(rows, height) * (out // columns), groups)](
         TensorDescriptor.from_tensor(x.contiguous(), [height, step]),
@@ -115,11 +120,16 @@ class Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         blocks = weight.unflatten(0, (ctx.groups, -1))  # [G, o, i]
-        grad = grads[0].to(x.dtype).unflatten(1, (ctx.groups, -1)).transpose(0, 1)  # [G, T, o]
+        grad = _grouped(grads[0].to(x.dtype), ctx.groups)
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_x = torch.bmm(grad, blocks).transpose(0, 1).flatten(1)
+            of_x = x.new_empty(x.shape)
+            torch.bmm(grad, blocks, out=_grouped(of_x, ctx.groups))
         if ctx.needs_input_grad[1]:
-            rows = x.unflatten(1, (ctx.groups, -1)).transpose(0, 1)
-            of_weight = torch.bmm(grad.transpose(1, 2), rows).flatten(0, 1)
+            of_weight = torch.bmm(grad.transpose(1, 2), _grouped(x, ctx.groups)).flatten(0, 1)
         return of_x, of_weight, None, None
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """x [T, G * i] as [G, T, i], which cuBLAS reads and writes where it lies."""
+    return x.unflatten(1, (groups, -1)).transpose(0, 1)

@@ -2,24 +2,28 @@
 
 A piece is the logits of all T tokens for some columns of the vocabulary, as many as `PIECE` bytes hold. It comes from
 the product that decoding uses, and is measured as the sampler's logits are, so that log-probs have the same bits. The
-backward computes each piece again, in a product that ends with the logits' gradient, or finds it kept, and multiplies
-twice (cuBLAS). Pieces are of columns and not of tokens: so the head's gradient, the largest of all, is written once and
-never added to, and only the one of T hidden states is summed up over pieces, in order, in fp32.
+backward finds the first pieces kept (`vocabulary.rooms`), computes the others again, in a product that ends with the
+logits' gradient, and multiplies twice (cuBLAS). Pieces are of columns and not of tokens: so the head's gradient, the
+largest of all, is written once and never added to, and only the one of T hidden states is summed up over pieces, in
+order, in fp32. Memory of the head's gradient is allocated in the forward: until the backward writes it, kept pieces are
+there. A second backward through the same graph computes all again.
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import vocabulary
-from .launch import SAME_BITS, precision
+from . import hopper_vocabulary, hopper_vocabulary_backward, vocabulary
+from .launch import SAME_BITS, is_hopper, precision
 from .linear import check, multiply, store_wide, tile_place, tile_product, tiles
-from .vocabulary import Against, Measured, Parts, gradient, gradient_of_kept, pieces
+from .vocabulary import Against, Measured, Parts, pieces, rooms
+from .vocabulary_backward import gradient, gradient_of_kept, without_teacher
 
 KINDS = {"reverse": vocabulary.REVERSE, "forward": vocabulary.FORWARD, "jensen_shannon": vocabulary.MIXED}
 
@@ -45,7 +49,8 @@ class Teachers(NamedTuple):
     hidden: Tensor  # [T, widest d'], teacher after teacher, then the rows of none
     heads: list[Tensor]  # [V, d'] each
     spans: Tensor  # int32 [n + 1]: where each teacher's rows begin; after the last one's, those of none
-    place: Tensor  # int32 [T]: a token's row
+    place: Tensor  # int32 [T]: a token's row ...
+    order: Tensor  # int32 [T]: ... and a row's token
 
     def logits(self, columns: slice) -> Tensor:
         """fp32 [T, columns]; rows of no teacher hold anything."""
@@ -63,6 +68,29 @@ class Teachers(NamedTuple):
             )  # fmt: skip
         return y
 
+    def measure(self, parts: Parts, hidden: Tensor, head: Tensor, columns: slice, kept: list[Tensor]) -> None:
+        """`Parts.measure` on Hopper, of the student's logits hidden headᵀ."""
+        kind, first, dtype = parts.against.kind, columns.start, hidden.dtype
+        logits = hopper_vocabulary.measure_student(parts.parts, kind, first, hidden, head[columns].to(dtype), kept)
+        for i, other in enumerate(self.heads):
+            weight = other[columns].to(dtype)
+            hopper_vocabulary.measure_teacher(
+                parts.parts, kind, first, self.hidden, weight, self.spans, i, self.order, logits, kept
+            )
+
+    def slope(
+        self, against: Against, measured: Measured, parts: Tensor, grad: Tensor, columns: slice, logits: Tensor
+    ) -> Tensor:
+        """`vocabulary_backward.gradient` on Hopper, from the student's logits: fp32, or kept ones."""
+        out = without_teacher(against, logits, self.hidden.dtype)
+        value = measured.value if against.kind == vocabulary.REVERSE else measured.second
+        for i, other in enumerate(self.heads):
+            hopper_vocabulary_backward.slope(
+                out, parts, against.kind, columns.start, self.hidden, other[columns].to(out.dtype), self.spans, i,
+                self.order, logits, measured.lse, measured.teacher_lse, value, grad,
+            )  # fmt: skip
+        return out
+
 
 def sorted_by_teacher(hidden: Tensor, heads: Mapping[int, Tensor], teacher: Tensor) -> Teachers:
     """Of teachers' hidden [T, widest d'] and heads by number, each token's number in `teacher` int64 [T]."""
@@ -73,100 +101,134 @@ def sorted_by_teacher(hidden: Tensor, heads: Mapping[int, Tensor], teacher: Tens
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     counts = (number == torch.arange(-1, len(heads), device=order.device)[:, None]).sum(1)  # -1: none before the first
     frozen = [head.detach() for head in heads.values()]
-    return Teachers(hidden.detach()[order], frozen, counts.cumsum(0).int(), place.int())
+    return Teachers(hidden.detach()[order], frozen, counts.cumsum(0).int(), place.int(), order.int())
 
 
 class TokenLoss(torch.autograd.Function):
-    """Log-probs and entropies, fp32 [T]: hidden [T, d], head [V, d] in hidden's dtype or fp32, targets int64 [T]."""
+    """Log-probs and entropies, fp32 [T]: hidden [T, d], head [V, d] in hidden's dtype or fp32, targets int64 [T].
+
+    `allowed` and `group` as in `kernels.losses.token_scores`. `train`: whether there may be a backward.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, keep: bool
-    ) -> tuple[Tensor, Tensor]:
-        ctx.against = Against(vocabulary.TOKENS, targets.contiguous(), targets, targets, 1 / temperature)
-        parts, kept = Parts(ctx.against, head.shape[0]), []
-        for columns in pieces(hidden.shape[0], head.shape[0]):
-            kept += _measure_tokens(
-                parts, columns.start, _logits(hidden, head, columns), hidden.dtype if keep else None
-            )
-        measured = parts.merged()
-        ctx.teachers = None
-        ctx.save_for_backward(hidden, head, *measured, parts.parts if keep else None, *kept)
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, allowed: Tensor | None,
+        group: dist.ProcessGroup | None, train: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if group is not None:
+            targets = targets - group.rank() * head.shape[0]
+        targets = targets.contiguous()
+        against = Against(vocabulary.TOKENS, targets, targets, targets, 1 / temperature, allowed, group)
+        measured = _measured(ctx, hidden, head, against, None, train)
         return measured.value, measured.second
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, grads), None, None, None
+        return *_gradients(ctx, grads), None, None, None, None, None
 
 
 class Divergence(torch.autograd.Function):
     """fp32 [T]: of the student's distributions from its teachers', by `KINDS`; teachers take no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, teachers: Teachers, kind: str, keep: bool) -> Tensor:
-        ctx.against = Against(KINDS[kind], teachers.place, teachers.place, teachers.spans[-1:])
-        parts, kept = Parts(ctx.against, head.shape[0]), []
-
-        def both(columns: slice) -> tuple[int, Tensor, Tensor]:
-            return columns.start, _logits(hidden, head, columns), teachers.logits(columns)
-
-        for columns in pieces(hidden.shape[0], head.shape[0]):
-            kept += parts.measure(*both(columns), hidden.dtype if keep else None)
-        measured = parts.merged()
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, teachers: Teachers, kind: str, group: dist.ProcessGroup | None,
+        train: bool,
+    ) -> Tensor:  # fmt: skip
+        place, taught = teachers.place, teachers.spans[-1:]
+        against = Against(KINDS[kind], place, place, taught, group=group)
+        measured = _measured(ctx, hidden, head, against, teachers, train)
         if kind == "jensen_shannon":
-            sums = Parts(ctx.against, head.shape[0])
+            sums = Parts(against, head.shape[0], False)
             for columns in pieces(hidden.shape[0], head.shape[0]):
-                sums.mix(*both(columns), measured)
+                sums.mix(columns.start, _logits(hidden, head, columns), teachers.logits(columns), measured)
             sums.add_mixed(measured)
-        ctx.teachers = teachers
-        ctx.save_for_backward(hidden, head, *measured, parts.parts if keep else None, *kept)
         return measured.value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, grads), None, None, None
+        return *_gradients(ctx, grads), None, None, None, None
 
 
-def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float, allowed: Tensor | None) -> Tensor:
     """`TokenLoss`'s log-probs, bit for bit, from all the logits fp32 [B, V] of its rows."""
-    parts = Parts(Against(vocabulary.TOKENS, tokens.contiguous(), tokens, tokens, 1 / temperature), logits.shape[1])
+    against = Against(vocabulary.TOKENS, tokens.contiguous(), tokens, tokens, 1 / temperature, allowed)
+    parts = Parts(against, logits.shape[1], is_hopper(logits.device))
     if logits.shape[0]:
-        _measure_tokens(parts, 0, logits.contiguous())
+        parts.measure(0, logits.contiguous(), logits, [])
     return parts.merged().value
-
-
-def _measure_tokens(parts: Parts, first: int, logits: Tensor, keep: torch.dtype | None = None) -> list[Tensor]:
-    return parts.measure(first, logits, logits, keep)
 
 
 def _logits(hidden: Tensor, head: Tensor, columns: slice) -> Tensor:
     return multiply(hidden, head[columns].to(hidden.dtype), wide=True)
 
 
+def _measured(
+    ctx: Any, hidden: Tensor, head: Tensor, against: Against, teachers: Teachers | None, train: bool
+) -> Measured:
+    """All pieces; what is kept of them goes, with all else that the backward needs, to `ctx`."""
+    train = train and any(ctx.needs_input_grad[:2]) and hidden.shape[0] > 0
+    of_head = torch.empty_like(head) if train and ctx.needs_input_grad[1] else None
+    kept = list(rooms(hidden, head, of_head, 1 if teachers is None else 2)) if train else []
+    fast = hopper_vocabulary.takes(hidden)
+    parts = Parts(against, head.shape[0], fast or (teachers is None and is_hopper(hidden.device)))
+    for i, columns in enumerate(pieces(hidden.shape[0], head.shape[0])):
+        first, room = columns.start, kept[i] if train else []
+        if not fast:
+            student = _logits(hidden, head, columns)
+            parts.measure(first, student, student if teachers is None else teachers.logits(columns), room)
+        elif teachers is None:
+            parts.measure_product(first, hidden, head[columns].to(hidden.dtype), room)
+        else:
+            teachers.measure(parts, hidden, head, columns, room)
+    measured = parts.merged()
+    ctx.against, ctx.teachers, ctx.kept, ctx.of_head, ctx.block = against, teachers, kept, of_head, parts.block
+    ctx.save_for_backward(hidden, head, parts.parts, *measured)
+    return measured
+
+
 def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
     """Of hidden states and head, where they are wanted."""
-    hidden, head, *fields = ctx.saved_tensors
-    measured, parts, kept = Measured(*fields[:4]), fields[4], fields[5:]
-    grads, each = tuple(grad.contiguous() for grad in grads), 1 if ctx.teachers is None else 2
+    hidden, head, _, *_ = ctx.saved_tensors
+    kept, of_head, ctx.kept, ctx.of_head = ctx.kept, ctx.of_head, [], None  # the backward writes over them
+    grads = tuple(grad.contiguous() for grad in grads)
     of_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
-    of_head = (torch.empty_like if hidden.shape[0] else torch.zeros_like)(head) if ctx.needs_input_grad[1] else None
+    if not ctx.needs_input_grad[1]:
+        of_head = None
+    elif of_head is None:
+        of_head = (torch.empty_like if hidden.shape[0] else torch.zeros_like)(head)
 
-    def add(i: int, columns: slice) -> None:
-        weight = head[columns].to(hidden.dtype)
-        if kept:
-            own = kept[i * each : (i + 1) * each]
-            grad = gradient_of_kept(ctx.against, measured, parts, grads, columns.start, own)
-        else:
-            teacher = None if ctx.teachers is None else ctx.teachers.logits(columns)
-            grad = gradient(ctx.against, measured, grads, columns.start, hidden, weight, teacher)
+    def add(columns: slice, room: list[Tensor]) -> None:
+        grad = _gradient(ctx, grads, columns, room)
         if of_hidden is not None:
-            _multiply_into(of_hidden, grad, weight, beta=1)
+            _multiply_into(of_hidden, grad, head[columns].to(hidden.dtype), beta=1)
         if of_head is not None:
             _multiply_into(of_head[columns], grad.t(), hidden, beta=0)
 
     for i, columns in enumerate(pieces(hidden.shape[0], head.shape[0])):
-        add(i, columns)
-    return None if of_hidden is None else of_hidden.to(hidden.dtype), of_head
+        add(columns, kept[i] if kept else [])
+    return None if of_hidden is None else ctx.against.summed(of_hidden).to(hidden.dtype), of_head
+
+
+def _gradient(ctx: Any, grads: tuple[Tensor, ...], columns: slice, room: list[Tensor]) -> Tensor:
+    """[T, columns] in hidden's dtype, of a piece of logits."""
+    hidden, head, parts, *fields = ctx.saved_tensors
+    against, measured, teachers, first = ctx.against, Measured(*fields), ctx.teachers, columns.start
+    fast, whole = hopper_vocabulary.takes(hidden), len(room) == (1 if teachers is None else 2)
+    if fast and not whole:
+        weight = head[columns].to(hidden.dtype)
+        if teachers is None:
+            targets, scale, mask = against.targets, against.scale, against.mask()
+            return hopper_vocabulary_backward.token_slope(
+                targets, mask, measured.lse, measured.second, grads, first, scale, hidden, weight
+            )
+        logits = room[0] if room else multiply(hidden, weight, wide=True)
+        return teachers.slope(against, measured, parts, grads[0], columns, logits)
+    teacher = None if teachers is None or whole else teachers.logits(columns)
+    if room:
+        given = against, measured, parts, ctx.block, grads, first
+        return gradient_of_kept(*given, room, teacher, hidden.dtype)
+    return gradient(against, measured, grads, first, hidden, head[columns].to(hidden.dtype), teacher)
 
 
 def _multiply_into(out: Tensor, a: Tensor, b: Tensor, beta: int) -> None:

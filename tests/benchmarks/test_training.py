@@ -68,12 +68,7 @@ def test_every_operation_meets_its_bounds(train):
         "router", "experts", "hyper-connections", "log-prob", "entropy", "divergence", "Newton-Schulz",
         "Muon's first two steps",
     }  # fmt: skip
-    assert {name: row["errors"] for name, row in rows.items() if not row["met"]} == {
-        # A logit kept in bf16 is 2^-9 of itself off, and reverse KL's gradient weighs with differences of logits.
-        "divergence, reverse, 4 teachers, logits kept, bf16": pytest.approx(
-            {"value": 0, "hidden": 0, "head": 0}, abs=0.015
-        )
-    }
+    assert [name for name, row in rows.items() if not row["met"]] == []
 
 
 def test_a_wrong_gradient_shows(train, monkeypatch):
@@ -97,11 +92,11 @@ def test_wrong_choices_of_experts_are_counted(train):
 
 def test_losses_beside_their_goals(train, capsys):
     rows = measure(train, "losses")
-    assert {"torch: cross-entropy", "torch: reverse KL", "forward KL, 1 teacher"} < rows.keys() and len(rows) == 10
+    assert {"torch: cross-entropy", "torch: reverse KL", "forward KL, 1 teacher"} < rows.keys() and len(rows) == 8
     assert [rows[name]["met"] for name in ("log-prob", "reverse KL, 1 teacher")] == [False, True]
     assert rows["reverse KL, 4 teachers"]["over_one"] == 1.0
     assert rows["log-prob"]["extra_gib"] == pytest.approx(0.25, abs=1e-4)
-    assert "25 ms, 0.3 GiB MISSED" in capsys.readouterr().out
+    assert "21 ms, 0.3 GiB MISSED" in capsys.readouterr().out
     one = train.floors.product(4096, 4096, 129_280).floor(train.setting.ceilings)
     assert one == pytest.approx(5.44, abs=0.01)
 

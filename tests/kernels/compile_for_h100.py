@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -37,6 +38,7 @@ from amalgam.kernels.fused import (
     hopper_indexer,
     hopper_queries,
     hopper_rows,
+    hopper_vocabulary,
     hyper,
     indexer,
     linear,
@@ -96,6 +98,17 @@ def decoding() -> None:
 
 def product(rows: int, out: int, depth: int, wide: bool = False) -> None:
     linear.multiply(meta(rows, depth), meta(out, depth), wide=wide)
+
+
+def on_hopper(run: Callable[[], None]) -> None:
+    """With the Gluon kernels, which are chosen by the device."""
+    patches = [mock.patch.object(module, "is_hopper", lambda _: True) for module in (linear, losses, hopper_vocabulary)]
+    for each in patches:
+        each.start()
+    try:
+        run()
+    finally:
+        mock.patch.stopall()
 
 
 def fp8_linear(rows: int, out: int, depth: int) -> None:
@@ -172,19 +185,24 @@ def backward(result: Any) -> None:
     result.backward(torch.empty_like(result))
 
 
-def token_loss(head: torch.dtype = torch.bfloat16, keep: bool = False) -> None:
-    """Forward and backward."""
-    hidden, weight = meta(TOKENS, 4096).requires_grad_(), meta(VOCABULARY, 4096, dtype=head).requires_grad_()
-    scores = losses.TokenLoss.apply(hidden, weight, meta(TOKENS, dtype=torch.int64), 0.7, keep)
+def token_loss(tokens: int = TOKENS, masked: bool = False) -> None:
+    """Forward and backward; of more tokens than channels, with the product again."""
+    hidden, weight = meta(tokens, 4096).requires_grad_(), meta(VOCABULARY, 4096).requires_grad_()
+    allowed = meta(tokens, VOCABULARY // 32, dtype=torch.int32) if masked else None
+    scores = losses.TokenLoss.apply(hidden, weight, meta(tokens, dtype=torch.int64), 0.7, allowed, None, True)
     torch.autograd.backward(scores, [torch.empty_like(x) for x in scores])
 
 
-def divergence(kind: str, keep: bool = False) -> None:
+def sampled() -> None:
+    losses.chosen_logprobs(meta(64, VOCABULARY, dtype=FP32), meta(64, dtype=torch.int64), 0.7, None)
+
+
+def divergence(kind: str, tokens: int = TOKENS) -> None:
     """Forward and backward, from four teachers, two of them wider."""
-    hidden, weight = meta(TOKENS, 4096).requires_grad_(), meta(VOCABULARY, 4096).requires_grad_()
+    hidden, weight = meta(tokens, 4096).requires_grad_(), meta(VOCABULARY, 4096).requires_grad_()
     heads = {i: meta(VOCABULARY, width) for i, width in enumerate((4096, 4096, 7168, 7168))}
-    teachers = losses.sorted_by_teacher(meta(TOKENS, 7168), heads, meta(TOKENS, dtype=torch.int64))
-    backward(losses.Divergence.apply(hidden, weight, teachers, kind, keep))
+    teachers = losses.sorted_by_teacher(meta(tokens, 7168), heads, meta(tokens, dtype=torch.int64))
+    backward(losses.Divergence.apply(hidden, weight, teachers, kind, None, True))
 
 
 def hopper(kind: int) -> None:
@@ -337,10 +355,9 @@ CASES: dict[str, Callable[[], None]] = {
     "fp8, experts in FP4": lambda: low_experts(16384, fp4=True),
     "fp8, experts in FP4, 64 rows": lambda: low_experts(32, fp4=True),
     "loss, tokens": token_loss,
-    "loss, tokens, fp32 head": lambda: token_loss(FP32),
-    "loss, tokens, kept": lambda: token_loss(keep=True),
+    "loss, tokens, masked": lambda: token_loss(tokens=2 * TOKENS, masked=True),
     "loss, reverse KL": lambda: divergence("reverse"),
-    "loss, reverse KL, kept": lambda: divergence("reverse", keep=True),
+    "loss, reverse KL, many tokens": lambda: divergence("reverse", 2 * TOKENS),
     "loss, forward KL": lambda: divergence("forward"),
     "loss, Jensen-Shannon": lambda: divergence("jensen_shannon"),
     "AdamW": optimizer_step,
@@ -353,6 +370,13 @@ CASES: dict[str, Callable[[], None]] = {
     "hopper, hyper-connections": hopper_streams,
     "hopper, hyper-connections, first": lambda: hopper_streams(first=True),
     "hopper, hyper-connections, head": lambda: hopper_streams(head=True),
+    "hopper, linear": lambda: on_hopper(lambda: product(TOKENS, 32768, 1024)),
+    "hopper, linear, narrow": lambda: on_hopper(lambda: product(TOKENS, 256, 1024)),
+    "hopper, loss, tokens": lambda: on_hopper(token_loss),
+    "hopper, loss, tokens, masked": lambda: on_hopper(lambda: token_loss(2 * TOKENS, masked=True)),
+    "hopper, log-probs of the sampler": lambda: on_hopper(sampled),
+    "hopper, loss, reverse KL": lambda: on_hopper(lambda: divergence("reverse", 2 * TOKENS)),
+    "hopper, loss, Jensen-Shannon": lambda: on_hopper(lambda: divergence("jensen_shannon")),
 }
 
 

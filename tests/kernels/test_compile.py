@@ -22,6 +22,10 @@ SPILLED = {
     "hopper, indexer": {"scores_kernel": 24},  # of an item, not of a query
     "indexer": {"_choose": 8},
     "choice, long": {"_choose": 48},  # so that two rows fit beside each other, which is faster
+    # Of a tile of 128 rows and 256 columns, not of a step.
+    "hopper, loss, tokens, masked": {"token_kernel": 280},
+    "hopper, loss, reverse KL": {"teacher_kernel": 32},
+    "hopper, loss, Jensen-Shannon": {"teacher_kernel": 32, "slope_kernel": 80},
 }
 
 

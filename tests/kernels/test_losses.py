@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amalgam.kernels import losses
+from amalgam.kernels.fused import losses as fused
 from amalgam.kernels.fused import vocabulary
 from amalgam.kernels.sampling import sample
 
@@ -23,16 +24,18 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return prepared(request.param, monkeypatch)
 
 
-@pytest.fixture(params=[*WAYS, pytest.param("kept", marks=interpreted)])
+@pytest.fixture(params=[*WAYS, pytest.param("again", marks=interpreted)])
 def any_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return prepared(request.param, monkeypatch)
 
 
 def prepared(way: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("AMALGAM_KERNELS", "triton" if way in ("kernels", "kept") else "reference")
+    monkeypatch.setenv("AMALGAM_KERNELS", "triton" if way in ("kernels", "again") else "reference")
     if way == "in pieces":
         monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 200)
     small(monkeypatch)
+    if way == "again":
+        monkeypatch.setattr(fused, "rooms", lambda *_: iter([[]] * 99))
     return way
 
 
@@ -67,6 +70,14 @@ def naive_scores(hidden: Tensor, head: Tensor, targets: Tensor, temperature: flo
     return torch.stack([p.gather(1, targets[:, None])[:, 0].log(), -(p * p.log()).sum(1)])
 
 
+def naive_masked(hidden: Tensor, head: Tensor, targets: Tensor, allowed: Tensor) -> Tensor:
+    rows = []
+    for i, t in enumerate(targets.tolist()):
+        p = torch.softmax((hidden[i] @ head.t() / 0.7)[allowed[i]], 0)
+        rows.append(torch.stack([p[int(allowed[i, :t].sum())].log(), -(p * p.log()).sum()]))
+    return torch.stack(rows, 1)
+
+
 def naive_divergence(hidden, head, taught: Tensor, heads: dict[int, Tensor], teacher: Tensor, kind: str) -> Tensor:
     p, rows = torch.softmax(hidden @ head.t(), 1), []
     for i, t in enumerate(teacher.tolist()):
@@ -93,12 +104,74 @@ def test_token_scores(any_way: str, dtypes: tuple[torch.dtype, torch.dtype], tem
     targets = torch.tensor([0, 79, 31, 32, 63, 64, 5])
 
     def ours(h: Tensor, w: Tensor) -> Tensor:
-        found = losses.token_scores(h, w, targets, temperature, keep=any_way == "kept")
+        found = losses.token_scores(h, w, targets, temperature)
         assert torch.equal(found.logprobs, losses.token_logprobs(h, w, targets, temperature))
         return torch.stack(found)
 
     bound = 1e-5 if dtypes[0] == torch.float32 else 1e-2
     compare(ours, lambda h, w: naive_scores(h, w, targets, temperature), hidden, head, bound=bound)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:2], ids=["fp32", "bf16"])
+def test_only_what_could_be_sampled_takes_part(any_way: str, dtypes: tuple[torch.dtype, torch.dtype]):
+    """Blocks of which nothing is allowed, a row with its target alone; others have no gradient."""
+    hidden, head = inputs(dtypes)
+    targets = torch.tensor([0, 79, 31, 32, 63, 64, 5])
+    allowed = torch.rand(7, 80) < 0.4
+    allowed[1] = allowed[2, 32:64] = allowed[:, 77] = False
+    allowed[torch.arange(7), targets] = True
+    mask = losses.packed_mask(allowed)
+
+    def ours(h: Tensor, w: Tensor) -> Tensor:
+        found = losses.token_scores(h, w, targets, 0.7, allowed=mask)
+        assert torch.equal(found.logprobs, losses.token_logprobs(h, w, targets, 0.7, allowed=mask))
+        chosen = losses.chosen_logprobs(losses.logits(h, w).detach(), targets, 0.7, allowed=mask)
+        assert torch.equal(found.logprobs, chosen) or any_way in ("definition", "in pieces")
+        return torch.stack(found)
+
+    bound = 1e-5 if dtypes[0] == torch.float32 else 1e-2
+    compare(ours, lambda h, w: naive_masked(h, w, targets, allowed), hidden, head, bound=bound)
+    head.requires_grad_()
+    (of_head,) = torch.autograd.grad(ours(hidden, head).sum(), head)
+    assert of_head[77].eq(0).all() and of_head[79].ne(0).any()
+    outside = losses.token_logprobs(hidden, head, targets.clone().fill_(77), allowed=mask)
+    assert outside.eq(-torch.inf).all()
+
+
+def test_a_mask_of_another_shape_is_refused():
+    hidden, head = inputs(DTYPES[0], 3)
+    for wrong in (torch.ones(3, 3), torch.ones(3, 2, dtype=torch.int32), torch.ones(4, 3, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"allowed: .*; want torch.int32 \[3, 3\]"):
+            losses.token_logprobs(hidden, head, torch.zeros(3, dtype=torch.int64), allowed=wrong)
+
+
+@interpreted
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("kind", ["tokens", *KINDS])
+def test_what_is_not_kept_is_computed_again(kind, monkeypatch: pytest.MonkeyPatch):
+    """With more tokens than channels the head's gradient has room for 64 of 80 columns; KEPT for one more piece."""
+    monkeypatch.setattr(vocabulary, "KEPT", 4 * 19 * 32)
+    hidden, head = inputs(DTYPES[0], 19, 80)
+    taught, heads, teacher = torch.randn(19, 16), {0: head.flip(0)}, torch.zeros(19, dtype=torch.int64)
+
+    def ours(h: Tensor, w: Tensor) -> Tensor:
+        if kind == "tokens":
+            return torch.stack(losses.token_scores(h, w, teacher))
+        return losses.divergence(h, w, taught, heads, teacher, kind)
+
+    def naive(h: Tensor, w: Tensor) -> Tensor:
+        if kind == "tokens":
+            return naive_scores(h, w, teacher, 1.0)
+        return naive_divergence(h, w, taught, heads, teacher, kind)
+
+    kept = [len(each) for each in fused.rooms(hidden, head, torch.empty_like(head), 2)]
+    assert kept == [2, 1, 0]
+    compare(ours, naive, hidden, head)
+    leaves = hidden.requires_grad_(), head.requires_grad_()
+    value = ours(*leaves).sum()
+    first = [x.clone() for x in torch.autograd.grad(value, leaves, retain_graph=True)]
+    for one, other in zip(first, torch.autograd.grad(value, leaves), strict=True):  # all is computed again
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=["fp32", "bf16", "fp32 head"])
@@ -110,7 +183,7 @@ def test_divergence_from_several_teachers(any_way: str, kind, dtypes: tuple[torc
     heads = {key: torch.randn(80, width).bfloat16().to(dtypes[1]) for key, width in ((4, 32), (1, 16), (0, 16))}
 
     def ours(h: Tensor, w: Tensor) -> Tensor:
-        return losses.divergence(h, w, taught.to(h.dtype), heads, teacher, kind, keep=any_way == "kept")
+        return losses.divergence(h, w, taught.to(h.dtype), heads, teacher, kind)
 
     def naive(h: Tensor, w: Tensor) -> Tensor:
         return naive_divergence(h, w, taught, heads, teacher, kind)
