@@ -176,7 +176,7 @@ def project_down(
         described(codes, rows.height, 128), x_scales, described_weights, scales.view(torch.uint8), group_scales,
         described(out, rows.height, COLUMNS), rows.expert, rows.first, rows.counts, rows.total,
         depth, width, down[..., 0].numel(), ROWS=rows.height, COLUMNS=COLUMNS, BAND=BAND, FP4=groups is not None,
-        num_warps=8, num_stages=4 if rows.height == 64 else 3, **SAME_BITS,
+        num_warps=8, num_stages=4 if rows.height == 64 else 3 if dtype == torch.bfloat16 else 2, **SAME_BITS,
     )  # fmt: skip
     return out
 

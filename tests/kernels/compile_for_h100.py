@@ -95,12 +95,13 @@ def product(rows: int, out: int, depth: int, wide: bool = False) -> None:
 
 
 def fp8_linear(rows: int, out: int, depth: int) -> None:
-    """Both operands quantized (the weight through FP4 too), multiplied, and read back."""
-    fp8.quantize(meta(out, depth), False, fp4=True)
-    x, weight = fp8.quantize(meta(rows, depth), True), fp8.quantize(meta(out, depth), False)
-    fp8.multiply(*x, *weight, torch.bfloat16)
-    fp8.dequantize(*x, torch.bfloat16, True)
-    fp8.dequantize(*weight, torch.bfloat16, False)
+    """Both operands quantized (the weight through FP4 too), multiplied, and read back, in bf16 and in fp32."""
+    for dtype in (torch.bfloat16, FP32):
+        fp8.quantize(meta(out, depth, dtype=dtype), False, fp4=True)
+        x, weight = (fp8.quantize(meta(n, depth, dtype=dtype), by_row) for n, by_row in ((rows, True), (out, False)))
+        fp8.multiply(*x, *weight, dtype)
+        fp8.dequantize(*x, dtype, True)
+        fp8.dequantize(*weight, dtype, False)
 
 
 def normed(*shape: int, weight: bool = True, rotated: bool = False) -> None:
@@ -206,10 +207,11 @@ def expert_layer(
     backward(moe.Experts.apply(x, ids, weights, gate_up, down, 10.0, True))
 
 
-def low_experts(tokens: int, fp4: bool = False, train: bool = False) -> None:
+def low_experts(tokens: int, fp4: bool = False, train: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
     """Flash's experts in low precision: from packed FP4, or from masters, forward and, if `train`, backward."""
     experts, hidden, inner, k = 256, 4096, 2048, 6
-    x, ids, weights = meta(tokens, hidden), meta(tokens, k, dtype=torch.int64), meta(tokens, k, dtype=FP32)
+    x, ids = meta(tokens, hidden, dtype=dtype), meta(tokens, k, dtype=torch.int64)
+    weights = meta(tokens, k, dtype=FP32)
     if fp4:
         scales = torch.float8_e8m0fnu
         up, down = (
@@ -222,7 +224,7 @@ def low_experts(tokens: int, fp4: bool = False, train: bool = False) -> None:
         )
         fp8_experts.experts_forward(fp8.quantize(x, True), ids, weights, up, down, 10.0, x.dtype, False)
     else:
-        leaves = (x, weights, meta(experts, 2 * inner, hidden), meta(experts, hidden, inner))
+        leaves = (x, weights, meta(experts, 2 * inner, hidden, dtype=dtype), meta(experts, hidden, inner, dtype=dtype))
         x, weights, up, down = (leaf.requires_grad_(train) for leaf in leaves)
         out: Any = fp8_experts.QuantizedExperts.apply(x, ids, weights, up, down, 10.0, True, train)
         _ = train and backward(out)
@@ -286,8 +288,12 @@ CASES: dict[str, Callable[[], None]] = {
     "experts, fp32": lambda: expert_layer(16384, 256, 4096, 2048, 6, FP32),
     "fp8, experts": lambda: low_experts(16384, train=True),
     "fp8, experts, 64 rows": lambda: low_experts(2048),
+    "fp8, experts, fp32": lambda: low_experts(16384, dtype=FP32),
+    "fp8, experts, fp32, 64 rows": lambda: low_experts(2048, dtype=FP32),
     "fp8, experts in FP4": lambda: low_experts(16384, fp4=True),
     "fp8, experts in FP4, 64 rows": lambda: low_experts(32, fp4=True),
+    "fp8, experts in FP4, fp32": lambda: low_experts(16384, fp4=True, dtype=FP32),
+    "fp8, experts in FP4, fp32, 64 rows": lambda: low_experts(32, fp4=True, dtype=FP32),
     "loss, tokens": token_loss,
     "loss, tokens, fp32 head": lambda: token_loss(FP32),
     "loss, tokens, kept": lambda: token_loss(keep=True),
