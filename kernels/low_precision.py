@@ -95,8 +95,7 @@ def experts_fp8(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Fp8 | Fp4, dow
 
         if ids.numel() == 0:
             return x.new_zeros(x.shape, dtype=torch.float32)
-        quantized = quantize_activations(x)
-        return experts_forward(quantized, ids, weights, _parts(gate_up), _parts(down), limit, x.dtype, False)[0]
+        return experts_forward(x, ids, weights, _parts(gate_up), _parts(down), limit, False)[0]
 
     def product(rows: Tensor, halves: Sequence[Fp8]) -> Tensor:
         quantized = quantize_activations(rows)

@@ -187,10 +187,7 @@ def _grid(x: Tensor, by_row: bool) -> tuple[int, int, int]:
 
 def quantize(x: Tensor, by_row: bool, fp4: bool = False) -> tuple[Tensor, Tensor]:
     """`formats.encode_fp8` of x [T, K] by rows, or of [..., N, K] by tiles; `formats.encode_fp4_as_fp8` if `fp4`."""
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{x.dtype}; the Triton kernels quantize bfloat16 or float32")
-    check_depth(x.shape[-1])
-    check_hopper(x.device)
+    check_input(x)
     x = x.contiguous()
     codes, scales = torch.empty_like(x, dtype=torch.float8_e4m3fn), _scales(x, by_row)
     if x.numel():
@@ -212,9 +209,13 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, by_row: bool) 
     return out
 
 
-def check_hopper(device: torch.device) -> None:
-    if device.type == "cuda" and not is_hopper(device):
-        raise ValueError(f"the kernels of low precision run on Hopper, not on {torch.cuda.get_device_name(device)}")
+def check_input(x: Tensor) -> None:
+    """ValueError for what cannot be quantized."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{x.dtype}; the Triton kernels quantize bfloat16 or float32")
+    check_depth(x.shape[-1])
+    if x.is_cuda and not is_hopper(x.device):
+        raise ValueError(f"the kernels of low precision run on Hopper, not on {torch.cuda.get_device_name(x.device)}")
 
 
 def check_depth(depth: int) -> None:
@@ -230,6 +231,11 @@ def multiply(x: Tensor, x_scales: Tensor, weight: Tensor, w_scales: Tensor, dtyp
         raise ValueError(f"out_features: {out}; the Triton kernels take multiples of {STEP}")
     y = torch.empty(rows, out, dtype=dtype, device=x.device)
     if rows == 0:
+        return y
+    if is_hopper(x.device) and rows > 64 and dtype == torch.bfloat16 and out % 256 == 0 and depth % 128 == 0:
+        from . import hopper_fp8
+
+        hopper_fp8.multiply(x, x_scales, weight, w_scales, y)
         return y
     height, columns, warps, stages = tiles(rows, dtype)
     _multiply[(triton.cdiv(rows, height) * triton.cdiv(out, 2 * columns),)](

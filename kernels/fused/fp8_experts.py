@@ -1,8 +1,10 @@
 """Triton kernels of the experts in low precision: FP8 products of sorted rows, of weights in FP8 or in packed FP4.
 
 As in moe.py an expert's slots are neighbouring rows, padded to whole tiles, and a row's sums do not depend on the
-others'. What the second product reads is quantized where the first one makes it. FP4 weights become, tile by tile, the
-FP8 codes of formats.fp4_to_fp8, and so give its bits. Legend as in moe.py.
+others'. Tokens are quantized into their rows; rows of padding hold anything until the first product makes them zeros.
+What the second product reads is quantized where the first one makes it. FP4 weights become, tile by tile, the FP8 codes
+of formats.fp4_to_fp8, and so give its bits. Many rows go to hopper_fp8.py's kernel, in bf16 and of weights in FP8.
+Legend as in moe.py.
 """
 
 from typing import Any
@@ -13,8 +15,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .fp8 import BLOCK, add_product, as_rows, check_depth, dequantize, described, quantize, regrouped
-from .launch import SAME_BITS
+from .fp8 import (
+    BLOCK,
+    HEIGHT,
+    add_product,
+    as_rows,
+    check_depth,
+    check_input,
+    dequantize,
+    described,
+    quantize,
+    regrouped,
+)
+from .launch import SAME_BITS, is_hopper
 from .moe import BAND, clamped, combine, locate
 from .moe_rows import Rows, sort_rows
 
@@ -40,14 +53,26 @@ def _weight_tile(weight, groups, row, k, scale, all_rows, depth, COLUMNS: tl.con
 
 
 @triton.jit
+def _quantize_rows(x, codes, scales, row_of_slot, tokens, depth, K: tl.constexpr, R: tl.constexpr):
+    """Codes and scales of tokens, each in the K rows of its slots. Limited by memory: 2 + K bytes a number of bf16."""
+    token, k = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real, inside = token < tokens, (k < depth)[None, :]
+    at = token.to(tl.int64)[:, None] * depth + k[None, :]
+    code, scale_R = as_rows(tl.load(x + at, mask=real[:, None] & inside, other=0.0).to(tl.float32))
+    for i in tl.static_range(K):
+        row = tl.load(row_of_slot + token * K + i, mask=real, other=0).to(tl.int64)
+        tl.store(codes + row[:, None] * depth + k[None, :], code, mask=real[:, None] & inside)
+        tl.store(scales + row * tl.num_programs(1) + tl.program_id(1), scale_R.to(tl.uint8), mask=real)
+
+
+@triton.jit
 def _up(
     x, x_scales, gate_up, w_scales, groups, projected, hidden, h_scales,
     weights, slot_of_row, expert_of_tile, first, count, total, limit, depth, inner, all_rows,
-    K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr, WHOLE: tl.constexpr,
-    KEEP: tl.constexpr, FP4: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr, KEEP: tl.constexpr, FP4: tl.constexpr,
 ):  # fmt: skip
-    """hidden = codes and scales of weight * swiglu(gate_up of gathered rows of x); `projected` is what the backward
-    needs, if KEEP, and of the dtype that hidden is rounded to before. COLUMNS is 128, a block of hidden.
+    """hidden = codes and scales of weight * swiglu(gate_up of rows of x); `projected` is what the backward needs, if
+    KEEP, and of the dtype that hidden is rounded to before. COLUMNS is 128, a block of hidden.
 
     Limited by the L2 cache as fp8.py's product: 48 KiB for 8.4 MFLOP of 128 rows.
     """
@@ -58,26 +83,22 @@ def _up(
     expert, row, number = locate(tile, expert_of_tile, first, count, across, ROWS, BAND)
     column = number * COLUMNS
     r = row + tl.arange(0, ROWS)
-    slot = tl.load(slot_of_row + r)
-    real, token = slot >= 0, (slot // K).to(tl.int64)
-    at, of_rows = x + token[:, None] * depth + tl.arange(0, BLOCK)[None, :], x_scales + token * blocks
+    of_rows = x_scales + r.to(tl.int64) * blocks
     first_gate, of_gate = expert * 2 * inner + column, w_scales + (expert * 2 * across + number).to(tl.int64) * blocks
     gates, ups = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     for block in tl.range(0, blocks):
         k = block * BLOCK
-        if WHOLE:
-            some = tl.load(at + k, mask=real[:, None], other=0.0)
-        else:
-            some = tl.load(at + k, mask=real[:, None] & (k + tl.arange(0, BLOCK) < depth)[None, :], other=0.0)
-        scale_R = tl.load(of_rows + block, mask=real, other=127)
+        some, scale_R = x.load([row, k]), tl.load(of_rows + block)
         scale = tl.load(of_gate + block)
         codes = _weight_tile(gate_up, groups, first_gate, k, scale, all_rows, depth, COLUMNS, FP4)
         gates = add_product(gates, some, codes, scale_R, scale)
         scale = tl.load(of_gate + across * blocks + block)
         codes = _weight_tile(gate_up, groups, first_gate + inner, k, scale, all_rows, depth, COLUMNS, FP4)
         ups = add_product(ups, some, codes, scale_R, scale)
+    slot = tl.load(slot_of_row + r)
+    real = slot >= 0
     kind = projected.dtype.element_ty
-    gate, up = gates.to(kind), ups.to(kind)
+    gate, up = tl.where(real[:, None], gates, 0.0).to(kind), tl.where(real[:, None], ups, 0.0).to(kind)
     c = column + tl.arange(0, COLUMNS)
     if KEEP:
         place = projected + r.to(tl.int64)[:, None] * 2 * inner + c[None, :]
@@ -134,30 +155,52 @@ def _described(codes: Tensor, groups: Tensor | None) -> tuple[TensorDescriptor, 
     return described(codes.view(torch.uint8), COLUMNS, 64), groups.view(torch.uint8)
 
 
+def quantize_rows(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """x [T, d] in bf16 or fp32 -> codes [P, d] and scales [P, ceil(d/128)]; of padding, nothing."""
+    check_input(x)
+    x = x.contiguous()
+    (tokens, depth), total, blocks = x.shape, rows.slot.numel(), triton.cdiv(x.shape[1], 128)
+    codes, scales = (
+        x.new_empty(total, n, dtype=kind) for n, kind in ((depth, torch.float8_e4m3fn), (blocks, torch.uint8))
+    )
+    _quantize_rows[(triton.cdiv(tokens, HEIGHT), blocks)](
+        x, codes, scales, rows.row, tokens, depth, K=rows.row.numel() // tokens, R=HEIGHT, num_warps=4, **SAME_BITS
+    )
+    return codes, scales
+
+
+def on_hopper(rows: Rows, groups: Tensor | None, dtype: torch.dtype, depth: int, inner: int) -> bool:
+    """Whether hopper_fp8.py's kernel takes both products; a row's result has the same bits in either."""
+    fits = rows.height == 128 and depth % 256 == 0 and inner % 128 == 0
+    return is_hopper(rows.slot.device) and groups is None and dtype == torch.bfloat16 and fits
+
+
 def project_up(
     x: tuple[Tensor, Tensor], weights: Tensor, gate_up: Tensor, scales: Tensor, groups: Tensor | None,
     rows: Rows, limit: float, dtype: torch.dtype, keep: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """The first product [P, 2I], of no use unless `keep`; and hidden, codes [P, I] and scales [P, ceil(I/128)].
 
-    x is codes [T, d] and scales; gate_up codes [E, 2, I, d], or packed FP4 [E, 2, I, d/2] with the scales of its
+    x is codes [P, d] and scales; gate_up codes [E, 2, I, d], or packed FP4 [E, 2, I, d/2] with the scales of its
     `groups`; scales [E, 2, ceil(I/128), ceil(d/128)].
     """
     codes, x_scales = x
-    depth, inner, slots = codes.shape[1], gate_up.shape[2], rows.slot.numel()
-    check_depth(depth)
+    (total, depth), inner = codes.shape, gate_up.shape[2]
     check_depth(inner)
     across = triton.cdiv(inner, COLUMNS)
-    hidden = codes.new_empty(slots, inner)
-    h_scales = codes.new_empty(slots, across, dtype=torch.uint8)
-    projected = codes.new_empty(slots if keep else 1, 2 * inner, dtype=dtype)
+    hidden, h_scales = codes.new_empty(total, inner), codes.new_empty(total, across, dtype=torch.uint8)
+    projected = codes.new_empty(total if keep else 1, 2 * inner, dtype=dtype)
+    if on_hopper(rows, groups, dtype, depth, inner):
+        from . import hopper_fp8
+
+        hopper_fp8.project_up(x, weights, gate_up, scales, rows, limit, projected, hidden, h_scales, keep)
+        return projected, (hidden, h_scales)
     described_weights, group_scales = _described(gate_up, groups)
     _up[(rows.expert.numel() * across,)](
-        codes, x_scales.view(torch.uint8), described_weights, scales.view(torch.uint8), group_scales,
+        described(codes, rows.height, 128), x_scales, described_weights, scales.view(torch.uint8), group_scales,
         projected, described(hidden, rows.height, COLUMNS), h_scales,
         weights, rows.slot, rows.expert, rows.first, rows.counts, rows.total, limit, depth, inner,
-        gate_up[..., 0].numel(), K=weights.shape[1], ROWS=rows.height, COLUMNS=COLUMNS, BAND=BAND,
-        WHOLE=depth % 128 == 0, KEEP=keep, FP4=groups is not None,
+        gate_up[..., 0].numel(), ROWS=rows.height, COLUMNS=COLUMNS, BAND=BAND, KEEP=keep, FP4=groups is not None,
         num_warps=8, num_stages=4 if rows.height == 64 else 3, **SAME_BITS,
     )  # fmt: skip
     return projected, (hidden, h_scales)
@@ -171,6 +214,11 @@ def project_down(
     depth, width = codes.shape[1], down.shape[1]
     check_depth(width)
     out = codes.new_empty(codes.shape[0], width, dtype=dtype)
+    if on_hopper(rows, groups, dtype, width, depth):
+        from . import hopper_fp8
+
+        hopper_fp8.project_down(x, down, scales, rows, out)
+        return out
     described_weights, group_scales = _described(down, groups)
     _down[(rows.expert.numel() * triton.cdiv(width, 2 * COLUMNS),)](
         described(codes, rows.height, 128), x_scales, described_weights, scales.view(torch.uint8), group_scales,
@@ -182,20 +230,25 @@ def project_down(
 
 
 def experts_forward(
-    x: tuple[Tensor, Tensor], ids: Tensor, weights: Tensor, gate_up: Weights, down: Weights, limit: float,
-    dtype: torch.dtype, keep: bool,
-) -> tuple[Tensor, Tensor, Rows]:  # fmt: skip
-    """`low_precision.experts_fp8` of quantized x; what of its first product the backward needs, if `keep`; its rows."""
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Weights, down: Weights, limit: float, keep: bool
+) -> tuple[Tensor, Tensor, Rows]:
+    """`low_precision.experts_fp8`; what of its first product the backward needs, if `keep`; its rows."""
     if weights.dtype != torch.float32:
         raise ValueError(f"weights: {weights.dtype}; the Triton kernels take float32")
     experts, k = gate_up[0].shape[0], ids.shape[1]
     rows = sort_rows(ids, experts, height_of(ids.numel(), experts))
-    projected, hidden = project_up(x, weights.contiguous(), *gate_up, rows, limit, dtype, keep)
-    return combine(project_down(hidden, *down, rows, dtype), rows, k, torch.float32), projected, rows
+    sorted_rows = quantize_rows(x, rows)
+    projected, hidden = project_up(sorted_rows, weights.contiguous(), *gate_up, rows, limit, x.dtype, keep)
+    del sorted_rows
+    return combine(project_down(hidden, *down, rows, x.dtype), rows, k, torch.float32), projected, rows
+
+
+def rounded(x: Tensor) -> Tensor:
+    return dequantize(*quantize(x, True), x.dtype, True)
 
 
 class QuantizedExperts(torch.autograd.Function):
-    """`low_precision.experts_qat`. It keeps codes, a byte a number, and makes the operands of the backward of them."""
+    """`low_precision.experts_qat`. It keeps x and the weights' codes, and makes the operands of the backward of them."""
 
     @staticmethod
     def forward(
@@ -205,12 +258,9 @@ class QuantizedExperts(torch.autograd.Function):
         if ids.numel() == 0:
             ctx.save_for_backward(x, weights, gate_up, down)
             return x.new_zeros(x.shape, dtype=torch.float32)
-        tokens, (up, up_scales) = quantize(x, True), quantize(gate_up.unflatten(1, (2, -1)), False, fp4)
-        lower = quantize(down, False, fp4)
-        out, projected, rows = experts_forward(
-            tokens, ids, weights, (up, up_scales, None), (*lower, None), limit, x.dtype, keep
-        )
-        ctx.save_for_backward(weights, *tokens, up, up_scales, *lower, projected, *rows[1:])
+        upper, lower = quantize(gate_up.unflatten(1, (2, -1)), False, fp4), quantize(down, False, fp4)
+        out, projected, rows = experts_forward(x, ids, weights, (*upper, None), (*lower, None), limit, keep)
+        ctx.save_for_backward(x, weights, *upper, *lower, projected, *rows[1:])
         ctx.height, ctx.limit, ctx.dtypes = rows.height, limit, (x.dtype, gate_up.dtype, down.dtype)
         return out
 
@@ -221,13 +271,13 @@ class QuantizedExperts(torch.autograd.Function):
         if len(ctx.saved_tensors) == 4:
             x, *others = (torch.zeros_like(a) for a in ctx.saved_tensors)
             return x, None, *others, None, None, None
-        weights, x, x_scales, up, up_scales, down, down_scales, projected, *rest = ctx.saved_tensors
+        x, weights, up, up_scales, down, down_scales, projected, *rest = ctx.saved_tensors
         dtype, *masters = ctx.dtypes
         of_x, of_weights, *of_masters = experts_backward(
-            grads[0], dequantize(x, x_scales, dtype, True), weights.contiguous(),
+            grads[0], rounded(x), weights.contiguous(),
             dequantize(up, up_scales, dtype, False).flatten(1, 2), dequantize(down, down_scales, dtype, False),
             projected, Rows(ctx.height, *rest), ctx.limit, ctx.needs_input_grad,
-            stored=lambda hidden: dequantize(*quantize(hidden, True), hidden.dtype, True),
+            stored=rounded,
         )  # fmt: skip
         found = [grad if grad is None else grad.to(kind) for grad, kind in zip(of_masters, masters, strict=True)]
         return of_x, None, of_weights, *found, None, None, None
