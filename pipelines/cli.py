@@ -55,7 +55,7 @@ PrecisionOption = Annotated[
         "--precision",
         metavar="KEY=VALUE,...",
         help="A recipe's **precision**, to compute as a quantization-aware training did: any of experts=fp4, "
-        "indexer=fp4, kv=fp8, with commas between. DeepSeek-V4 only.",
+        "linear=fp8, indexer=fp4, kv=fp8, with commas between. DeepSeek-V4 only.",
         show_default=False,
     ),
 ]

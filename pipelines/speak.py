@@ -13,7 +13,7 @@ from ..model import end_ids, load
 from ..model.auto import check_config, context_length
 from ..model.checkpoint import check_weights
 from ..model.config import resolve
-from ..model.precision import round_experts
+from ..model.precision import store_weights
 from ..model.template import speaker
 from ..rl.engine import Engine
 from ..settings import FULL, Precision
@@ -40,10 +40,11 @@ class Speaker:
 
     @cached_property
     def engine(self) -> Engine:
-        rounds = self.precision.experts == "fp4"  # from fp32, as in training: bf16 values may round to other codes
-        model: Any = load(self.folder, torch.float32 if rounds else self.dtype, self.device, precision=self.precision)
-        if rounds:
-            round_experts(model)
+        wide = self.precision.experts == self.precision.linear == "full"
+        # Rounded from fp32, as in training: bf16 values may round to other codes.
+        model: Any = load(self.folder, self.dtype if wide else torch.float32, self.device, precision=self.precision)
+        if not wide:
+            store_weights(model)
             model = model.to(self.dtype)
         return Engine(model, self.end_ids, ROWS_AT_ONCE)
 

@@ -248,7 +248,7 @@ def rounded(x: Tensor) -> Tensor:
 
 
 class QuantizedExperts(torch.autograd.Function):
-    """`low_precision.experts_qat`. It keeps x and the weights' codes, and makes the operands of the backward of them."""
+    """`low_precision.experts_qat`. It keeps x and the codes of weights, and makes the backward's operands of them."""
 
     @staticmethod
     def forward(

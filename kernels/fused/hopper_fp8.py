@@ -1,9 +1,9 @@
-"""FP8 products for Hopper, in Gluon: what `fp8._multiply` and fp8_experts.py's two products compute, with the same bits.
+"""FP8 products for Hopper, in Gluon: what `fp8._multiply` and fp8_experts.py's products compute, with the same bits.
 
 One warp loads, by the tensor memory accelerator, 128 channels of 128 rows and of two tiles of 128 of the weight at a
 time. Two warpgroups multiply 64 of the rows each, one tile after the other: while one scales a sum of 128 channels and
-adds it up in fp32, the other's product runs. Programs stay and take one tile after another, so that the next one's loads
-run while this one is stored.
+adds it up in fp32, the other's product runs. Programs stay and take one tile after another, so that the next one's
+loads run while this one is stored.
 """
 
 import torch
