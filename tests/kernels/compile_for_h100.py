@@ -41,6 +41,7 @@ from amalgam.kernels.fused import (
     moe,
     norm,
     router,
+    storage,
 )
 from amalgam.kernels.fused.attention import attend_forward
 from amalgam.kernels.fused.attention_backward import attend_backward
@@ -124,6 +125,12 @@ def compressed(ratio: int, channels: int, width: int, storage: Storage) -> None:
     windows = Windows(places(count), places(count), meta(count, 32, dtype=torch.complex64))
     weight = meta(width, dtype=FP32).requires_grad_()
     backward(compress.Compress.apply(values, scores, bias, weight, windows, 1e-6, torch.bfloat16, storage))
+
+
+def kept() -> None:
+    """Rows in FP8, and the indexer's queries in FP4 with their gradient."""
+    storage.Stored.apply(meta(TOKENS, WIDTH), WIDTH - 64, "fp8")
+    backward(storage.Stored.apply(meta(TOKENS, 64, 128).requires_grad_(), 64, "fp4"))
 
 
 def indexed(dtype: torch.dtype = torch.bfloat16) -> None:
@@ -273,6 +280,7 @@ CASES: dict[str, Callable[[], None]] = {
     "rope, output": rotated_back,
     "compress, CSA": lambda: compressed(4, 1024, 512, "fp8"),
     "compress, index keys": lambda: compressed(4, 256, 128, "fp4"),
+    "stored": kept,
     "compress, HCA": lambda: compressed(128, 512, 512, "full"),
     "hyper-connections": hyper_connections,
     "hyper-connections, first": lambda: hyper_connections(first=True),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.kernels import fake_quantize, formats, low_precision, moe
+from amalgam.kernels import compress, fake_quantize, formats, low_precision, moe
 from amalgam.kernels.fused import fp8, fp8_experts
 
 from .test_fused_moe import chosen, layer
@@ -180,6 +180,24 @@ def test_masters_in_fp32_beside_bf16_get_gradients_of_their_dtype(how: str):
     grads = torch.autograd.grad(out.sum(), leaves)
     assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.float32, torch.float32]
     assert all(grad.isfinite().all() and grad.ne(0).any() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("storage, shape", [("fp8", (9, 128)), ("fp8", (130, 32)), ("fp4", (11, 3, 64))], ids=str)
+def test_rows_and_queries_are_stored_as_the_definition_says(
+    storage: compress.Storage, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    """Values to the bit, in several programs; the rotation's gradient, to its dtype's last place."""
+    x = (torch.randn(shape) * torch.randint(9, (shape[0],) + (1,) * (len(shape) - 1)).exp2()).to(dtype)
+    rotation, slope, results = torch.empty(shape[0], 4, dtype=torch.complex64), torch.randn(shape).to(dtype), []
+    for how in ("reference", "triton"):
+        monkeypatch.setenv("AMALGAM_KERNELS", how)
+        leaf = x.clone().requires_grad_()
+        out = compress.stored(leaf, rotation, storage)
+        results.append((out.detach(), *torch.autograd.grad(out, leaf, slope)))
+    (expected, right), (found, gradient) = results
+    assert torch.equal(found, expected) and not torch.equal(found, x)
+    torch.testing.assert_close(gradient, right)
 
 
 @pytest.mark.usefixtures("triton")
