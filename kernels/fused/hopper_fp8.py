@@ -202,7 +202,7 @@ def project_up(
     width = hidden.shape[1]
     across = width // 128
     product_kernel[(programs(rows.expert.numel() * across, codes.device),)](
-        _described(codes, 64), x_scales.view(torch.uint8), _described(gate_up, 128), scales.view(torch.uint8),
+        _described(codes, 64), x_scales, _described(gate_up, 128), scales.view(torch.uint8),
         hidden, projected, h_scales, weights, rows.slot, rows.expert, rows.first, rows.counts, rows.total,
         0, across, codes.shape[1] // 128, width, codes.shape[0], limit, KIND=1, KEEP=keep, num_warps=4, **SAME_BITS,
     )  # fmt: skip
@@ -210,11 +210,11 @@ def project_up(
 
 def project_down(x: tuple[Tensor, Tensor], down: Tensor, scales: Tensor, rows: Rows, out: Tensor) -> None:
     """`fp8_experts.project_down`."""
-    codes, x_scales = x
+    (codes, x_scales), scales = x, scales.view(torch.uint8)
     width = out.shape[1]
     across = width // 256
     product_kernel[(programs(rows.expert.numel() * across, codes.device),)](
-        _described(codes, 64), x_scales.view(torch.uint8), _described(down, 128), scales.view(torch.uint8),
+        _described(codes, 64), x_scales, _described(down, 128), scales,
         out, out, scales, out, rows.slot, rows.expert, rows.first, rows.counts, rows.total,
         0, across, codes.shape[1] // 128, width, codes.shape[0], 0.0, KIND=2, KEEP=False, num_warps=4, **SAME_BITS,
     )  # fmt: skip

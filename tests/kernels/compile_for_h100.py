@@ -31,6 +31,7 @@ from amalgam.kernels.fused import (
     fp8,
     fp8_experts,
     hopper_forward,
+    hopper_fp8,
     hopper_indexer,
     hopper_queries,
     hopper_rows,
@@ -237,6 +238,20 @@ def low_experts(tokens: int, fp4: bool = False, train: bool = False, dtype: torc
         _ = train and backward(out)
 
 
+def hopper_fp8_products(rows: int, out: int, depth: int) -> None:
+    x, weight = fp8.quantize(meta(rows, depth), True), fp8.quantize(meta(out, depth), False)
+    hopper_fp8.multiply(*x, *weight, meta(rows, out))
+
+
+def hopper_experts(keep: bool) -> None:
+    """Both products, where fp8_experts.py takes this kernel."""
+    choice, fp8_experts.on_hopper = fp8_experts.on_hopper, lambda *_: True
+    try:
+        low_experts(16384, train=keep)
+    finally:
+        fp8_experts.on_hopper = choice
+
+
 def hopper_scores() -> None:
     q, keys, weights = meta(TOKENS, 64, 128), meta(TOKENS // 4, 128), meta(TOKENS, 64, dtype=FP32)
     out = meta(TOKENS, TOKENS // 4, dtype=FP32)
@@ -314,6 +329,9 @@ CASES: dict[str, Callable[[], None]] = {
     "hopper, CSA": lambda: hopper(2),
     "hopper, decoding": hopper_splits,
     "hopper, indexer": hopper_scores,
+    "hopper, fp8": lambda: hopper_fp8_products(TOKENS, 32768, 1024),
+    "hopper, fp8 experts": lambda: hopper_experts(keep=False),
+    "hopper, fp8 experts, kept": lambda: hopper_experts(keep=True),
 }
 
 
