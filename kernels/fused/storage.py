@@ -1,4 +1,4 @@
-"""Triton kernel of what storage in low precision makes of rows and of the indexer's queries, in one pass over memory."""
+"""Triton kernel of what low-precision storage makes of rows and of the indexer's queries, in one pass over memory."""
 
 from typing import Any
 
