@@ -42,6 +42,7 @@ GROUPS = {
     "row-invariant products": "linear",
     "router, sorting": "router moe_rows",
     "experts": "moe moe_backward",
+    "low precision": "fp8 fp8_experts hopper_fp8 storage",
     "hyper-connections": "hyper hyper_backward",
     "losses over the vocabulary": "losses vocabulary",
 }  # by modules of kernels/fused
