@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import DeepseekV4Config
 
+from ..kernels.dispatch import wants_triton
 from ..kernels.formats import FP4_TILE
 from ..settings import Precision
 from .attention import Attention, Compressor, GroupedLinear, Indexer, Linear
@@ -34,12 +35,16 @@ def problem(config: DeepseekV4Config, precision: Precision) -> str | None:
 
 
 def set_precision(model: DeepseekV4, precision: Precision) -> None:
-    """From now on `model` computes with `precision`; ValueError where its config does not allow that, or where it does
-    not hold its weights in full any more."""
+    """From now on `model` computes with `precision`; ValueError where its config or its device does not allow that, or
+    where it does not hold its weights in full any more."""
     if wrong := problem(model.config, precision):
         raise ValueError(wrong)
     if stored_weights(model):
         raise ValueError("the model's weights are stored in low precision; load it again")
+    if (precision.experts, precision.linear) != ("full", "full") and wants_triton(model.lm_head.weight.device):
+        from ..kernels.fused.limits import check_fp8
+
+        check_fp8(model.lm_head.weight.device)
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             module.precision = precision.experts

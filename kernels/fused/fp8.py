@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import DTYPES, SAME_BITS, STEP, is_hopper
+from .limits import check_fp8
 from .linear import tile_place
 
 BLOCK: tl.constexpr = tl.constexpr(128)  # channels, and of a weight rows, that share a scale
@@ -214,8 +215,7 @@ def check_input(x: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise ValueError(f"{x.dtype}; the Triton kernels quantize bfloat16 or float32")
     check_depth(x.shape[-1])
-    if x.is_cuda and not is_hopper(x.device):
-        raise ValueError(f"the kernels of low precision run on Hopper, not on {torch.cuda.get_device_name(x.device)}")
+    check_fp8(x.device)
 
 
 def check_depth(depth: int) -> None:

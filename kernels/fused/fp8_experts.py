@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .fp8 import (
     BLOCK,
+    COMPILED,
     HEIGHT,
     add_product,
     as_rows,
@@ -32,21 +33,70 @@ from .moe import BAND, clamped, combine, locate
 from .moe_rows import Rows, sort_rows
 
 COLUMNS = 128  # of a tile of weights, whose scales are one for 128 channels; a program has two side by side
+# Of a group of 32: the codes of 0, 0.5, 1, 1.5, and of 2, 3, 4, 6, times a factor. They take the place of an arithmetic
+# that would cost seven instructions a number.
+TABLE: tl.constexpr = tl.constexpr("""{
+    .reg .f32 half, more, two, three, four, six;
+    .reg .b16 a, b, c, d;
+    mul.f32 half, $2, 0f3F000000;
+    mul.f32 more, $2, 0f3FC00000;
+    mul.f32 two, $2, 0f40000000;
+    mul.f32 three, $2, 0f40400000;
+    mul.f32 four, $2, 0f40800000;
+    mul.f32 six, $2, 0f40C00000;
+    cvt.rn.satfinite.e4m3x2.f32 a, half, 0f00000000;
+    cvt.rn.satfinite.e4m3x2.f32 b, more, $2;
+    cvt.rn.satfinite.e4m3x2.f32 c, three, two;
+    cvt.rn.satfinite.e4m3x2.f32 d, six, four;
+    mov.b32 $0, {a, b};
+    mov.b32 $1, {c, d};
+}""")
+# Eight FP4 numbers, four bits each, are looked up by the lower three; the upper one is the sign.
+LOOKUP: tl.constexpr = tl.constexpr("""{
+    .reg .b32 which, sign, first, second;
+    and.b32 which, $2, 0x77777777;
+    and.b32 sign, $2, 0x88888888;
+    prmt.b32 $0, $3, $7, which;
+    prmt.b32 first, 0x80, 0x80, sign;
+    shr.u32 which, which, 16;
+    shr.u32 sign, sign, 16;
+    prmt.b32 $1, $3, $7, which;
+    prmt.b32 second, 0x80, 0x80, sign;
+    shl.b32 first, first, 1;
+    shl.b32 second, second, 1;
+    lop3.b32 $0, $0, first, 0x80808080, 0xF8;
+    lop3.b32 $1, $1, second, 0x80808080, 0xF8;
+}""")
 Weights = tuple[Tensor, Tensor, Tensor | None]  # codes or packed FP4, scales, of FP4 the groups' scales
+
+
+@triton.jit
+def _fp8_of_fp4(packed, group, scale, N: tl.constexpr):
+    """E4M3 codes [N, 128] in units of `scale` of packed FP4 [N, 64] with scales [N, 4]; scales are bytes, int32."""
+    bytes_ = tl.reshape(packed, [N, 4, 16])
+    if COMPILED:
+        factor = ((tl.maximum(group - scale, -64) + 127) << 23).to(tl.float32, bitcast=True)
+        low, high = tl.inline_asm_elementwise(TABLE, "=r,=r,f", [factor], (tl.int32, tl.int32), is_pure=True, pack=1)
+        args = [bytes_, low[:, :, None], high[:, :, None]]
+        pairs = tl.inline_asm_elementwise(LOOKUP, "=r,=r,r,r,r,r,r,r,r,r,r", args, tl.int16, is_pure=True, pack=4)
+        codes = tl.join(pairs.to(tl.uint8), (pairs >> 8).to(tl.uint8))
+        codes = tl.reshape(codes, [N, 128]).to(tl.float8e4nv, bitcast=True)
+    else:
+        both = tl.reshape(tl.join(bytes_, bytes_ >> 4), [N, 4, 32]).to(tl.int32)
+        # Exponent and mantissa of E2M1 as fp32's are the number times 2^-126, which takes two factors of 2^63.
+        number = ((both & 7) << 22 | (both & 8) << 28).to(tl.float32, bitcast=True)
+        codes = regrouped(number * 9223372036854775808.0, group, scale, 63)
+    return codes
 
 
 @triton.jit
 def _weight_tile(weight, groups, row, k, scale, all_rows, depth, COLUMNS: tl.constexpr, FP4: tl.constexpr):
     """E4M3 codes of a weight's rows from `row` on and 128 channels from `k` on; of FP4's in units of `scale`."""
     if FP4:
-        packed = weight.load([row, k // 2]).to(tl.int32)
         r, g = row + tl.arange(0, COLUMNS)[:, None], k // 32 + tl.arange(0, 4)[None, :]
         at = groups + r.to(tl.int64) * (depth // 32) + g
         group = tl.load(at, mask=(r < all_rows) & (g < depth // 32), other=0).to(tl.int32)
-        pairs = tl.reshape(tl.join(packed, packed >> 4), [COLUMNS, 4, 32])
-        # Exponent and mantissa of E2M1 as fp32's are the number times 2^-126, which takes two factors of 2^63.
-        number = ((pairs & 7) << 22 | (pairs & 8) << 28).to(tl.float32, bitcast=True)
-        tile = regrouped(number * 9223372036854775808.0, group, scale.to(tl.int32), 63)
+        tile = _fp8_of_fp4(weight.load([row, k // 2]), group, scale.to(tl.int32), COLUMNS)
     else:
         tile = weight.load([row, k])
     return tile
