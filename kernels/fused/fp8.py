@@ -60,6 +60,38 @@ def fp4_scale(largest):
 
 
 @triton.jit
+def rounded(x, KIND: tl.constexpr):
+    """fp32 x as KIND holds it, in fp32. The compiler would round to bf16 a number at a time, at a sixteenth of the rate
+    of other instructions: here two."""
+    if COMPILED and KIND == tl.bfloat16:
+        x = tl.inline_asm_elementwise(
+            "{.reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xFFFF0000;}",
+            "=r,=r,r,r", [x], tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        x = x.to(KIND).to(tl.float32)
+    return x
+
+
+@triton.jit
+def gated(gate, up, limit):
+    """silu(min(gate, limit)) times up between -limit and limit; NaN stays. Without denormals, whose care takes longer
+    than the rest."""
+    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
+    if COMPILED:
+        sigmoid = tl.inline_asm_elementwise(
+            "{.reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; "
+            "rcp.approx.ftz.f32 $0, t;}",
+            "=r,r", [gate], tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    return gate * sigmoid * up
+
+
+@triton.jit
 def as_rows(x_RC):
     """E4M3 codes of fp32 x, 128 channels of some rows, and the bytes, int32, of the rows' scales."""
     scale_R = fp8_scale(tl.max(magnitude(x_RC), 1))

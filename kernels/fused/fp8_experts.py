@@ -18,20 +18,22 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .fp8 import (
     BLOCK,
     COMPILED,
-    HEIGHT,
     add_product,
     as_rows,
     check_depth,
     check_input,
     dequantize,
     described,
+    gated,
     quantize,
     regrouped,
+    rounded,
 )
 from .launch import SAME_BITS, is_hopper
-from .moe import BAND, clamped, combine, locate
+from .moe import BAND, combine, locate
 from .moe_rows import Rows, sort_rows
 
+QUANTIZED = 8, 512  # tokens and channels of a program that quantizes
 COLUMNS = 128  # of a tile of weights, whose scales are one for 128 channels; a program has two side by side
 # Of a group of 32: the codes of 0, 0.5, 1, 1.5, and of 2, 3, 4, 6, times a factor. They take the place of an arithmetic
 # that would cost seven instructions a number.
@@ -103,16 +105,22 @@ def _weight_tile(weight, groups, row, k, scale, all_rows, depth, COLUMNS: tl.con
 
 
 @triton.jit
-def _quantize_rows(x, codes, scales, row_of_slot, tokens, depth, K: tl.constexpr, R: tl.constexpr):
+def _quantize_rows(
+    x, codes, scales, row_of_slot, tokens, depth, blocks, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
     """Codes and scales of tokens, each in the K rows of its slots. Limited by memory: 2 + K bytes a number of bf16."""
-    token, k = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    real, inside = token < tokens, (k < depth)[None, :]
+    token, k = tl.program_id(0) * R + tl.arange(0, R), tl.program_id(1) * C + tl.arange(0, C)
+    block = tl.program_id(1) * (C // BLOCK) + tl.arange(0, C // BLOCK)
+    real = (token < tokens)[:, None] & (k < depth)[None, :]
     at = token.to(tl.int64)[:, None] * depth + k[None, :]
-    code, scale_R = as_rows(tl.load(x + at, mask=real[:, None] & inside, other=0.0).to(tl.float32))
+    x_RC = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
+    code, scale = as_rows(tl.reshape(x_RC, [R * (C // BLOCK), BLOCK]))
+    code, scale = tl.reshape(code, [R, C]), tl.reshape(scale, [R, C // BLOCK]).to(tl.uint8)
     for i in tl.static_range(K):
-        row = tl.load(row_of_slot + token * K + i, mask=real, other=0).to(tl.int64)
-        tl.store(codes + row[:, None] * depth + k[None, :], code, mask=real[:, None] & inside)
-        tl.store(scales + row * tl.num_programs(1) + tl.program_id(1), scale_R.to(tl.uint8), mask=real)
+        row = tl.load(row_of_slot + token * K + i, mask=token < tokens, other=0).to(tl.int64)
+        tl.store(codes + row[:, None] * depth + k[None, :], code, mask=real)
+        whole = (token < tokens)[:, None] & (block < blocks)[None, :]
+        tl.store(scales + row[:, None] * blocks + block[None, :], scale, mask=whole)
 
 
 @triton.jit
@@ -148,15 +156,14 @@ def _up(
     slot = tl.load(slot_of_row + r)
     real = slot >= 0
     kind = projected.dtype.element_ty
-    gate, up = tl.where(real[:, None], gates, 0.0).to(kind), tl.where(real[:, None], ups, 0.0).to(kind)
+    gate, up = rounded(tl.where(real[:, None], gates, 0.0), kind), rounded(tl.where(real[:, None], ups, 0.0), kind)
     c = column + tl.arange(0, COLUMNS)
     if KEEP:
         place = projected + r.to(tl.int64)[:, None] * 2 * inner + c[None, :]
-        tl.store(place, gate, mask=(c < inner)[None, :])
-        tl.store(place + inner, up, mask=(c < inner)[None, :])
+        tl.store(place, gate.to(kind), mask=(c < inner)[None, :])
+        tl.store(place + inner, up.to(kind), mask=(c < inner)[None, :])
     weight = tl.load(weights + slot, mask=real, other=0.0)
-    g, sigmoid, u = clamped(gate.to(tl.float32), up.to(tl.float32), limit)
-    made = (g * sigmoid * u * weight[:, None]).to(kind).to(tl.float32)
+    made = rounded(gated(gate, up, limit) * weight[:, None], kind)
     code, scale_R = as_rows(tl.where((c < inner)[None, :], made, 0.0))
     hidden.store([row, column], code)
     tl.store(h_scales + r.to(tl.int64) * across + number, scale_R.to(tl.uint8))
@@ -213,9 +220,11 @@ def quantize_rows(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     codes, scales = (
         x.new_empty(total, n, dtype=kind) for n, kind in ((depth, torch.float8_e4m3fn), (blocks, torch.uint8))
     )
-    _quantize_rows[(triton.cdiv(tokens, HEIGHT), blocks)](
-        x, codes, scales, rows.row, tokens, depth, K=rows.row.numel() // tokens, R=HEIGHT, num_warps=4, **SAME_BITS
-    )
+    height, wide = QUANTIZED
+    _quantize_rows[(triton.cdiv(tokens, height), triton.cdiv(depth, wide))](
+        x, codes, scales, rows.row, tokens, depth, blocks,
+        K=rows.row.numel() // tokens, R=height, C=wide, num_warps=4, **SAME_BITS,
+    )  # fmt: skip
     return codes, scales
 
 
@@ -293,7 +302,7 @@ def experts_forward(
     return combine(project_down(hidden, *down, rows, x.dtype), rows, k, torch.float32), projected, rows
 
 
-def rounded(x: Tensor) -> Tensor:
+def _through_fp8(x: Tensor) -> Tensor:
     return dequantize(*quantize(x, True), x.dtype, True)
 
 
@@ -324,10 +333,10 @@ class QuantizedExperts(torch.autograd.Function):
         x, weights, up, up_scales, down, down_scales, projected, *rest = ctx.saved_tensors
         dtype, *masters = ctx.dtypes
         of_x, of_weights, *of_masters = experts_backward(
-            grads[0], rounded(x), weights.contiguous(),
+            grads[0], _through_fp8(x), weights.contiguous(),
             dequantize(up, up_scales, dtype, False).flatten(1, 2), dequantize(down, down_scales, dtype, False),
             projected, Rows(ctx.height, *rest), ctx.limit, ctx.needs_input_grad,
-            stored=rounded,
+            stored=_through_fp8,
         )  # fmt: skip
         found = [grad if grad is None else grad.to(kind) for grad, kind in zip(of_masters, masters, strict=True)]
         return of_x, None, of_weights, *found, None, None, None

@@ -13,11 +13,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .fp8 import as_rows, power
+from .fp8 import as_rows, gated, power, rounded
 from .hopper import barrier, programs
 from .launch import SAME_BITS
 from .linear import tile_place
-from .moe import clamped, locate
+from .moe import locate
 from .moe_rows import Rows
 
 HEIGHT, BLOCK = gl.constexpr(64), gl.constexpr(128)  # rows of a warpgroup; channels, and rows of a weight's tile
@@ -111,14 +111,12 @@ def _multiply(
             real = slot >= 0
             weight = gl.load(weights + slot, mask=real, other=0.0)
             # The rows of padding hold anything.
-            gate = gl.where(real[:, None], left, 0.0).to(gl.bfloat16)
-            up = gl.where(real[:, None], right, 0.0).to(gl.bfloat16)
+            gate = rounded(gl.where(real[:, None], left, 0.0), gl.bfloat16)
+            up = rounded(gl.where(real[:, None], right, 0.0), gl.bfloat16)
             if KEEP:
-                _store(projected, gate, start, rows, number * BLOCK, 2 * width)
-                _store(projected, up, start, rows, width + number * BLOCK, 2 * width)
-            g, sigmoid, u = clamped(gate.to(gl.float32), up.to(gl.float32), limit)
-            made = (g * sigmoid * u * weight[:, None]).to(gl.bfloat16).to(gl.float32)
-            codes, scales = as_rows(made)
+                _store(projected, gate.to(gl.bfloat16), start, rows, number * BLOCK, 2 * width)
+                _store(projected, up.to(gl.bfloat16), start, rows, width + number * BLOCK, 2 * width)
+            codes, scales = as_rows(rounded(gated(gate, up, limit) * weight[:, None], gl.bfloat16))
             _store(out, codes, start, rows, number * BLOCK, width)
             gl.store(h_scales + r.to(gl.int64) * across + number, scales.to(gl.uint8))
         else:
