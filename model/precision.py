@@ -6,8 +6,10 @@ A value on the border between two codes may turn with the last bit of fp32. On a
 batch's shape, so that in low precision a few tokens in a hundred have log-probs that differ by up to 0.03 with it.
 """
 
+from collections.abc import Iterable, Iterator
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
 from ..kernels.dispatch import wants_triton
@@ -34,6 +36,14 @@ def problem(config: DeepseekV4Config, precision: Precision) -> str | None:
     return None
 
 
+def check_device(precision: Precision, device: torch.device) -> None:
+    """ValueError where the kernels that would run on `device` do not multiply FP8, and `precision` asks for it."""
+    if (precision.experts, precision.linear) != ("full", "full") and wants_triton(device):
+        from ..kernels.fused.limits import check_fp8
+
+        check_fp8(device)
+
+
 def set_precision(model: DeepseekV4, precision: Precision) -> None:
     """From now on `model` computes with `precision`; ValueError where its config or its device does not allow that, or
     where it does not hold its weights in full any more."""
@@ -41,10 +51,7 @@ def set_precision(model: DeepseekV4, precision: Precision) -> None:
         raise ValueError(wrong)
     if stored_weights(model):
         raise ValueError("the model's weights are stored in low precision; load it again")
-    if (precision.experts, precision.linear) != ("full", "full") and wants_triton(model.lm_head.weight.device):
-        from ..kernels.fused.limits import check_fp8
-
-        check_fp8(model.lm_head.weight.device)
+    check_device(precision, model.lm_head.weight.device)
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             module.precision = precision.experts
@@ -62,28 +69,34 @@ def store_weights(model: LanguageModel) -> None:
     """For a model that only runs forward: of each weight in low precision, what deployment stores takes its place.
 
     The rounding is of the weight's own dtype: a model that was trained in fp32 has to be in fp32 here, and may be cast
-    after. Nothing to do at full precision.
+    after. Nothing to do at full precision, or where it was done.
     """
-    kinds = {"fp8": StoredFp8, "fp4": StoredFp4}
-    for module in list(model.modules()):
-        if isinstance(module, Experts) and module.precision != "full":
-            _replace(module, "gate_up_proj", kinds[module.precision], halves=2)
-            _replace(module, "down_proj", kinds[module.precision])
-        elif isinstance(module, Linear) and module.precision == "fp8":
-            _replace(module, "weight", StoredFp8)
-        elif isinstance(module, GroupedLinear) and module.precision == "fp8":
-            _replace(module, "weight", StoredRounded)
-    if stored_weights(model):
+    state = model.state_dict()
+    for _ in store_each(model, ((name, state.pop(name)) for name in list(state))):
+        pass
+
+
+def store_each(model: nn.Module, masters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a state dict, one after another; of a weight in low precision, those of what takes its place."""
+    kinds: dict[str, type[Stored]] = {"fp8": StoredFp8, "fp4": StoredFp4}
+    for name, tensor in masters:
+        owner, _, attribute = name.rpartition(".")
+        module, kind = model.get_submodule(owner), None
+        if isinstance(module, Experts):
+            kind = kinds.get(module.precision)
+        elif isinstance(module, Linear | GroupedLinear) and module.precision == "fp8":
+            kind = StoredFp8 if isinstance(module, Linear) else StoredRounded
+        if kind is None:
+            yield name, tensor
+            continue
+        stored = kind(tensor, halves=2 if attribute == "gate_up_proj" else 1)
+        delattr(module, attribute)
+        module.add_module(attribute, stored)
         model.requires_grad_(False)
+        for part, buffer in stored.named_buffers():
+            yield f"{name}.{part}", buffer
 
 
 def stored_weights(model: nn.Module) -> dict[str, Stored]:
     """By their masters' names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Stored)}
-
-
-def _replace(module: nn.Module, name: str, kind: type[Stored], halves: int = 1) -> None:
-    master = getattr(module, name)
-    if isinstance(master, nn.Parameter):
-        delattr(module, name)
-        module.add_module(name, kind(master, halves))

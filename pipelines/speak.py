@@ -13,7 +13,6 @@ from ..model import end_ids, load
 from ..model.auto import check_config, context_length
 from ..model.checkpoint import check_weights
 from ..model.config import resolve
-from ..model.precision import store_weights
 from ..model.template import speaker
 from ..rl.engine import Engine
 from ..settings import FULL, Precision
@@ -42,11 +41,9 @@ class Speaker:
     def engine(self) -> Engine:
         wide = self.precision.experts == self.precision.linear == "full"
         # Rounded from fp32, as in training: bf16 values may round to other codes.
-        model: Any = load(self.folder, self.dtype if wide else torch.float32, self.device, precision=self.precision)
-        if not wide:
-            store_weights(model)
-            model = model.to(self.dtype)
-        return Engine(model, self.end_ids, ROWS_AT_ONCE)
+        dtype = self.dtype if wide else torch.float32
+        model: Any = load(self.folder, dtype, self.device, precision=self.precision, stored=True)
+        return Engine(model.to(self.dtype), self.end_ids, ROWS_AT_ONCE)
 
     def prompt(self, messages: list[dict[str, Any]], mode: str) -> np.ndarray:
         return np.array(self.encoding.prompt_ids(self.tokenizer, messages, mode), np.int32)

@@ -31,13 +31,11 @@ class RolloutWorker:
         from tokenizers import Tokenizer
 
         from ..model import end_ids, load
-        from ..model.precision import store_weights
         from .engine import Engine
 
         self.engine = None  # the policy before goes before the next one comes
         self.memory = Span()
-        model = load(path, device=self.device, precision=self.precision)
-        store_weights(model)
+        model = load(path, device=self.device, precision=self.precision, stored=True)
         self.tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
         self.engine = Engine(model, end_ids(Path(path)))
         self.version = 0

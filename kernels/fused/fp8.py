@@ -60,16 +60,16 @@ def fp4_scale(largest):
 
 
 @triton.jit
-def rounded(x, KIND: tl.constexpr):
-    """fp32 x as KIND holds it, in fp32. The compiler would round to bf16 a number at a time, at a sixteenth of the rate
+def rounded(x, kind: tl.constexpr):
+    """fp32 x as `kind` holds it, in fp32. The compiler would round to bf16 a number at a time, at an eighth of the rate
     of other instructions: here two."""
-    if COMPILED and KIND == tl.bfloat16:
+    if COMPILED and kind == tl.bfloat16:
         x = tl.inline_asm_elementwise(
             "{.reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xFFFF0000;}",
             "=r,=r,r,r", [x], tl.float32, is_pure=True, pack=2,
         )  # fmt: skip
     else:
-        x = x.to(KIND).to(tl.float32)
+        x = x.to(kind).to(tl.float32)
     return x
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels import compress, fake_quantize, formats, low_precision, moe
-from amalgam.kernels.fused import fp8, fp8_experts
+from amalgam.kernels.fused import fp8, fp8_experts, limits
 
 from .test_fused_moe import chosen, layer
 
@@ -211,6 +211,14 @@ def test_no_tokens():
     with torch.no_grad():
         assert low_precision.experts_fp8(x, ids, weights, *quantized(gate_up, down, False), LIMIT).shape == (0, 32)
     assert low_precision.linear_qat(x, gate_up[0]).shape == (0, 64)
+
+
+def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(limits, "is_hopper", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    with pytest.raises(ValueError, match="precision: products in FP8 run on Hopper, not on A100"):
+        limits.check_fp8(torch.device("cuda"))
+    limits.check_fp8(torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("triton")

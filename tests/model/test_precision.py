@@ -195,6 +195,11 @@ def test_load_takes_a_precision_and_refuses_sizes_that_do_not_fit(tmp_path):
     assert loaded.precision == V4
     with torch.no_grad():
         assert torch.equal(loaded.logprobs(*pack()), model(V4).logprobs(*pack()))
+    stored, expected = load(tmp_path / "fits", precision=V4, stored=True), model(V4)
+    store_weights(expected)
+    for name, tensor in stored.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name
+    assert len(stored_weights(stored)) == 2 * 3 and not any(p.requires_grad for p in stored.parameters())
     save(loaded, tmp_path / "again")  # the masters, not what is stored of them
     for name, tensor in load(tmp_path / "again").state_dict().items():
         assert torch.equal(tensor, model().state_dict()[name])
