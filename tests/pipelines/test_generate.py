@@ -154,7 +154,8 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             ["--precision", LOW],
             None,
-            f"out: its rows were made with precision experts=full,indexer=full,kv=full, not {LOW}",
+            "out: its rows were made with precision experts=full,linear=full,indexer=full,kv=full, "
+            "not experts=fp4,linear=full,indexer=fp4,kv=fp8",
         ),
         ([], ("in", '"a"', '"c"'), "out:1: not the answer to row 1 of the prompts"),
         ([], ("in", '"id": 1}\n{', '"id": 1.0}\n{'), "out:1: not the answer to row 1 of the prompts"),
