@@ -195,14 +195,19 @@ def _multiply(
     """
     down, across = tile_place(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(out, 2 * COLUMNS), GROUP)
     row, column, blocks = down * ROWS, across * 2 * COLUMNS, tl.cdiv(depth, BLOCK)
-    r, other = row + tl.arange(0, ROWS), tl.minimum(column + COLUMNS, out - 1)
+    r, second = row + tl.arange(0, ROWS), tl.minimum(column + COLUMNS, out - 1)
     of_rows = x_scales + r.to(tl.int64) * blocks
-    of_left, of_right = w_scales + column // BLOCK * blocks, w_scales + other // BLOCK * blocks
+    of_left, of_right = w_scales + column // BLOCK * blocks, w_scales + second // BLOCK * blocks
     left, right = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    scale_R, scale, other = tl.load(of_rows, mask=r < rows, other=127), tl.load(of_left), tl.load(of_right)
     for k in tl.range(0, blocks):
-        scale_R, some = tl.load(of_rows + k, mask=r < rows, other=127), x.load([row, k * BLOCK])
-        left = add_product(left, some, weight.load([column, k * BLOCK]), scale_R, tl.load(of_left + k))
-        right = add_product(right, some, weight.load([column + COLUMNS, k * BLOCK]), scale_R, tl.load(of_right + k))
+        ahead = tl.minimum(k + 1, blocks - 1)  # scales come a step before they are needed
+        next_R = tl.load(of_rows + ahead, mask=r < rows, other=127)
+        next_scale, next_other = tl.load(of_left + ahead), tl.load(of_right + ahead)
+        some = x.load([row, k * BLOCK])
+        left = add_product(left, some, weight.load([column, k * BLOCK]), scale_R, scale)
+        right = add_product(right, some, weight.load([column + COLUMNS, k * BLOCK]), scale_R, other)
+        scale_R, scale, other = next_R, next_scale, next_other
     y.store([row, column], left.to(y.dtype))
     y.store([row, column + COLUMNS], right.to(y.dtype))
 

@@ -92,16 +92,49 @@ def _fp8_of_fp4(packed, group, scale, N: tl.constexpr):
 
 
 @triton.jit
-def _weight_tile(weight, groups, row, k, scale, all_rows, depth, COLUMNS: tl.constexpr, FP4: tl.constexpr):
-    """E4M3 codes of a weight's rows from `row` on and 128 channels from `k` on; of FP4's in units of `scale`."""
+def _group_scales(groups, row, block, all_rows, depth, COLUMNS: tl.constexpr, FP4: tl.constexpr):
+    """Of FP4, those of a weight's rows from `row` on and a block of channels, [COLUMNS, 4]; else nothing."""
     if FP4:
-        r, g = row + tl.arange(0, COLUMNS)[:, None], k // 32 + tl.arange(0, 4)[None, :]
+        r, g = row + tl.arange(0, COLUMNS)[:, None], block * (BLOCK // 32) + tl.arange(0, BLOCK // 32)[None, :]
         at = groups + r.to(tl.int64) * (depth // 32) + g
-        group = tl.load(at, mask=(r < all_rows) & (g < depth // 32), other=0).to(tl.int32)
-        tile = _fp8_of_fp4(weight.load([row, k // 2]), group, scale.to(tl.int32), COLUMNS)
+        scales = tl.load(at, mask=(r < all_rows) & (g < depth // 32), other=0).to(tl.int32)
     else:
-        tile = weight.load([row, k])
+        scales = 0
+    return scales
+
+
+@triton.jit
+def _weight_tile(weight, row, block, group, scale, COLUMNS: tl.constexpr, FP4: tl.constexpr):
+    """E4M3 codes of a weight's rows from `row` on and a block of channels; of FP4's in units of `scale`."""
+    if FP4:
+        tile = _fp8_of_fp4(weight.load([row, block * (BLOCK // 2)]), group, scale.to(tl.int32), COLUMNS)
+    else:
+        tile = weight.load([row, block * BLOCK])
     return tile
+
+
+@triton.jit
+def _two_tiles(
+    x, of_rows, weight, groups, first, second, of_first, of_second, row, depth, all_rows,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FP4: tl.constexpr,
+):  # fmt: skip
+    """Sums [ROWS, COLUMNS] in fp32 of rows of x from `row` on, with the weight's rows from `first` and `second` on."""
+    blocks = tl.cdiv(depth, BLOCK)
+    left, right = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    scale_R, scale, other = tl.load(of_rows), tl.load(of_first), tl.load(of_second)
+    group = _group_scales(groups, first, 0, all_rows, depth, COLUMNS, FP4)
+    other_group = _group_scales(groups, second, 0, all_rows, depth, COLUMNS, FP4)
+    for block in tl.range(0, blocks):
+        ahead = tl.minimum(block + 1, blocks - 1)  # scales come a step before they are needed
+        next_R, next_scale, next_other = tl.load(of_rows + ahead), tl.load(of_first + ahead), tl.load(of_second + ahead)
+        next_group = _group_scales(groups, first, ahead, all_rows, depth, COLUMNS, FP4)
+        next_other_group = _group_scales(groups, second, ahead, all_rows, depth, COLUMNS, FP4)
+        some = x.load([row, block * BLOCK])
+        left = add_product(left, some, _weight_tile(weight, first, block, group, scale, COLUMNS, FP4), scale_R, scale)
+        codes = _weight_tile(weight, second, block, other_group, other, COLUMNS, FP4)
+        right = add_product(right, some, codes, scale_R, other)
+        scale_R, scale, other, group, other_group = next_R, next_scale, next_other, next_group, next_other_group
+    return left, right
 
 
 @triton.jit
@@ -142,17 +175,11 @@ def _up(
     column = number * COLUMNS
     r = row + tl.arange(0, ROWS)
     of_rows = x_scales + r.to(tl.int64) * blocks
-    first_gate, of_gate = expert * 2 * inner + column, w_scales + (expert * 2 * across + number).to(tl.int64) * blocks
-    gates, ups = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
-    for block in tl.range(0, blocks):
-        k = block * BLOCK
-        some, scale_R = x.load([row, k]), tl.load(of_rows + block)
-        scale = tl.load(of_gate + block)
-        codes = _weight_tile(gate_up, groups, first_gate, k, scale, all_rows, depth, COLUMNS, FP4)
-        gates = add_product(gates, some, codes, scale_R, scale)
-        scale = tl.load(of_gate + across * blocks + block)
-        codes = _weight_tile(gate_up, groups, first_gate + inner, k, scale, all_rows, depth, COLUMNS, FP4)
-        ups = add_product(ups, some, codes, scale_R, scale)
+    gate, of_gate = expert * 2 * inner + column, w_scales + (expert * 2 * across + number).to(tl.int64) * blocks
+    gates, ups = _two_tiles(
+        x, of_rows, gate_up, groups, gate, gate + inner, of_gate, of_gate + across * blocks, row, depth, all_rows,
+        ROWS, COLUMNS, FP4,
+    )  # fmt: skip
     slot = tl.load(slot_of_row + r)
     real = slot >= 0
     kind = projected.dtype.element_ty
@@ -186,16 +213,10 @@ def _down(
     of_left = of_expert + column // BLOCK * blocks
     of_right = of_expert + tl.minimum((column + COLUMNS) // BLOCK, last) * blocks
     start = expert * width + column
-    left, right = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
-    for block in tl.range(0, blocks):
-        k = block * BLOCK
-        some, scale_R = rows.load([row, k]), tl.load(of_rows + block)
-        scale = tl.load(of_left + block)
-        codes = _weight_tile(weights, groups, start, k, scale, all_rows, depth, COLUMNS, FP4)
-        left = add_product(left, some, codes, scale_R, scale)
-        scale = tl.load(of_right + block)
-        codes = _weight_tile(weights, groups, start + COLUMNS, k, scale, all_rows, depth, COLUMNS, FP4)
-        right = add_product(right, some, codes, scale_R, scale)
+    left, right = _two_tiles(
+        rows, of_rows, weights, groups, start, start + COLUMNS, of_left, of_right, row, depth, all_rows,
+        ROWS, COLUMNS, FP4,
+    )  # fmt: skip
     out.store([row, column], left.to(out.dtype))
     out.store([row, column + COLUMNS], right.to(out.dtype))
 
