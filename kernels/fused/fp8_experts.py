@@ -80,7 +80,7 @@ def _fp8_of_fp4(packed, group, scale, N: tl.constexpr):
         factor = ((tl.maximum(group - scale, -64) + 127) << 23).to(tl.float32, bitcast=True)
         low, high = tl.inline_asm_elementwise(TABLE, "=r,=r,f", [factor], (tl.int32, tl.int32), is_pure=True, pack=1)
         args = [bytes_, low[:, :, None], high[:, :, None]]
-        pairs = tl.inline_asm_elementwise(LOOKUP, "=r,=r,r,r,r,r,r,r,r,r,r", args, tl.int16, is_pure=True, pack=4)
+        pairs = tl.inline_asm_elementwise(LOOKUP, "=&r,=&r,r,r,r,r,r,r,r,r,r", args, tl.int16, is_pure=True, pack=4)
         codes = tl.join(pairs.to(tl.uint8), (pairs >> 8).to(tl.uint8))
         codes = tl.reshape(codes, [N, 128]).to(tl.float8e4nv, bitcast=True)
     else:
