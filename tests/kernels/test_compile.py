@@ -21,6 +21,7 @@ SPILLED = {
     "hopper, indexer": {"scores_kernel": 24},  # of an item, not of a query
     "indexer": {"_choose": 8},
     "fp8, experts in FP4": {"_up": 16},
+    "fp8, experts in FP4, fp32": {"_up": 16},
     "choice, long": {"_choose": 48},  # so that two rows fit beside each other, which is faster
 }
 
