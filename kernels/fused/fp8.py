@@ -23,6 +23,20 @@ LEAST_FP8: tl.constexpr = tl.constexpr(0x38D1B717)  # 1e-4
 LEAST_FP4: tl.constexpr = tl.constexpr(0x01C00000)  # 6 * 2^-126
 INFINITE: tl.constexpr = tl.constexpr(0x7F800000)
 NAN: tl.constexpr = tl.constexpr(0x7FC00000)
+# Two numbers to bf16 and back; 1 / (1 + 2^(-x log2(e))).
+ROUND: tl.constexpr = tl.constexpr("""{
+    .reg .b32 both;
+    cvt.rn.bf16x2.f32 both, $3, $2;
+    shl.b32 $0, both, 16;
+    and.b32 $1, both, 0xFFFF0000;
+}""")
+SIGMOID: tl.constexpr = tl.constexpr("""{
+    .reg .f32 t;
+    mul.f32 t, $1, 0fBFB8AA3B;
+    ex2.approx.ftz.f32 t, t;
+    add.f32 t, t, 0f3F800000;
+    rcp.approx.ftz.f32 $0, t;
+}""")
 
 
 @triton.jit
@@ -64,10 +78,7 @@ def rounded(x, kind: tl.constexpr):
     """fp32 x as `kind` holds it, in fp32. The compiler would round to bf16 a number at a time, at an eighth of the rate
     of other instructions: here two."""
     if COMPILED and kind == tl.bfloat16:
-        x = tl.inline_asm_elementwise(
-            "{.reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xFFFF0000;}",
-            "=r,=r,r,r", [x], tl.float32, is_pure=True, pack=2,
-        )  # fmt: skip
+        x = tl.inline_asm_elementwise(ROUND, "=r,=r,r,r", [x], tl.float32, is_pure=True, pack=2)
     else:
         x = x.to(kind).to(tl.float32)
     return x
@@ -81,11 +92,7 @@ def gated(gate, up, limit):
     up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
     up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
     if COMPILED:
-        sigmoid = tl.inline_asm_elementwise(
-            "{.reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; "
-            "rcp.approx.ftz.f32 $0, t;}",
-            "=r,r", [gate], tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
+        sigmoid = tl.inline_asm_elementwise(SIGMOID, "=r,r", [gate], tl.float32, is_pure=True, pack=1)
     else:
         sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     return gate * sigmoid * up
