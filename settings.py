@@ -17,15 +17,19 @@ class Precision(Settings):
     """What learners, rollout workers, teachers and evaluations compute in, all alike.
 
     DeepSeek-V4's quantization-aware training is `{experts: fp4, indexer: fp4}` (paper 5.2.1); its inference code also
-    has `kv: fp8`. So the model computes as low precision will store it; weights stay what they are, in memory and in
-    checkpoints, and gradients pass straight through.
+    has `linear: fp8` and `kv: fp8`. Learners and checkpoints keep the weights in full, and gradients pass straight
+    through; models that only run forward hold the codes alone.
     """
 
     compute: Literal["auto", "bfloat16", "float32"] = "auto"
     """The model's weights, but for what V4 keeps in fp32; auto: bfloat16 on a GPU, float32 on a CPU. The learner's
     optimizer has fp32 masters of them, which its saved state holds; checkpoints hold the weights."""
-    experts: Literal["full", "fp4"] = "full"
-    """Weights of the routed experts, FP4 with a scale for each 32 columns; FP8 holds the same values."""
+    experts: Literal["full", "fp8", "fp4"] = "full"
+    """Weights of the routed experts: FP8 with a scale for each 128 x 128, or FP4 with a scale for each 32 columns.
+    Either way they multiply FP8, with a scale for each token and 128 channels."""
+    linear: Literal["full", "fp8"] = "full"
+    """The products of attention, the shared expert and the MTP block's entry: as `experts: fp8`. Attention's grouped
+    product multiplies what it gets, in full, as DeepSeek's code does."""
     indexer: Literal["full", "fp4"] = "full"
     """The indexer's queries and keys, rotated by a Hadamard matrix, then FP4; its scores are bf16 before the top-k."""
     kv: Literal["full", "fp8"] = "full"

@@ -46,6 +46,7 @@ GROUPS = {
     "router, sorting": "router moe_rows",
     "experts": "moe moe_backward swiglu",
     "embedding": "embedding",
+    "low precision": "fp8 fp8_experts hopper_fp8 storage",
     "hyper-connections": "hyper hyper_backward",
     "losses over the vocabulary": "losses vocabulary",
     "optimizer": "adamw muon",

@@ -1,4 +1,7 @@
-"""What holds of a whole model: waits for the device, equal bits, loss curves; training.py is the command."""
+"""What holds of a whole model: waits for the device, equal bits, loss curves; training.py is the command.
+
+Bits are compared between a learner and a sampler, which in low precision holds codes in place of weights.
+"""
 
 import os
 import random
@@ -17,14 +20,15 @@ from amalgam.kernels.dispatch import VARIABLE
 from amalgam.kernels.losses import chosen_logprobs, token_logprobs
 from amalgam.model import DeepseekV4
 from amalgam.model.cache import Cache
-from amalgam.model.precision import set_precision
+from amalgam.model.precision import set_precision, store_weights
 from amalgam.settings import FULL, Precision
 
 RUNS = 5  # of a step whose gradients have to have the same bits
+LOW = Precision(experts="fp4", linear="fp8", indexer="fp4", kv="fp8")
 CURVES = {
     "bf16": FULL,
     "FP8 rows": Precision(kv="fp8"),
-    "FP4 experts, FP4 indexer, FP8 rows": Precision(experts="fp4", kv="fp8", indexer="fp4"),
+    "FP4 experts, FP8 products, FP4 indexer, FP8 rows": LOW,
 }
 
 
@@ -68,9 +72,14 @@ def same_bits(setting: Setting) -> Rows:
     yield counted(f"gradients in {RUNS} runs", tokens, count)
     del trainer, first
     lengths = bits.random_lengths(*setting.bits, random.Random(0))
-    ways = bits.Ways(random_rows, train, extend, decode)
-    for way, count in bits.forward_counts(model, lengths, bits.TAIL, bits.CHUNK, seed=0, ways=ways).items():
-        yield counted(way, sum(lengths), count)
+    for name, precision in (("", FULL), (", low precision", LOW)):
+        learner, sampler = ours(setting), ours(setting)
+        set_precision(learner, precision)
+        set_precision(sampler, precision)
+        store_weights(sampler)
+        ways = bits.Ways(random_rows, lambda _, *pack, learner=learner: train(learner, *pack), extend, decode)
+        for way, count in bits.forward_counts(sampler, lengths, bits.TAIL, bits.CHUNK, seed=0, ways=ways).items():
+            yield counted(way + name, sum(lengths), count)
 
 
 def counted(name: str, tokens: int, count: bits.Count) -> Row:

@@ -25,12 +25,11 @@ class TeacherWorker:
 
     def _load(self, path: str) -> Any:
         from ..model import load
-        from ..model.precision import round_experts
 
         if path != self.path:
             self.model, self.path = None, ""  # the one before goes before the next one comes
-            self.model, self.path = load(path, device=self.device, precision=self.precision), path
-            round_experts(self.model)
+            self.model = load(path, device=self.device, precision=self.precision, stored=True)
+            self.path = path
         return self.model
 
     def head(self, path: str) -> np.ndarray:

@@ -88,6 +88,10 @@ def finish(pooled: Tensor, weight: Tensor, rotation: Tensor, eps: float, storage
 
 def stored(x: Tensor, rotation: Tensor, storage: Storage) -> Tensor:
     """x [..., D], whose last channels `rotation` [.., pairs] has turned, as it is kept; gradient straight through."""
+    if storage != "full" and fused(x):
+        from .fused.storage import Stored
+
+        return Stored.apply(x, x.shape[-1] - 2 * rotation.shape[-1], storage)  # pyright: ignore[reportReturnType]
     if storage == "fp4":
         return fake_fp4(hadamard(x))
     if storage == "fp8":

@@ -143,6 +143,14 @@ def fp4_to_fp8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
+def fp4_as_fp8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """`fp4_to_fp8` without its errors: a value that FP8 does not hold is rounded, as `encode_fp4_as_fp8` does."""
+    values = _unpacked(packed)
+    exact, scale = _regrouped(values, scales.view(torch.uint8).int())
+    codes = _from_tiles(exact, values.shape).to(torch.float8_e4m3fn)
+    return codes, scale.to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
 def fp8_fit(packed: Tensor, scales: Tensor) -> Fp8Fit:
     """The report on `fp4_to_fp8` for a whole tensor; raises only for what is no FP4 tensor."""
     _, _, lossless, spread = _to_fp8(packed, scales)

@@ -6,14 +6,13 @@ is multiplied by both scales, and these are added up in fp32. On a GPU (Hopper) 
 Nothing here waits for the device: a tile that holds a NaN or an infinity becomes NaN.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .dispatch import fused
-from .formats import FP8_TILE, decode_fp8, encode_fp4_as_fp8, encode_fp8, fp4_blocks, fp4_to_fp8, fp8_fit
+from .formats import FP8_TILE, decode_fp8, encode_fp4_as_fp8, encode_fp8, fp4_as_fp8, fp4_blocks, fp8_fit
 from .moe import reference_experts
 from .project import reference_project
 
@@ -95,17 +94,19 @@ def experts_fp8(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Fp8 | Fp4, dow
 
         if ids.numel() == 0:
             return x.new_zeros(x.shape, dtype=torch.float32)
-        quantized = quantize_activations(x)
-        return experts_forward(quantized, ids, weights, _parts(gate_up), _parts(down), limit, x.dtype, False)[0]
+        return experts_forward(x, ids, weights, _parts(gate_up), _parts(down), limit, False)[0]
 
-    def product(rows: Tensor, halves: Sequence[Fp8]) -> Tensor:
+    def product(rows: Tensor, parts: list[tuple[Tensor, ...]]) -> Tensor:
         quantized = quantize_activations(rows)
-        return torch.cat([multiply(quantized, half, rows.dtype) for half in halves], 1)
+        return torch.cat([multiply(quantized, Fp8(*part), rows.dtype) for part in parts], 1)
 
-    up, lower = _as_fp8(gate_up), _as_fp8(down)
-    ups = [[Fp8(*half) for half in zip(*each, strict=True)] for each in zip(*up, strict=True)]
-    downs = [[Fp8(*each)] for each in zip(*lower, strict=True)]
-    return reference_experts(x, ids, weights, ups, downs, limit, product)
+    up, lower = _by_expert(*_as_fp8(gate_up)), _by_expert(*(part.unsqueeze(1) for part in _as_fp8(down)))
+    return reference_experts(x, ids, weights, up, lower, limit, product)
+
+
+def linear_fp8(x: Tensor, weight: Fp8) -> Tensor:
+    """x [..., i] times weight [o, i] -> [..., o] in x's dtype. No gradient."""
+    return multiply(quantize_activations(x.flatten(0, -2)), weight, x.dtype).unflatten(0, x.shape[:-1])
 
 
 def linear_qat(x: Tensor, weight: Tensor) -> Tensor:
@@ -114,7 +115,8 @@ def linear_qat(x: Tensor, weight: Tensor) -> Tensor:
     The backward is in x's dtype and takes each rounding for none (straight-through; paper 5.2.1): its products are
     those of the rounded x and weight.
     """
-    return _Linear.apply(x.flatten(0, -2), weight, False).unflatten(0, x.shape[:-1])  # pyright: ignore
+    out: Any = _Linear.apply(x.flatten(0, -2), weight, *quantize_weight(weight.detach()))
+    return out.unflatten(0, x.shape[:-1])
 
 
 def experts_qat(
@@ -130,30 +132,53 @@ def experts_qat(
         keep = torch.is_grad_enabled() and any(a.requires_grad for a in (x, weights, gate_up, down))
         return QuantizedExperts.apply(x, ids, weights, gate_up, down, limit, fp4, keep)  # pyright: ignore
 
-    def product(rows: Tensor, halves: Tensor) -> Tensor:
-        return torch.cat([_Linear.apply(rows, half, fp4) for half in halves.unbind(0)], 1)  # pyright: ignore
+    def product(rows: Tensor, parts: list[tuple[Tensor, ...]]) -> Tensor:
+        return torch.cat([_Linear.apply(rows, *part) for part in parts], 1)  # pyright: ignore
 
-    halves = gate_up.unflatten(1, (2, -1))
-    return reference_experts(x, ids, weights, halves.unbind(0), down.unsqueeze(1).unbind(0), limit, product)
+    masters = gate_up.unflatten(1, (2, -1)), down.unsqueeze(1)
+    up, lower = (_by_expert(master, *quantize_weight(master.detach(), fp4)) for master in masters)
+    return reference_experts(x, ids, weights, up, lower, limit, product)
+
+
+def rounded_weight(weight: Tensor) -> Tensor:
+    """weight [..., N, K] as FP8 holds it, in its dtype; the gradient passes straight through."""
+    return _Rounded.apply(weight)  # pyright: ignore[reportReturnType]
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return _decode(*quantize_weight(weight), weight.dtype, False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
 
 
 class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, fp4: bool) -> Tensor:
-        rows, block = quantize_activations(x), quantize_weight(weight, fp4)
-        ctx.save_for_backward(*rows, *block)
-        ctx.dtype = weight.dtype
-        return multiply(rows, block, x.dtype)
+    """x times a weight whose codes and scales are there; gradients of both, straight through."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        rows = quantize_activations(x)
+        ctx.save_for_backward(*rows, codes, scales)
+        ctx.dtype = weight.dtype
+        return multiply(rows, Fp8(codes, scales), x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad, (x, x_scales, weight, weight_scales) = grads[0], ctx.saved_tensors
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
             of_x = grad @ _decode(weight, weight_scales, grad.dtype, False)
         if ctx.needs_input_grad[1]:
             of_weight = (grad.t() @ _decode(x, x_scales, grad.dtype, True)).to(ctx.dtype)
-        return of_x, of_weight, None
+        return of_x, of_weight, None, None
+
+
+def _by_expert(*parts: Tensor) -> list[list[tuple[Tensor, ...]]]:
+    """Parts [E, n, ...] of weights: for each expert and each of its n matrices, the parts of that matrix."""
+    return [list(zip(*(part.unbind(0) for part in of_expert), strict=True)) for of_expert in zip(*parts, strict=True)]
 
 
 def _decode(codes: Tensor, scales: Tensor, dtype: torch.dtype, by_row: bool) -> Tensor:
@@ -174,4 +199,4 @@ def _parts(weight: Fp8 | Fp4) -> tuple[Tensor, Tensor, Tensor | None]:
 def _as_fp8(weight: Fp8 | Fp4) -> Fp8:
     if isinstance(weight, Fp8):
         return weight
-    return Fp8(*fp4_to_fp8(weight.packed, weight.groups))
+    return Fp8(*fp4_as_fp8(weight.packed, weight.groups))

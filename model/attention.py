@@ -3,6 +3,8 @@
 Module and parameter names are transformers'. Shapes: T tokens, H heads, D head dimension, C a compressor's channels.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
@@ -10,6 +12,7 @@ from transformers import DeepseekV4Config
 from ..kernels.attention import attend, head_mass
 from ..kernels.compress import Storage, compress, stored
 from ..kernels.indexer import index_kl, index_scores, select
+from ..kernels.low_precision import linear_fp8, linear_qat, rounded_weight
 from ..kernels.norm import norm_rope, rms_norm
 from ..kernels.places import Seen, Windows
 from ..kernels.project import project, project_groups, project_wide
@@ -17,6 +20,7 @@ from ..kernels.rope import apply_rope
 from ..kernels.upcast import upcast
 from .cache import LayerCache, kept
 from .layout import Chunk, Packed
+from .stored import StoredFp8, StoredRounded
 
 
 class RMSNorm(nn.Module):
@@ -30,8 +34,14 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
+    precision: Literal["full", "fp8"] = "full"  # of what it multiplies (model/precision.py)
+
     def forward(self, input: Tensor) -> Tensor:
-        return project(input, self.weight)
+        if self.precision == "full":
+            return project(input, self.weight)
+        if isinstance(self.weight, StoredFp8):
+            return linear_fp8(input, self.weight.matrix())
+        return linear_qat(input, self.weight)
 
 
 def linear(size_in: int, size_out: int) -> Linear:
@@ -117,14 +127,23 @@ class CSACompressor(Compressor):
 
 
 class GroupedLinear(nn.Linear):
-    """Block-diagonal projection: [T, G, in] -> [T, G, out / G], one block of the weight [out, in] a group."""
+    """Block-diagonal projection: [T, G, in] -> [T, G, out / G], one block of the weight [out, in] a group.
+
+    In FP8 its weight alone is rounded: DeepSeek's code dequantizes it when a checkpoint is loaded.
+    """
+
+    precision: Literal["full", "fp8"] = "full"
 
     def __init__(self, size_in: int, size_out: int, groups: int):
         super().__init__(size_in, size_out, bias=False)
         self.groups = groups
 
     def forward(self, input: Tensor) -> Tensor:
-        return project_groups(input, self.weight)
+        if self.precision == "full":
+            return project_groups(input, self.weight)
+        if isinstance(self.weight, StoredRounded):
+            return project_groups(input, self.weight.numbers[0, 0])
+        return project_groups(input, rounded_weight(self.weight))
 
 
 class Attention(nn.Module):

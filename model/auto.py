@@ -22,19 +22,21 @@ def load(
     device: str = "cpu",
     numerics: Numerics = "deepseek",
     precision: Precision = FULL,
+    stored: bool = False,
 ) -> LanguageModel:
     """The model of a checkpoint's folder or a preset, in `dtype` (what has to stay fp32 does), on `device`.
 
     `dtype` None is what `precision` computes in there: bf16 on a GPU, fp32 on a CPU, unless it says otherwise.
     V4 in float64 computes everything in float64; in other models what transformers' code casts to fp32 stays fp32.
     `numerics` and what `precision` rounds are V4's: see model/numerics.py and `settings.Precision`; for another model
-    any but the defaults is a UserError.
+    any but the defaults is a UserError. `stored`: a model that only runs forward, which holds the codes of weights in
+    low precision.
     Every tensor of the file is used and every tensor of the model filled, or a UserError names the first that is not.
     """
     folder = resolve(path_or_preset)
     chosen: torch.dtype = dtype or getattr(torch, precision.dtype(device))
     if is_v4(folder):
-        return checkpoint.load(folder, chosen, device, numerics, precision)
+        return checkpoint.load(folder, chosen, device, numerics, precision, stored)
     from .transformers_checkpoint import load_causal_lm  # takes seconds to import
 
     if numerics != "deepseek":

@@ -17,7 +17,7 @@ from .deepseek_v4 import DeepseekV4, check_kernels
 from .encoding import Encoding
 from .names import Spec
 from .numerics import Numerics, with_numerics
-from .precision import problem, set_precision
+from .precision import check_device, problem, set_precision, store_each
 from .shards import flush, write_file, write_index
 from .source import Checkpoint, read_values, steps
 from .wordings import OFFICIAL
@@ -30,6 +30,7 @@ def load(
     device: str = "cpu",
     numerics: Numerics = "deepseek",
     precision: Precision = FULL,
+    stored: bool = False,
 ) -> DeepseekV4:
     """The model of a checkpoint's folder or a preset, in `dtype` (V4's fp32 islands stay fp32), on `device`.
 
@@ -39,7 +40,8 @@ def load(
     transformers: the MTP block's tensors are left out where the model has no such block. Memory: the model's own, and
     some tens of MB.
     `numerics` is the order of operations, DeepSeek's or transformers', which shows in bf16 only (`numerics.py`).
-    `precision` says what its forward rounds as deployment stores it (the weights themselves stay as they are).
+    `precision` says what its forward rounds as deployment stores it. The weights themselves stay as they are, unless
+    the model is to hold what is `stored` of them: then each is rounded as it is read, and the model only runs forward.
     """
     folder = resolve(path_or_preset)
     check_weights(folder)
@@ -49,15 +51,17 @@ def load(
     if numerics != "deepseek" and precision.rounds:
         raise UserError(f"{folder}: low precision is DeepSeek's; with numerics {numerics!r} it is not built")
     check_kernels(checkpoint.config, torch.device(device))
+    check_device(precision, torch.device(device))
     with torch.device("meta"):
         model = cast(DeepseekV4(checkpoint.config), dtype)
     wanted = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     if missing := sorted(wanted.keys() - {spec.stacked for spec in checkpoint.specs.values()}):
         why = "missing; config.json of a model without an MTP block says num_nextn_predict_layers 0"
         raise UserError(f"{checkpoint.listed}: {missing[0]}: {why}")
-    model.load_state_dict(dict(stream(checkpoint, wanted, device=device)), assign=True)
-    model.origin = checkpoint.folder
     set_precision(model, precision)
+    tensors = stream(checkpoint, wanted, device=device)
+    model.load_state_dict(dict(store_each(model, tensors) if stored else tensors), assign=True)
+    model.origin = checkpoint.folder
     return with_numerics(model.to(device), numerics)
 
 

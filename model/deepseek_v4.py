@@ -6,7 +6,7 @@ streams, d hidden size.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +16,20 @@ from transformers import DeepseekV4Config
 from ..kernels.dispatch import wants_triton
 from ..kernels.embedding import embed
 from ..kernels.hyper import Update, enter, leave
+from ..kernels.low_precision import experts_fp8, experts_qat
 from ..kernels.moe import experts, gated, route
 from ..kernels.project import project
 from ..kernels.rope import inverse_frequencies
+from ..kernels.upcast import upcast
 from ..settings import FULL
 from .attention import Attention, CSACompressor, Indexer, RMSNorm, linear
 from .cache import Cache, LayerCache
 from .language_model import LanguageModel, Output
 from .layout import Chunk, Packed, chunk, packed, packed_by_sizes, step
+from .stored import StoredFp4, StoredFp8
 
 # What V4 keeps in fp32 whatever the model's dtype, by part of the name (transformers keeps the same parameters).
 FP32_ISLANDS = ("_hc.", "hc_head.", ".sinks", "position_bias", "e_score_correction_bias", "norm.weight", "_frequencies")
-
-
-def as_is(x: Tensor) -> Tensor:
-    """What is kept of a weight at full precision: all of it (model/precision.py has the other way)."""
-    return x
 
 
 class HyperConnection(nn.Module):
@@ -95,11 +93,18 @@ class Experts(nn.Module):
         e, d, i = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.zeros(e, 2 * i, d))
         self.down_proj = nn.Parameter(torch.zeros(e, d, i))
-        self.stored: Callable[[Tensor], Tensor] = as_is  # what is kept of a weight
+        self.precision: Literal["full", "fp8", "fp4"] = "full"  # of what they multiply (model/precision.py)
 
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """gate_up [E, 2I, d] and down [E, d, I] as they take part."""
-        return self.stored(self.gate_up_proj), self.stored(self.down_proj)
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, limit: float, shared: Tensor) -> Tensor:
+        """x [T, d], ids and weights [T, k], what the shared expert gives [T, d] -> their sum [T, d], added in fp32."""
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if self.precision == "full":
+            return experts(x, ids, weights, gate_up, down, limit, shared)
+        if isinstance(gate_up, StoredFp8 | StoredFp4) and isinstance(down, StoredFp8 | StoredFp4):
+            routed = experts_fp8(x, ids, weights, gate_up.experts(), down.experts(), limit)
+        else:
+            routed = experts_qat(x, ids, weights, gate_up, down, limit, fp4=self.precision == "fp4")
+        return (routed + upcast(shared)).to(x.dtype)
 
 
 class SharedExpert(nn.Module):
@@ -110,7 +115,10 @@ class SharedExpert(nn.Module):
         self.limit = config.swiglu_limit
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_up = project(x, torch.cat([self.gate_proj.weight, self.up_proj.weight]))
+        if self.gate_proj.precision == "full":
+            gate_up = project(x, torch.cat([self.gate_proj.weight, self.up_proj.weight]))
+        else:
+            gate_up = torch.cat([self.gate_proj(x), self.up_proj(x)], 1)
         return self.down_proj(gated(gate_up, self.limit))
 
 
@@ -125,7 +133,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, replay: Tensor | None) -> tuple[Tensor, Tensor]:
         """[T, d] -> [T, d] and the expert ids [T, k]; the routed sum and the shared expert are added in fp32."""
         ids, weights = self.gate(x, tokens, replay)
-        return experts(x, ids, weights, *self.experts.weights(), self.limit, self.shared_experts(x)), ids
+        return self.experts(x, ids, weights, self.limit, self.shared_experts(x)), ids
 
 
 class Block(nn.Module):

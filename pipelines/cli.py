@@ -55,7 +55,7 @@ PrecisionOption = Annotated[
         "--precision",
         metavar="KEY=VALUE,...",
         help="A recipe's **precision**: compute=float32 or bfloat16 and, to compute as a quantization-aware training "
-        "of DeepSeek-V4 did, any of experts=fp4, indexer=fp4, kv=fp8, with commas between.",
+        "of DeepSeek-V4 did, any of experts=fp4, linear=fp8, indexer=fp4, kv=fp8, with commas between.",
         show_default=False,
     ),
 ]

@@ -13,7 +13,6 @@ from ..model import end_ids, load
 from ..model.auto import check_config, context_length
 from ..model.checkpoint import check_weights
 from ..model.config import resolve
-from ..model.precision import round_experts
 from ..model.template import speaker
 from ..rl.engine import Engine
 from ..settings import FULL, Precision
@@ -39,8 +38,7 @@ class Speaker:
 
     @cached_property
     def engine(self) -> Engine:
-        model = load(self.folder, device=self.device, precision=self.precision)
-        round_experts(model)
+        model = load(self.folder, device=self.device, precision=self.precision, stored=True)
         return Engine(model, self.end_ids, ROWS_AT_ONCE)
 
     def prompt(self, messages: list[dict[str, Any]], mode: str) -> np.ndarray:

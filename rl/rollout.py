@@ -31,24 +31,20 @@ class RolloutWorker:
         from tokenizers import Tokenizer
 
         from ..model import end_ids, load
-        from ..model.precision import round_experts
         from .engine import Engine
 
         self.engine = None  # the policy before goes before the next one comes
         self.memory = Span()
-        model = load(path, device=self.device, precision=self.precision)
-        round_experts(model)
+        model = load(path, device=self.device, precision=self.precision, stored=True)
         self.tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
         self.engine = Engine(model, end_ids(Path(path)))
         self.version = 0
 
     def update(self, bundle: Any) -> None:
         """New weights for the loaded policy, checked by their checksums."""
-        from ..model.precision import round_experts
         from .sync import load
 
         load(self.engine.model, bundle)
-        round_experts(self.engine.model)
         self.version = bundle.version
 
     def generate(

@@ -32,13 +32,13 @@ def power_of_two(amax, largest: tl.constexpr):
 
 
 @triton.jit
-def round_fp8(x_D, plain, D: tl.constexpr, GROUP: tl.constexpr):
+def round_fp8(x_ND, plain, N: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr):
     """The first `plain` channels as FP8 with a scale for each 64 holds them (kernels/formats.py); the others as is."""
-    d = tl.arange(0, D)
-    groups = tl.reshape(tl.where(d < plain, x_D, 0.0), [D // GROUP, GROUP])
-    scale = power_of_two(tl.maximum(tl.max(tl.abs(groups), 1), 1e-4), 448.0)[:, None]
+    first = (tl.arange(0, D) < plain)[None, :]
+    groups = tl.reshape(tl.where(first, x_ND, 0.0), [N, D // GROUP, GROUP])
+    scale = power_of_two(tl.maximum(tl.max(tl.abs(groups), 2), 1e-4), 448.0)[:, :, None]
     rounded = (groups / scale).to(tl.float8e4nv).to(tl.float32) * scale
-    return tl.where(d < plain, tl.reshape(rounded, [D]), x_D)
+    return tl.where(first, tl.reshape(rounded, [N, D]), x_ND)
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def _forward(
     x = turn(x[None, :], rotation, e + tl.zeros([1], tl.int32), D, PAIRS, 1, D, False)
     x = x.to(out.dtype.element_ty).to(tl.float32)
     if ROUNDING == 8:
-        x = round_fp8(tl.reshape(x, [D]), D - 2 * PAIRS, D, 64 if D >= 64 else D)[None, :]
+        x = round_fp8(x, D - 2 * PAIRS, 1, D, 64 if D >= 64 else D)
     if ROUNDING == 4:
         x = hadamard(x, 1, D).to(out.dtype.element_ty).to(tl.float32)
         x = round_fp4(x, 1, D, 32 if D >= 32 else D)

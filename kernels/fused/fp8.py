@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import DTYPES, SAME_BITS, STEP, is_hopper
+from .limits import check_fp8
 from .linear import tile_place
 
 BLOCK: tl.constexpr = tl.constexpr(128)  # channels, and of a weight rows, that share a scale
@@ -22,6 +23,20 @@ LEAST_FP8: tl.constexpr = tl.constexpr(0x38D1B717)  # 1e-4
 LEAST_FP4: tl.constexpr = tl.constexpr(0x01C00000)  # 6 * 2^-126
 INFINITE: tl.constexpr = tl.constexpr(0x7F800000)
 NAN: tl.constexpr = tl.constexpr(0x7FC00000)
+# Two numbers to bf16 and back; 1 / (1 + 2^(-x log2(e))).
+ROUND: tl.constexpr = tl.constexpr("""{
+    .reg .b32 both;
+    cvt.rn.bf16x2.f32 both, $3, $2;
+    shl.b32 $0, both, 16;
+    and.b32 $1, both, 0xFFFF0000;
+}""")
+SIGMOID: tl.constexpr = tl.constexpr("""{
+    .reg .f32 t;
+    mul.f32 t, $1, 0fBFB8AA3B;
+    ex2.approx.ftz.f32 t, t;
+    add.f32 t, t, 0f3F800000;
+    rcp.approx.ftz.f32 $0, t;
+}""")
 
 
 @triton.jit
@@ -56,6 +71,31 @@ def fp4_scale(largest):
     """Byte of the smallest power of two times 6 = 1.5 * 2^2 that is not below `largest` (bits) and 6 * 2^-126."""
     code = ((tl.maximum(largest, LEAST_FP4) + 0x3FFFFF) >> 23) - 2
     return tl.where(largest >= INFINITE, 255, code)
+
+
+@triton.jit
+def rounded(x, kind: tl.constexpr):
+    """fp32 x as `kind` holds it, in fp32. The compiler would round to bf16 a number at a time, at an eighth of the rate
+    of other instructions: here two."""
+    if COMPILED and kind == tl.bfloat16:
+        x = tl.inline_asm_elementwise(ROUND, "=r,=r,r,r", [x], tl.float32, is_pure=True, pack=2)
+    else:
+        x = x.to(kind).to(tl.float32)
+    return x
+
+
+@triton.jit
+def gated(gate, up, limit):
+    """silu(min(gate, limit)) times up between -limit and limit; NaN stays. Without denormals, whose care takes longer
+    than the rest."""
+    gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
+    if COMPILED:
+        sigmoid = tl.inline_asm_elementwise(SIGMOID, "=r,r", [gate], tl.float32, is_pure=True, pack=1)
+    else:
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    return gate * sigmoid * up
 
 
 @triton.jit
@@ -162,14 +202,19 @@ def _multiply(
     """
     down, across = tile_place(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(out, 2 * COLUMNS), GROUP)
     row, column, blocks = down * ROWS, across * 2 * COLUMNS, tl.cdiv(depth, BLOCK)
-    r, other = row + tl.arange(0, ROWS), tl.minimum(column + COLUMNS, out - 1)
+    r, second = row + tl.arange(0, ROWS), tl.minimum(column + COLUMNS, out - 1)
     of_rows = x_scales + r.to(tl.int64) * blocks
-    of_left, of_right = w_scales + column // BLOCK * blocks, w_scales + other // BLOCK * blocks
+    of_left, of_right = w_scales + column // BLOCK * blocks, w_scales + second // BLOCK * blocks
     left, right = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    scale_R, scale, other = tl.load(of_rows, mask=r < rows, other=127), tl.load(of_left), tl.load(of_right)
     for k in tl.range(0, blocks):
-        scale_R, some = tl.load(of_rows + k, mask=r < rows, other=127), x.load([row, k * BLOCK])
-        left = add_product(left, some, weight.load([column, k * BLOCK]), scale_R, tl.load(of_left + k))
-        right = add_product(right, some, weight.load([column + COLUMNS, k * BLOCK]), scale_R, tl.load(of_right + k))
+        ahead = tl.minimum(k + 1, blocks - 1)  # scales come a step before they are needed
+        next_R = tl.load(of_rows + ahead, mask=r < rows, other=127)
+        next_scale, next_other = tl.load(of_left + ahead), tl.load(of_right + ahead)
+        some = x.load([row, k * BLOCK])
+        left = add_product(left, some, weight.load([column, k * BLOCK]), scale_R, scale)
+        right = add_product(right, some, weight.load([column + COLUMNS, k * BLOCK]), scale_R, other)
+        scale_R, scale, other = next_R, next_scale, next_other
     y.store([row, column], left.to(y.dtype))
     y.store([row, column + COLUMNS], right.to(y.dtype))
 
@@ -187,10 +232,7 @@ def _grid(x: Tensor, by_row: bool) -> tuple[int, int, int]:
 
 def quantize(x: Tensor, by_row: bool, fp4: bool = False) -> tuple[Tensor, Tensor]:
     """`formats.encode_fp8` of x [T, K] by rows, or of [..., N, K] by tiles; `formats.encode_fp4_as_fp8` if `fp4`."""
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{x.dtype}; the Triton kernels quantize bfloat16 or float32")
-    check_depth(x.shape[-1])
-    check_hopper(x.device)
+    check_input(x)
     x = x.contiguous()
     codes, scales = torch.empty_like(x, dtype=torch.float8_e4m3fn), _scales(x, by_row)
     if x.numel():
@@ -212,9 +254,12 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, by_row: bool) 
     return out
 
 
-def check_hopper(device: torch.device) -> None:
-    if device.type == "cuda" and not is_hopper(device):
-        raise ValueError(f"the kernels of low precision run on Hopper, not on {torch.cuda.get_device_name(device)}")
+def check_input(x: Tensor) -> None:
+    """ValueError for what cannot be quantized."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{x.dtype}; the Triton kernels quantize bfloat16 or float32")
+    check_depth(x.shape[-1])
+    check_fp8(x.device)
 
 
 def check_depth(depth: int) -> None:
@@ -231,7 +276,12 @@ def multiply(x: Tensor, x_scales: Tensor, weight: Tensor, w_scales: Tensor, dtyp
     y = torch.empty(rows, out, dtype=dtype, device=x.device)
     if rows == 0:
         return y
-    height, columns, warps, stages = tiles(rows)
+    if is_hopper(x.device) and rows > 64 and dtype == torch.bfloat16 and out % 256 == 0 and depth % 128 == 0:
+        from . import hopper_fp8
+
+        hopper_fp8.multiply(x, x_scales, weight, w_scales, y)
+        return y
+    height, columns, warps, stages = tiles(rows, dtype)
     _multiply[(triton.cdiv(rows, height) * triton.cdiv(out, 2 * columns),)](
         described(x, height, 128), x_scales.view(torch.uint8),
         described(weight, columns, 128), w_scales.view(torch.uint8),
@@ -241,9 +291,11 @@ def multiply(x: Tensor, x_scales: Tensor, weight: Tensor, w_scales: Tensor, dtyp
     return y
 
 
-def tiles(rows: int) -> tuple[int, int, int, int]:
-    """ROWS, COLUMNS, warps, stages."""
-    return (64, 32, 4, 5) if rows <= 64 else (128, 128, 8, 3)
+def tiles(rows: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """ROWS, COLUMNS, warps, stages: of 128 x 256 results in fp32 64 KiB more stand in shared memory."""
+    if rows <= 64:
+        return 64, 32, 4, 5
+    return 128, 128, 8, 3 if dtype == torch.bfloat16 else 2
 
 
 def described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -27,6 +27,13 @@ def check_model(config: Any, device: torch.device) -> None:
         )
 
 
+def check_fp8(device: torch.device) -> None:
+    """ValueError where the kernels multiply no FP8."""
+    if device.type == "cuda" and not is_hopper(device):
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"precision: products in FP8 run on Hopper, not on {name}. {VARIABLE}=reference computes them")
+
+
 def _limits(config: Any, device: torch.device) -> Iterator[tuple[str, Any, bool, str]]:
     """By key of the config: its value, whether the kernels take it, and what they take."""
     c, sparse = config, CSA in config.layer_types

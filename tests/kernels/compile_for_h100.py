@@ -34,6 +34,7 @@ from amalgam.kernels.fused import (
     fp8,
     fp8_experts,
     hopper_forward,
+    hopper_fp8,
     hopper_hyper,
     hopper_indexer,
     hopper_queries,
@@ -47,6 +48,7 @@ from amalgam.kernels.fused import (
     muon,
     norm,
     router,
+    storage,
     swiglu,
     symmetric,
 )
@@ -112,12 +114,13 @@ def on_hopper(run: Callable[[], None]) -> None:
 
 
 def fp8_linear(rows: int, out: int, depth: int) -> None:
-    """Both operands quantized (the weight through FP4 too), multiplied, and read back."""
-    fp8.quantize(meta(out, depth), False, fp4=True)
-    x, weight = fp8.quantize(meta(rows, depth), True), fp8.quantize(meta(out, depth), False)
-    fp8.multiply(*x, *weight, torch.bfloat16)
-    fp8.dequantize(*x, torch.bfloat16, True)
-    fp8.dequantize(*weight, torch.bfloat16, False)
+    """Both operands quantized (the weight through FP4 too), multiplied, and read back, in bf16 and in fp32."""
+    for dtype in (torch.bfloat16, FP32):
+        fp8.quantize(meta(out, depth, dtype=dtype), False, fp4=True)
+        x, weight = (fp8.quantize(meta(n, depth, dtype=dtype), by_row) for n, by_row in ((rows, True), (out, False)))
+        fp8.multiply(*x, *weight, dtype)
+        fp8.dequantize(*x, dtype, True)
+        fp8.dequantize(*weight, dtype, False)
 
 
 def normed(*shape: int, weight: bool = True, rotated: bool = False) -> None:
@@ -140,6 +143,12 @@ def compressed(ratio: int, channels: int, width: int, storage: Storage) -> None:
     windows = Windows(places(count), places(count), meta(count, 32, dtype=torch.complex64))
     weight = meta(width, dtype=FP32).requires_grad_()
     backward(compress.Compress.apply(values, scores, bias, weight, windows, 1e-6, torch.bfloat16, storage))
+
+
+def kept() -> None:
+    """Rows in FP8, and the indexer's queries in FP4 with their gradient."""
+    storage.Stored.apply(meta(TOKENS, WIDTH), WIDTH - 64, "fp8")
+    backward(storage.Stored.apply(meta(TOKENS, 64, 128).requires_grad_(), 64, "fp4"))
 
 
 def indexed(dtype: torch.dtype = torch.bfloat16) -> None:
@@ -252,10 +261,11 @@ def embedded() -> None:
     backward(embedding.Embed.apply(tokens, table, 4))
 
 
-def low_experts(tokens: int, fp4: bool = False, train: bool = False) -> None:
+def low_experts(tokens: int, fp4: bool = False, train: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
     """Flash's experts in low precision: from packed FP4, or from masters, forward and, if `train`, backward."""
     experts, hidden, inner, k = 256, 4096, 2048, 6
-    x, ids, weights = meta(tokens, hidden), meta(tokens, k, dtype=torch.int64), meta(tokens, k, dtype=FP32)
+    x, ids = meta(tokens, hidden, dtype=dtype), meta(tokens, k, dtype=torch.int64)
+    weights = meta(tokens, k, dtype=FP32)
     if fp4:
         scales = torch.float8_e8m0fnu
         up, down = (
@@ -266,9 +276,9 @@ def low_experts(tokens: int, fp4: bool = False, train: bool = False) -> None:
             )
             for shape, depth in (((experts, 2, inner), hidden), ((experts, hidden), inner))
         )
-        fp8_experts.experts_forward(fp8.quantize(x, True), ids, weights, up, down, 10.0, x.dtype, False)
+        fp8_experts.experts_forward(x, ids, weights, up, down, 10.0, False)
     else:
-        leaves = (x, weights, meta(experts, 2 * inner, hidden), meta(experts, hidden, inner))
+        leaves = (x, weights, meta(experts, 2 * inner, hidden, dtype=dtype), meta(experts, hidden, inner, dtype=dtype))
         x, weights, up, down = (leaf.requires_grad_(train) for leaf in leaves)
         out: Any = fp8_experts.QuantizedExperts.apply(x, ids, weights, up, down, 10.0, True, train)
         _ = train and backward(out)
@@ -289,6 +299,20 @@ def muon_steps() -> None:
     muon.muon_step([wide], [weight], [wide], [weight], norm, [shapes], 1e-4, 0.95, 0.1, 1.0, torch.bfloat16)
     for y in (meta(64, 512, 1024), meta(64, 1024, 512).mT):
         symmetric.product(symmetric.product(y), 3.4445, -4.775, 2.0315)
+
+
+def hopper_fp8_products(rows: int, out: int, depth: int) -> None:
+    x, weight = fp8.quantize(meta(rows, depth), True), fp8.quantize(meta(out, depth), False)
+    hopper_fp8.multiply(*x, *weight, meta(rows, out))
+
+
+def hopper_experts(keep: bool) -> None:
+    """Both products, where fp8_experts.py takes this kernel."""
+    choice, fp8_experts.on_hopper = fp8_experts.on_hopper, lambda *_: True
+    try:
+        low_experts(16384, train=keep)
+    finally:
+        fp8_experts.on_hopper = choice
 
 
 def hopper_scores() -> None:
@@ -337,6 +361,7 @@ CASES: dict[str, Callable[[], None]] = {
     "shared expert": shared_expert,
     "compress, CSA": lambda: compressed(4, 1024, 512, "fp8"),
     "compress, index keys": lambda: compressed(4, 256, 128, "fp4"),
+    "stored": kept,
     "compress, HCA": lambda: compressed(128, 512, 512, "full"),
     "hyper-connections": hyper_connections,
     "hyper-connections, first": lambda: hyper_connections(first=True),
@@ -352,8 +377,12 @@ CASES: dict[str, Callable[[], None]] = {
     "experts, fp32": lambda: expert_layer(16384, 256, 4096, 2048, 6, FP32),
     "fp8, experts": lambda: low_experts(16384, train=True),
     "fp8, experts, 64 rows": lambda: low_experts(2048),
+    "fp8, experts, fp32": lambda: low_experts(16384, dtype=FP32),
+    "fp8, experts, fp32, 64 rows": lambda: low_experts(2048, dtype=FP32),
     "fp8, experts in FP4": lambda: low_experts(16384, fp4=True),
     "fp8, experts in FP4, 64 rows": lambda: low_experts(32, fp4=True),
+    "fp8, experts in FP4, fp32": lambda: low_experts(16384, fp4=True, dtype=FP32),
+    "fp8, experts in FP4, fp32, 64 rows": lambda: low_experts(32, fp4=True, dtype=FP32),
     "loss, tokens": token_loss,
     "loss, tokens, masked": lambda: token_loss(tokens=2 * TOKENS, masked=True),
     "loss, reverse KL": lambda: divergence("reverse"),
@@ -377,6 +406,9 @@ CASES: dict[str, Callable[[], None]] = {
     "hopper, log-probs of the sampler": lambda: on_hopper(sampled),
     "hopper, loss, reverse KL": lambda: on_hopper(lambda: divergence("reverse", 2 * TOKENS)),
     "hopper, loss, Jensen-Shannon": lambda: on_hopper(lambda: divergence("jensen_shannon")),
+    "hopper, fp8": lambda: hopper_fp8_products(TOKENS, 32768, 1024),
+    "hopper, fp8 experts": lambda: hopper_experts(keep=False),
+    "hopper, fp8 experts, kept": lambda: hopper_experts(keep=True),
 }
 
 

@@ -21,6 +21,8 @@ SPILLED = {
     "hopper, window": {"forward_kernel": 8},
     "hopper, indexer": {"scores_kernel": 24},  # of an item, not of a query
     "indexer": {"_choose": 8},
+    "fp8, experts in FP4": {"_up": 16},
+    "fp8, experts in FP4, fp32": {"_up": 16},
     "choice, long": {"_choose": 48},  # so that two rows fit beside each other, which is faster
     # Of a tile of 128 rows and 256 columns, not of a step.
     "hopper, loss, tokens, masked": {"token_kernel": 280},

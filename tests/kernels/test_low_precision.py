@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.kernels import fake_quantize, formats, low_precision, moe
-from amalgam.kernels.fused import fp8, fp8_experts
+from amalgam.kernels import compress, fake_quantize, formats, low_precision, moe
+from amalgam.kernels.fused import fp8, fp8_experts, limits
 
 from .test_fused_moe import chosen, layer
 
@@ -182,6 +182,24 @@ def test_masters_in_fp32_beside_bf16_get_gradients_of_their_dtype(how: str):
     assert all(grad.isfinite().all() and grad.ne(0).any() for grad in grads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("storage, shape", [("fp8", (9, 128)), ("fp8", (130, 32)), ("fp4", (11, 3, 64))], ids=str)
+def test_rows_and_queries_are_stored_as_the_definition_says(
+    storage: compress.Storage, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    """Values to the bit, in several programs; the rotation's gradient, to its dtype's last place."""
+    x = (torch.randn(shape) * torch.randint(9, (shape[0],) + (1,) * (len(shape) - 1)).exp2()).to(dtype)
+    rotation, slope, results = torch.empty(shape[0], 4, dtype=torch.complex64), torch.randn(shape).to(dtype), []
+    for how in ("reference", "triton"):
+        monkeypatch.setenv("AMALGAM_KERNELS", how)
+        leaf = x.clone().requires_grad_()
+        out = compress.stored(leaf, rotation, storage)
+        results.append((out.detach(), *torch.autograd.grad(out, leaf, slope)))
+    (expected, right), (found, gradient) = results
+    assert torch.equal(found, expected) and not torch.equal(found, x)
+    torch.testing.assert_close(gradient, right)
+
+
 @pytest.mark.usefixtures("triton")
 def test_no_tokens():
     x, weights, gate_up, down = leaves = [a.requires_grad_() for a in layer(0, 2, 4, 32, 32)]
@@ -193,6 +211,14 @@ def test_no_tokens():
     with torch.no_grad():
         assert low_precision.experts_fp8(x, ids, weights, *quantized(gate_up, down, False), LIMIT).shape == (0, 32)
     assert low_precision.linear_qat(x, gate_up[0]).shape == (0, 64)
+
+
+def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(limits, "is_hopper", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    with pytest.raises(ValueError, match="precision: products in FP8 run on Hopper, not on A100"):
+        limits.check_fp8(torch.device("cuda"))
+    limits.check_fp8(torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("triton")

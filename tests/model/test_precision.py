@@ -11,14 +11,16 @@ from amalgam.model import DeepseekV4
 from amalgam.model.attention import Attention, Indexer
 from amalgam.model.checkpoint import load, save
 from amalgam.model.deepseek_v4 import Experts
-from amalgam.model.precision import round_experts, set_precision
+from amalgam.model.precision import set_precision, store_weights, stored_weights
 from amalgam.settings import FULL, Precision
 
 from .. import tiny
 from ..tiny import CSA, HCA, SWA
 
 V4 = Precision(experts="fp4", indexer="fp4", kv="fp8")
-PARTS = [Precision(experts="fp4"), Precision(indexer="fp4"), Precision(kv="fp8"), V4]
+ALL = Precision(experts="fp4", linear="fp8", indexer="fp4", kv="fp8")
+WEIGHTS = [Precision(experts="fp4"), Precision(experts="fp8"), Precision(linear="fp8")]
+STORAGE = [Precision(indexer="fp4"), Precision(kv="fp8")]
 SIZES = {"moe_intermediate_size": 32, "index_head_dim": 32, "index_topk": 3}
 
 
@@ -59,7 +61,7 @@ def gradients(made: DeepseekV4) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("precision", PARTS, ids=str)
+@pytest.mark.parametrize("precision", [*WEIGHTS, *STORAGE, V4], ids=str)
 def test_every_part_takes_effect_alone(precision: Precision):
     full, low = model().logprobs(*pack()), model(precision).logprobs(*pack())
     assert low.isfinite().all() and 1e-3 < (low - full).abs().max() < 3
@@ -70,7 +72,7 @@ def test_every_part_takes_effect_alone(precision: Precision):
 
 def test_experts_are_their_fp4_values_and_masters_get_the_gradient_of_those():
     """A model whose weights hold the FP4 values is the same model: same log-probs, same gradients, bit for bit."""
-    masters, stored = model(V4), model(Precision(indexer="fp4", kv="fp8"))
+    masters, stored = model(V4), model(V4)
     state = {name: p for name, p in stored.named_parameters() if ".experts." in name}
     assert len(state) == 2 * 3
     with torch.no_grad():
@@ -131,9 +133,10 @@ def test_the_index_score_is_of_rotated_fp4_vectors():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("precision", PARTS, ids=str)
-def test_packed_equals_alone_and_the_cache(precision: Precision):
-    made = model(precision)
+@pytest.mark.parametrize("precision", [WEIGHTS[0], *STORAGE, ALL], ids=str)
+def test_a_learner_s_pack_equals_alone_and_a_sampler_s_chunks_and_steps(precision: Precision):
+    made, sampler = model(precision), model(precision)
+    store_weights(sampler)
     tokens, cu = pack()
     output = made(tokens, cu)
     together = torch.log_softmax(made.logits(output.hidden), -1)
@@ -142,28 +145,48 @@ def test_packed_equals_alone_and_the_cache(precision: Precision):
         document = tokens[start:end]
         alone = made(document, torch.tensor([0, end - start])).hidden
         prompt = 1 + (end - start) // 3
-        output, cache = made.prefill(document[:prompt], torch.tensor([0, prompt]), 64)
-        steps = [output.hidden[-1:], *(made.decode(token.view(1), cache).hidden for token in document[prompt:])]
+        output, cache = sampler.prefill(document[:prompt], torch.tensor([0, prompt]), 64)
+        steps = [output.hidden[-1:], *(sampler.decode(token.view(1), cache).hidden for token in document[prompt:])]
         ours += [alone, *steps]
         theirs += [together[start:end], together[start + prompt - 1 : end]]
     assert_near(torch.log_softmax(made.logits(torch.cat(ours)), -1), torch.cat(theirs))
 
 
 @torch.no_grad()
-def test_rounding_the_experts_once_changes_nothing_that_is_computed():
-    made = model(V4)
-    before = made.logprobs(*pack())
-    masters = experts(made).gate_up_proj.clone()
-    round_experts(made)
-    weight = experts(made).gate_up_proj
-    assert torch.equal(weight, formats.round_fp4(masters)) and not torch.equal(weight, masters)
-    assert torch.equal(made.logprobs(*pack()), before)
-    assert experts(made).weights()[0] is weight  # no work left
-    round_experts(made)
-    assert torch.equal(made.logprobs(*pack()), before)
-    plain = model()
-    round_experts(plain)
-    assert torch.equal(experts(plain).gate_up_proj, masters)
+@pytest.mark.parametrize("precision", [*WEIGHTS, ALL], ids=str)
+def test_stored_weights_give_the_learner_s_bits(precision: Precision):
+    learner, sampler = model(precision), model(precision)
+    store_weights(sampler)
+    expected = learner.logprobs(*pack())
+    assert torch.equal(sampler.logprobs(*pack()), expected)
+    store_weights(sampler)  # nothing is left to do
+    sampler.bfloat16().float()  # only what is no code is cast
+    for name, stored in stored_weights(sampler).items():
+        again = stored_weights(sampler)[name].state_dict()
+        assert all(torch.equal(tensor, again[part]) for part, tensor in stored.state_dict().items())
+    with pytest.raises(ValueError, match="the model's weights are stored in low precision"):
+        set_precision(sampler, FULL)
+
+
+@torch.no_grad()
+def test_what_is_stored_takes_the_place_of_masters():
+    """Half a byte a number of experts and a byte a group of 32; a byte a number of what is FP8."""
+    made, full = model(ALL), model()
+    masters = {name: p.clone() for name, p in made.named_parameters()}
+    store_weights(made)
+    stored = stored_weights(made)
+    assert len(stored) == 3 * (2 + 3 + 5) + 1  # of each layer's experts, shared expert and attention; of an indexer
+    assert masters.keys() - dict(made.named_parameters()).keys() == stored.keys()
+    for name, module in stored.items():
+        sizes = {part: tensor.numel() for part, tensor in module.named_buffers()}
+        numbers = masters[name].numel()
+        if ".experts." in name:
+            assert sizes["packed"] == numbers // 2 and sizes["groups"] == numbers // 32
+            assert torch.equal(module.experts().packed.flatten(), formats.quantize_fp4(masters[name])[0].flatten())  # pyright: ignore
+        elif "o_a_proj" not in name:
+            assert sizes["codes"] == numbers
+    store_weights(full)
+    assert not stored_weights(full)
 
 
 def test_load_takes_a_precision_and_refuses_sizes_that_do_not_fit(tmp_path):
@@ -172,6 +195,11 @@ def test_load_takes_a_precision_and_refuses_sizes_that_do_not_fit(tmp_path):
     assert loaded.precision == V4
     with torch.no_grad():
         assert torch.equal(loaded.logprobs(*pack()), model(V4).logprobs(*pack()))
+    stored, expected = load(tmp_path / "fits", precision=V4, stored=True), model(V4)
+    store_weights(expected)
+    for name, tensor in stored.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name
+    assert len(stored_weights(stored)) == 2 * 3 and not any(p.requires_grad for p in stored.parameters())
     save(loaded, tmp_path / "again")  # the masters, not what is stored of them
     for name, tensor in load(tmp_path / "again").state_dict().items():
         assert torch.equal(tensor, model().state_dict()[name])

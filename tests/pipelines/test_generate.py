@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from amalgam.model import end_ids, load, save
 from amalgam.model.config import PRESETS
-from amalgam.model.precision import round_experts
+from amalgam.model.precision import store_weights
 from amalgam.model.template import speaker
 from amalgam.pipelines import generate
 from amalgam.pipelines.cli import app
@@ -154,7 +154,8 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             ["--precision", LOW],
             None,
-            f"out: its rows were made with precision experts=full,indexer=full,kv=full, not {LOW}",
+            "out: its rows were made with precision experts=full,linear=full,indexer=full,kv=full, "
+            "not experts=fp4,linear=full,indexer=fp4,kv=fp8",
         ),
         ([], ("in", '"a"', '"c"'), "out:1: not the answer to row 1 of the prompts"),
         ([], ("in", '"id": 1}\n{', '"id": 1.0}\n{'), "out:1: not the answer to row 1 of the prompts"),
@@ -206,7 +207,7 @@ def test_more_prompts_go_on_and_low_precision_answers_differ(answered: Path, tmp
     assert (folder / "out").read_text().startswith(first) and len(read(folder / "out")) == 3
     assert amalgam("generate", "tiny", *flags, folder / "low", "--precision", LOW).exit_code == 0
     model = load("tiny", precision=Precision(experts="fp4", indexer="fp4", kv="fp8"))
-    round_experts(model)
+    store_weights(model)
     encoding, tokenizer = speaker(PRESETS / "tiny")
     prompt = np.array(encoding.prompt_ids(tokenizer, [{"role": "user", "content": "c"}]), "int32")
     limits = {"temperature": 1.0, "max_new_tokens": 3, "seed": 5, "version": 0}

@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from amalgam.model.precision import set_precision, store_weights
 from amalgam.rl import sync
+from amalgam.settings import Precision
+
+from .. import tiny
 
 
 class Toy(nn.Module):
@@ -52,6 +56,32 @@ def test_two_updates_in_a_row_in_place():
         assert bundle.version == version
     assert places == {name: tensor.data_ptr() for name, tensor in worker.state_dict().items()}
     assert worker.derived.tolist() == [1.0] * 4, "a buffer outside the state dict is the receiver's own"
+
+
+def test_what_is_stored_in_low_precision_is_rounded_again_in_place():
+    learner, worker, same_as = (tiny.model(seed, moe_intermediate_size=32) for seed in (0, 1, 0))
+    for each in (learner, worker, same_as):
+        set_precision(each, Precision(experts="fp4", linear="fp8"))
+    store_weights(worker)
+    places = {name: tensor.data_ptr() for name, tensor in worker.state_dict().items()}
+    for version in (1, 2):
+        with torch.no_grad():
+            for mine, theirs in zip(learner.parameters(), same_as.parameters(), strict=True):
+                theirs.copy_(mine.mul_(0.7))
+        sync.load(worker, through_the_object_store(sync.pack(learner, version)))
+        if version == 2:
+            store_weights(same_as)
+            assert same(worker, same_as)
+    assert places == {name: tensor.data_ptr() for name, tensor in worker.state_dict().items()}
+    bundle = sync.pack(learner, 3)
+    (entry,) = [e for e in bundle.manifest if e.name == "model.layers.1.mlp.experts.down_proj"]
+    data = bundle.data.copy()
+    data[entry.offset + 3] ^= 1
+    with pytest.raises(sync.SyncError, match=rf"^{entry.name}: checksum differs .*version 3"):
+        sync.load(worker, replace(bundle, data=data))
+    learner.model.layers[1].mlp.experts.bfloat16()  # pyright: ignore
+    with pytest.raises(sync.SyncError, match=r"experts.*: bfloat16 .* was sent, float32 .* is here"):
+        sync.load(worker, sync.pack(learner, 3))
 
 
 def test_checksum_sees_a_flipped_bit():
