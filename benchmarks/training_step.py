@@ -41,8 +41,8 @@ GROUPS = {
     "norms and RoPE": "norm",
     "row-invariant products": "linear",
     "router, sorting": "router moe_rows",
-    "experts": "moe moe_backward",
-    "low precision": "fp8 fp8_experts hopper_fp8 storage",
+    "experts": "moe moe_backward fp8_experts",
+    "low precision": "fp8 hopper_fp8 storage",
     "hyper-connections": "hyper hyper_backward",
     "losses over the vocabulary": "losses vocabulary",
 }  # by modules of kernels/fused
