@@ -14,7 +14,7 @@ TILE = 4096  # numbers of a program
 
 
 @triton.jit
-def _store(x, y, rows, plain, R: tl.constexpr, D: tl.constexpr, TURN: tl.constexpr, FP4: tl.constexpr):
+def _store_rounded(x, y, rows, plain, R: tl.constexpr, D: tl.constexpr, TURN: tl.constexpr, FP4: tl.constexpr):
     """y: the first `plain` channels of x [rows, D] in FP8; or, if TURN, x rotated and, if FP4, then rounded.
 
     Limited by memory: 4 bytes a number of bf16.
@@ -36,7 +36,7 @@ def _stored(x: Tensor, plain: int, turn: bool, fp4: bool) -> Tensor:
     check_width("channels", width, least=8)
     if rows := x.numel() // width:
         height = max(TILE // width, 1)
-        _store[(triton.cdiv(rows, height),)](
+        _store_rounded[(triton.cdiv(rows, height),)](
             x.contiguous(), y, rows, plain, R=height, D=width, TURN=turn, FP4=fp4, num_warps=4, **SAME_BITS
         )
     return y
