@@ -64,10 +64,9 @@ def muon_step(
     found = []  # of each run: its part of master, gradient, momentum, weight
     for *tensors, of_one in zip(masters, gradients, momenta, weights, runs, strict=True):
         found += zip(*(repeat(None) if x is None else split(x, of_one) for x in tensors), strict=False)
-    # The largest first: meanwhile the host launches the others.
-    for stack in sorted(
-        stacks([each[0] for each in found]), key=lambda stack: -sum(found[i][0].numel() for i in stack)
-    ):
+    of_a_shape = stacks([each[0] for each in found])
+    largest_first = sorted(of_a_shape, key=lambda stack: -sum(found[i][0].numel() for i in stack))
+    for stack in largest_first:  # whose products run while the host launches the others
         p, g, held, w = zip(*(found[i] for i in stack), strict=True)
         ahead = torch.empty(sum(map(len, p)), *p[0].shape[1:], dtype=dtype, device=norm.device)
         for types, each in by_type([held, g, ahead.split([*map(len, p)])], [1, 2]):
