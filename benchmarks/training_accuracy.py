@@ -179,7 +179,7 @@ def stepped(weight: Tensor, grad: Tensor) -> Tensor:
     weight, momentum, (count, n, m) = weight.clone(), torch.zeros_like(weight), weight.shape
     for _ in range(2):
         norm, lists = torch.linalg.vector_norm(grad), ([weight], [grad], [momentum], [None])
-        muon_step(*lists, norm, matrices=[[(n, m)] * count], lr=0.1, clip=1e30, dtype=torch.float32)
+        muon_step(*lists, norm, runs=[[(count, n, m)]], lr=0.1, clip=1e30, dtype=torch.float32)
     return weight
 
 

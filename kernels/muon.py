@@ -5,7 +5,7 @@ A matrix here is whatever is orthogonalized by itself: one expert, one half of a
 to say, what goes to AdamW and who holds whole matrices the learner's (`rl/optimizer.py`, `rl/shards.py`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -17,6 +17,7 @@ from .dispatch import fused
 # Eight steps that bring every singular value near 1, and two that bring it to 1: a, b, c of a X + b XXᵀX + c (XXᵀ)²X.
 STEPS = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 GAIN = 0.18  # of an update's root mean square, AdamW's: one learning rate serves both
+Run = tuple[int, int, int]  # matrices of one shape that lie one after another: how many, their rows, their columns
 BATCH = 1 << 28  # numbers that are orthogonalized together, unless one tensor has more
 
 
@@ -73,7 +74,7 @@ def muon_step(
     weights: Sequence[Tensor | None],
     norm: Tensor,
     *,
-    matrices: Sequence[Sequence[tuple[int, int]]],
+    runs: Sequence[Sequence[Run]],
     lr: float,
     momentum: float = 0.95,
     weight_decay: float = 0.1,
@@ -82,20 +83,20 @@ def muon_step(
 ) -> None:
     """One step in place, of fp32 masters and momenta; gradients are bf16 or fp32, and are kept.
 
-    `matrices`: rows and columns of each of a parameter's, in the order of its memory. Newton-Schulz runs in `dtype`.
+    `runs`: of each parameter's matrices (`runs_of`). Newton-Schulz runs in `dtype`.
     `norm`, `clip` and `weights` are those of `adamw.adamw_step`: where the norm is not finite, nothing changes.
     """
     if fused(norm):
         from .fused.muon import muon_step as kernel
 
         lists = (masters, gradients, momenta, weights)
-        return kernel(*lists, norm, matrices, lr, momentum, weight_decay, clip, dtype)
+        return kernel(*lists, norm, runs, lr, momentum, weight_decay, clip, dtype)
     if not norm.isfinite():
         return None
     clipped = [g.to(p.dtype) * clip_factor(norm, clip) for p, g in zip(masters, gradients, strict=True)]
 
     def updates(tensors: Sequence[Tensor]) -> None:
-        to_updates([part for x, each in zip(tensors, matrices, strict=True) for part in split(x, each)], dtype)
+        to_updates([part for x, each in zip(tensors, runs, strict=True) for part in split(x, each)], dtype)
 
     step_with(updates, masters, clipped, momenta, lr=lr, momentum=momentum, weight_decay=weight_decay)
     for p, weight in zip(masters, weights, strict=True):
@@ -127,11 +128,15 @@ def step_with(
         weight.mul_(1 - lr * weight_decay).sub_(update, alpha=lr)
 
 
-def split(x: Tensor, matrices: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """The matrices of a whole parameter, those of one shape that follow each other together: views [count, n, m]."""
-    alike = [(len(list(run)), shape) for shape, run in groupby(matrices)]
-    parts = x.view(-1).split([count * n * m for count, (n, m) in alike])
-    return [part.view(count, *shape) for part, (count, shape) in zip(parts, alike, strict=True)]
+def runs_of(matrices: Iterable[tuple[int, int]]) -> list[Run]:
+    """The runs of a parameter's matrices, whose rows and columns are given in the order of its memory."""
+    return [(len(list(run)), *shape) for shape, run in groupby(matrices)]
+
+
+def split(x: Tensor, runs: Sequence[Run]) -> list[Tensor]:
+    """The runs of a whole parameter, as views."""
+    parts = x.view(-1).split([count * n * m for count, n, m in runs])
+    return [part.view(run) for part, run in zip(parts, runs, strict=True)]
 
 
 def stacks(tensors: Sequence[Tensor]) -> Iterator[list[int]]:

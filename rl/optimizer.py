@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..kernels.adamw import MOMENTS, adamw_step, gradient_norm
-from ..kernels.muon import muon_step, step_with, to_updates
+from ..kernels.muon import muon_step, runs_of, step_with, to_updates
 from ..model.matrices import Matrices
 from .settings import Optimization
 from .shards import Shards
@@ -68,6 +68,7 @@ class Muon(AdamW):
     def __init__(self, groups: list[dict], matrices: dict[Tensor, Matrices], dtype: torch.dtype, **adamw: Any):
         super().__init__(groups, **adamw)
         self._matrices, self._dtype = matrices, dtype
+        self._runs = {p: runs_of(each) for p, each in matrices.items()}
         self._shards: dict[Tensor, Shards] = {}
 
     @torch.no_grad()
@@ -99,9 +100,9 @@ class Muon(AdamW):
         if "momentum" not in group:
             return super()._take(group, gradients, weights, norm, step, clip)
         held = group["params"]
-        momenta, matrices = [self.state[p]["momentum"] for p in held], [self._matrices[p] for p in held]
+        momenta = [self.state[p]["momentum"] for p in held]
         settings = {key: group[key] for key in ("lr", "momentum", "weight_decay")}
-        more = {"matrices": matrices, "dtype": self._dtype, "clip": clip}
+        more = {"runs": [self._runs[p] for p in held], "dtype": self._dtype, "clip": clip}
         return muon_step(held, gradients, momenta, weights, norm, **settings, **more)
 
     def shard(self, zero: Any, stage: int, rank: int) -> None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..muon import GAIN, newton_schulz, split, stacks
+from ..muon import GAIN, Run, newton_schulz, split, stacks
 from .lists import BLOCK, WARPS, by_type, clipping, part, place
 
 
@@ -54,19 +54,20 @@ def muon_step(
     momenta: Sequence[Tensor],
     weights: Sequence[Tensor | None],
     norm: Tensor,
-    matrices: Sequence[Sequence[tuple[int, int]]],
+    runs: Sequence[Sequence[Run]],
     lr: float,
     momentum: float,
     weight_decay: float,
     clip: float,
     dtype: torch.dtype,
 ) -> None:
-    runs = []  # of matrices of one shape: their part of master, gradient, momentum, weight
-    for *tensors, shapes in zip(masters, gradients, momenta, weights, matrices, strict=True):
-        runs += zip(*(repeat(None) if x is None else split(x, shapes) for x in tensors), strict=False)
-    # The largest first: meanwhile the host launches the others.
-    for stack in sorted(stacks([run[0] for run in runs]), key=lambda stack: -sum(runs[i][0].numel() for i in stack)):
-        p, g, held, w = zip(*(runs[i] for i in stack), strict=True)
+    found = []  # of each run: its part of master, gradient, momentum, weight
+    for *tensors, of_one in zip(masters, gradients, momenta, weights, runs, strict=True):
+        found += zip(*(repeat(None) if x is None else split(x, of_one) for x in tensors), strict=False)
+    of_a_shape = stacks([each[0] for each in found])
+    largest_first = sorted(of_a_shape, key=lambda stack: -sum(found[i][0].numel() for i in stack))
+    for stack in largest_first:  # whose products run while the host launches the others
+        p, g, held, w = zip(*(found[i] for i in stack), strict=True)
         ahead = torch.empty(sum(map(len, p)), *p[0].shape[1:], dtype=dtype, device=norm.device)
         for types, each in by_type([held, g, ahead.split([*map(len, p)])], [1, 2]):
             _ahead[each.grid](

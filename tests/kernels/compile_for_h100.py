@@ -294,9 +294,9 @@ def optimizer_step() -> None:
 
 def muon_steps() -> None:
     """Of experts' matrices, wide and tall."""
-    wide, weight, shapes = meta(64, 512, 1024, dtype=FP32), meta(64, 512, 1024), [(512, 1024)] * 32 + [(1024, 512)] * 32
+    wide, weight, runs = meta(64, 512, 1024, dtype=FP32), meta(64, 512, 1024), [(32, 512, 1024), (32, 1024, 512)]
     norm = meta(1, dtype=FP32)
-    muon.muon_step([wide], [weight], [wide], [weight], norm, [shapes], 1e-4, 0.95, 0.1, 1.0, torch.bfloat16)
+    muon.muon_step([wide], [weight], [wide], [weight], norm, [runs], 1e-4, 0.95, 0.1, 1.0, torch.bfloat16)
     for y in (meta(64, 512, 1024), meta(64, 1024, 512).mT):
         symmetric.product(symmetric.product(y), 3.4445, -4.775, 2.0315)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from amalgam.kernels import muon
 from amalgam.kernels.adamw import gradient_norm
 from amalgam.kernels.fused.symmetric import product
-from amalgam.kernels.muon import muon_step, newton_schulz, step_with, to_updates
+from amalgam.kernels.muon import muon_step, newton_schulz, runs_of, step_with, to_updates
 
 in_fp32 = partial(to_updates, dtype=torch.float32)
 
@@ -100,7 +100,8 @@ def test_an_update_has_adamws_size():
 
 
 MATRICES = [[(16, 24)] * 6, [(8, 24), (8, 24), (3, 24)], [(24, 16)], [(7, 5)]]  # the last in no multiples of 16 bytes
-SETTINGS: Any = {"matrices": MATRICES, "lr": 0.03, "weight_decay": 0.2, "clip": 2.0, "dtype": torch.float32}
+RUNS = [runs_of(each) for each in MATRICES]
+SETTINGS: Any = {"runs": RUNS, "lr": 0.03, "weight_decay": 0.2, "clip": 2.0, "dtype": torch.float32}
 
 
 def made() -> Any:
