@@ -128,12 +128,13 @@ def _bounds(
 
 
 @triton.jit
-def _sum_parts(parts, out, count, size, SHARES: tl.constexpr, C: tl.constexpr):
-    """The first `count` numbers of `parts` [SHARES, size], summed in their order."""
+def _sum_parts(parts, out, count, size, shares, C: tl.constexpr):
+    """The first `count` numbers of `parts` [shares, size], summed in their order."""
     at = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
     sums = tl.load(parts + at, mask=at < count, other=0.0)
-    for i in range(1, SHARES):
-        sums += tl.load(parts + i * size + at, mask=at < count, other=0.0)
+    for _ in range(1, shares):
+        parts += size
+        sums += tl.load(parts + at, mask=at < count, other=0.0)
     tl.store(out + at, sums, mask=at < count)
 
 
@@ -203,7 +204,7 @@ def of_rows(q: Tensor, rows: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, s
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     out = torch.empty_like(rows)
-    _sum_parts[(triton.cdiv(out.numel(), 1024),)](parts, out, out.numel(), parts[0].numel(), SHARES=shares, C=1024)
+    _sum_parts[(triton.cdiv(out.numel(), 1024),)](parts, out, out.numel(), parts[0].numel(), shares, C=1024)
     return out
 
 
