@@ -42,7 +42,7 @@ GROUPS = {
     "row-invariant products": "linear",
     "router, sorting": "router moe_rows",
     "experts": "moe moe_backward",
-    "hyper-connections": "hyper hyper_backward",
+    "hyper-connections": "hyper hyper_backward hopper_hyper",
     "losses over the vocabulary": "losses vocabulary",
 }  # by modules of kernels/fused
 OTHERS = {
