@@ -6,7 +6,8 @@ to a gradient passes through shared memory, to get there from the layout of the 
 multiprocessor: while the warps of one wait for each other, those of the other compute.
 """
 
-import triton
+import math
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -230,7 +231,7 @@ def streams_kernel(
 def programs(old: Tensor) -> int:
     """Of each slice of channels: so many that each multiprocessor has two."""
     tokens, _, d = old.shape
-    return max(min(2 * multiprocessors(old.device) // (d // CHANNELS), triton.cdiv(tokens, TOKENS)), 1)
+    return max(min(2 * multiprocessors(old.device) // (d // CHANNELS), math.ceil(tokens / TOKENS)), 1)
 
 
 def _described(x: Tensor) -> TensorDescriptor:
