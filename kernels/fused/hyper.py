@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .launch import SAME_BITS, check_dtypes, next_power, precision
 from .launch import STEP as LEAST
+from .sinkhorn import normalized, softmax
 
 GROUP = 64  # tokens that are mixed at once
 ROWS, CHANNELS = 32, 256  # of a tile; its channels of each stream
@@ -162,38 +163,6 @@ def _expand(
     tl.store(parts + o[:, None] * GROUP + r[None, :], logits_OT, mask=(o < LOGITS)[:, None])
     for i in tl.static_range(N * (N + 1) // 2):
         tl.store(parts + (LOGITS + i) * GROUP + r, tl.sum(pairs[i], 1))
-
-
-@triton.jit
-def normalized(m, eps, AXIS: tl.constexpr, N: tl.constexpr):
-    """m, a tuple of N x N, over the N sums along an axis, plus eps; and what it was divided by."""
-    sums, factors, new = (), (), ()
-    for i in tl.static_range(N):
-        total = m[i * N if AXIS else i]
-        for e in tl.static_range(1, N):
-            total += m[i * N + e if AXIS else e * N + i]
-        sums = sums + (total + eps,)
-        factors = factors + (1 / sums[i],)
-    for i in tl.static_range(N * N):
-        new = new + (m[i] * factors[i // N if AXIS else i % N],)
-    return new, sums
-
-
-@triton.jit
-def softmax(logits, eps, N: tl.constexpr):
-    """Of each row of a tuple of N x N, plus eps."""
-    new = ()
-    for j in tl.static_range(N):
-        most = logits[j * N]
-        for k in tl.static_range(1, N):
-            most = tl.maximum(most, logits[j * N + k])
-        exps, total = (), tl.zeros_like(most)
-        for k in tl.static_range(N):
-            exps = exps + (tl.exp(logits[j * N + k] - most),)
-            total += exps[k]
-        for k in tl.static_range(N):
-            new = new + (exps[k] / total + eps,)
-    return new
 
 
 @triton.jit
@@ -346,7 +315,7 @@ def site_forward(
     new = streams if update is None else torch.empty_like(streams)
     groups, tiles = triton.cdiv(tokens, GROUP), sizes.slices * (GROUP // ROWS)
     totals, pre = fn.new_empty(sizes.outs, tokens), fn.new_empty(n, tokens)
-    made = (fn.new_empty(n, tokens), fn.new_empty(n, n, tokens)) if sizes.LOGITS > n else (pre, pre)
+    made = (fn.new_empty(n, tokens), fn.new_empty(n, n, tokens)) if n < sizes.LOGITS else (pre, pre)
     counts = fn.new_empty(1 + 2 * groups, dtype=torch.int32)
     result = Result(new, streams.new_empty(tokens, d), totals, pre, fn.new_empty(tokens), *made, counts)
     if tokens:

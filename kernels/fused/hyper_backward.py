@@ -17,27 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import hopper_hyper, hyper
-from .hyper import Sizes, Update, columns, expanded, normalized, pair, softmax, tiles
+from .hyper import Sizes, Update, columns, expanded, pair, tiles
 from .launch import is_hopper, next_power, precision
+from .sinkhorn import normalized, softmax, undone
 
 ROWS, STEP = 32, 64  # tokens and channels of a tile
 PROGRAMS = 132  # of tiles: their registers leave one on each of an H100's multiprocessors
 PARTS, BLOCK = 16, 128  # rows and columns that are added at once
-
-
-@triton.jit
-def _undone(m, g, sums, AXIS: tl.constexpr, N: tl.constexpr):
-    """What `normalized` was given, and its gradient, from what it gave, that one's gradient and the N divisors."""
-    before, of_before, factors, dots = (), (), (), ()
-    for i in tl.static_range(N):
-        dot = m[i * N if AXIS else i] * g[i * N if AXIS else i]
-        for e in tl.static_range(1, N):
-            dot = tl.fma(m[i * N + e if AXIS else e * N + i], g[i * N + e if AXIS else e * N + i], dot)
-        dots, factors = dots + (dot,), factors + (1 / sums[i],)
-    for i in tl.static_range(N * N):
-        before = before + (m[i] * sums[i // N if AXIS else i % N],)
-        of_before = of_before + ((g[i] - dots[i // N if AXIS else i % N]) * factors[i // N if AXIS else i % N],)
-    return before, of_before
 
 
 @triton.jit
@@ -57,9 +43,9 @@ def _through_sinkhorn(logits, g, sums, t, real, tokens, eps, N: tl.constexpr, IT
     for back in tl.range(1, ITERATIONS):
         at = sums + 2 * (ITERATIONS - back) * N * tokens
         divisors, of_rows = columns(at, t, real, tokens, N, 1.0), columns(at - N * tokens, t, real, tokens, N, 1.0)
-        m, g = _undone(m, g, divisors, 0, N)
-        m, g = _undone(m, g, of_rows, 1, N)
-    m, g = _undone(m, g, columns(sums, t, real, tokens, N, 1.0), 0, N)
+        m, g = undone(m, g, divisors, 0, N)
+        m, g = undone(m, g, of_rows, 1, N)
+    m, g = undone(m, g, columns(sums, t, real, tokens, N, 1.0), 0, N)
     of_logits = ()
     for j in tl.static_range(N):
         dot = g[j * N] * (first[j * N] - eps)
