@@ -47,7 +47,7 @@ GROUPS = {
     "experts": "moe moe_backward swiglu fp8_experts",
     "embedding": "embedding",
     "low precision": "fp8 hopper_fp8 storage",
-    "hyper-connections": "hyper hyper_backward",
+    "hyper-connections": "hyper hyper_backward hopper_hyper",
     "losses over the vocabulary": "losses vocabulary",
     "optimizer": "adamw muon",
 }  # by modules of kernels/fused

@@ -1,11 +1,11 @@
 """Triton kernels of hyper-connections, forward: a sublayer's output into the streams, and the next sublayer's input.
 
 A site is what lies between two sublayers; one launch does it, in tiles of ROWS tokens and CHANNELS channels of each of
-the n streams. A tile is first expanded: its new streams, their products with `fn` and with one another. The program that
-finds itself the last of a group of tokens sums those up and mixes: gates and Sinkhorn-Knopp. Then tiles of the group are
-collapsed and normed; what they read of the new streams is still in the L2 cache.
+the n streams. A tile is first expanded: its new streams, their products with `fn` and with one another. The program
+that finds itself the last of a group of tokens sums those up and mixes: gates and Sinkhorn-Knopp. Then tiles of the
+group are collapsed and normed; what they read of the new streams is still in the L2 cache.
 
-Programs take their tile from a counter, so that whatever a program waits for was taken by one that runs already.
+Programs take their tiles from a counter, so that whatever a program waits for was taken by one that runs already.
 
 The collapse's norm is a quadratic form of the streams' products with one another: no sum over its result is needed.
 The number of tokens is not told to the compiler, which would lay out sums in another way where it divides by 16.
@@ -21,13 +21,21 @@ from torch import Tensor
 
 from .launch import SAME_BITS, check_dtypes, next_power, precision
 from .launch import STEP as LEAST
+from .sinkhorn import normalized, softmax
 
-GROUP = 128  # tokens that are mixed at once
-ROWS = 64  # of them, in a tile
-CHANNELS = 128  # of each stream, in a tile
+GROUP = 64  # tokens that are mixed at once
+ROWS, CHANNELS = 32, 256  # of a tile; its channels of each stream
 STEP = 64  # of them, at a time
+REGISTERS = 128  # of a thread: two programs of eight warps on a multiprocessor
 LAG = 640  # tiles taken before the first is collapsed: those that run at once and a few, to fit into the L2 cache
 STREAMS = 1, 2, 4  # for which there are kernels
+
+
+@triton.constexpr_function
+def pair(j: int, k: int, n: int) -> int:
+    """Where the product of streams j and k is among those of 0 and 0, 0 and 1, ..., 1 and 1, ..."""
+    j, k = min(j, k), max(j, k)
+    return j * n - j * (j + 1) // 2 + k
 
 
 @triton.jit
@@ -95,7 +103,7 @@ def dots(sums, left, right):
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["marks"])
 def _prepare(fn, halves, counts, size, marks, BLOCK: tl.constexpr, SPLIT: tl.constexpr):
     """The bf16 nearest to each number of fn, then those nearest to what that leaves: up to 2^-18 is lost; zeros."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -147,7 +155,7 @@ def _expand(
         sums = ()
         for j in tl.static_range(N):
             for k in tl.static_range(j, N):
-                sums = sums + (dots(pairs[j * N - j * (j + 1) // 2 + k], eighths[j], eighths[k]),)
+                sums = sums + (dots(pairs[pair(j, k, N)], eighths[j], eighths[k]),)
         pairs = sums
     o, r = tl.arange(0, OUT), tl.arange(0, ROWS)
     logits_OT = tl.sum(tl.reshape(logits_PT, [PARTS, OUT, ROWS]), 0)
@@ -155,38 +163,6 @@ def _expand(
     tl.store(parts + o[:, None] * GROUP + r[None, :], logits_OT, mask=(o < LOGITS)[:, None])
     for i in tl.static_range(N * (N + 1) // 2):
         tl.store(parts + (LOGITS + i) * GROUP + r, tl.sum(pairs[i], 1))
-
-
-@triton.jit
-def normalized(m, eps, AXIS: tl.constexpr, N: tl.constexpr):
-    """m, a tuple of N x N, over the N sums along an axis, plus eps; and what it was divided by."""
-    sums, factors, new = (), (), ()
-    for i in tl.static_range(N):
-        total = m[i * N if AXIS else i]
-        for l in tl.static_range(1, N):
-            total += m[i * N + l if AXIS else l * N + i]
-        sums = sums + (total + eps,)
-        factors = factors + (1 / sums[i],)
-    for i in tl.static_range(N * N):
-        new = new + (m[i] * factors[i // N if AXIS else i % N],)
-    return new, sums
-
-
-@triton.jit
-def softmax(logits, eps, N: tl.constexpr):
-    """Of each row of a tuple of N x N, plus eps."""
-    new = ()
-    for j in tl.static_range(N):
-        most = logits[j * N]
-        for k in tl.static_range(1, N):
-            most = tl.maximum(most, logits[j * N + k])
-        exps, total = (), tl.zeros_like(most)
-        for k in tl.static_range(N):
-            exps = exps + (tl.exp(logits[j * N + k] - most),)
-            total += exps[k]
-        for k in tl.static_range(N):
-            new = new + (exps[k] / total + eps,)
-    return new
 
 
 @triton.jit
@@ -200,15 +176,16 @@ def _mix(
     o, r = tl.arange(0, SUMS)[:, None], tl.arange(0, GROUP)
     t = group.to(tl.int64) * GROUP + r
     real = t < tokens
-    sums_OT = tl.load(parts + o * GROUP + r[None, :], mask=o < OUTS, other=0.0)
-    for s in tl.range(1, SLICES, loop_unroll_factor=4):
-        sums_OT += tl.load(parts + (s * OUTS + o) * GROUP + r[None, :], mask=o < OUTS, other=0.0)
-    tl.store(totals + o * tokens + t[None, :], sums_OT, mask=(o < OUTS) & real[None, :])
+    real_OT = (o < OUTS) & real[None, :]
+    sums_OT = tl.zeros([SUMS, GROUP], tl.float32)
+    for s in tl.range(0, SLICES, loop_unroll_factor=4):
+        sums_OT += tl.load(parts + (s * OUTS + o) * GROUP + r[None, :], mask=real_OT, other=0.0)
+    tl.store(totals + o * tokens + t[None, :], sums_OT, mask=real_OT)
     tl.debug_barrier()
     found = columns(totals, t, real, tokens, OUTS)
     squares = tl.zeros([GROUP], tl.float32)
     for j in tl.static_range(N):
-        squares += found[LOGITS + j * N - j * (j + 1) // 2 + j]
+        squares += found[LOGITS + pair(j, j, N)]
     rms = tl.rsqrt(squares / (N * D) + norm_eps)
     gates = ()
     for j in tl.static_range(N):
@@ -217,7 +194,7 @@ def _mix(
     squares = tl.zeros([GROUP], tl.float32)
     for j in tl.static_range(N):
         for k in tl.static_range(j, N):
-            product = gates[j] * gates[k] * found[LOGITS + j * N - j * (j + 1) // 2 + k]
+            product = gates[j] * gates[k] * found[LOGITS + pair(j, k, N)]
             squares += product if j == k else 2 * product
     tl.store(factor + t, tl.rsqrt(tl.maximum(squares, 0.0) / D + norm_eps), mask=real)
     tl.debug_barrier()
@@ -317,12 +294,12 @@ class Sizes(NamedTuple):
 class Result(NamedTuple):
     new: Tensor  # the streams [T, n, d]
     x: Tensor  # [T, d]
-    totals: Tensor  # [logits + n (n + 1) / 2, T]: fn times the streams; the streams' products: of 0 and 0, 0 and 1, ...
+    totals: Tensor  # [logits + n (n + 1) / 2, T]: fn times the streams; streams' products, of 0 and 0, 0 and 1, ...
     pre: Tensor  # [n, T]
     factor: Tensor  # [T], of the norm of what the streams collapse to
     post: Tensor  # [n, T]
     comb: Tensor  # [n, n, T]
-    counts: Tensor  # of tiles that are done: 1 + 2 groups, the last third for the backward
+    counts: Tensor  # [1 + 2 groups]: tiles taken; of each group, those that are done, and in the backward
 
 
 Update = tuple[Tensor, Tensor, Tensor]  # an output [T, d], its post [n, T] and comb [n, n, T]
@@ -332,37 +309,31 @@ def site_forward(
     streams: Tensor, update: Update | None, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor,
     iterations: int, norm_eps: float, eps: float,
 ) -> Result:  # fmt: skip
-    """`kernels.hyper.enter` and, for fn of n rows, `leave`; what is no result then is left as it was."""
+    """`kernels.hyper.enter` and, for fn of n rows, `leave`; what is no result then means nothing."""
     tokens, n, d = streams.shape
     sizes = check(streams, update, fn)
     new = streams if update is None else torch.empty_like(streams)
-    groups = triton.cdiv(tokens, GROUP)
-    wide = fn.new_empty(sizes.outs + n + 1 + (n + n * n if fn.shape[0] > n else 0), tokens)
-    totals, pre, factor, post, comb = wide.split([sizes.outs, n, 1, *([n, n * n] if fn.shape[0] > n else [0, 0])])
+    groups, tiles = triton.cdiv(tokens, GROUP), sizes.slices * (GROUP // ROWS)
+    totals, pre = fn.new_empty(sizes.outs, tokens), fn.new_empty(n, tokens)
+    made = (fn.new_empty(n, tokens), fn.new_empty(n, n, tokens)) if n < sizes.LOGITS else (pre, pre)
     counts = fn.new_empty(1 + 2 * groups, dtype=torch.int32)
-    result = Result(
-        new, streams.new_empty(tokens, d), totals, pre, factor[0], post, comb.view(len(comb) // n, n, tokens), counts
-    )
+    result = Result(new, streams.new_empty(tokens, d), totals, pre, fn.new_empty(tokens), *made, counts)
     if tokens:
-        low = streams.dtype == torch.bfloat16
-        halves = fn.new_empty(2, *fn.shape, dtype=torch.bfloat16) if low else fn
-        
+        split = streams.dtype == torch.bfloat16
+        halves = fn.new_empty(2, *fn.shape, dtype=torch.bfloat16) if split else fn
         _prepare[(triton.cdiv(max(fn.numel(), counts.numel()), 1024),)](
-            fn, halves, counts, fn.numel(), counts.numel(), BLOCK=1024, SPLIT=low, num_warps=4
+            fn, halves, counts, fn.numel(), counts.numel(), BLOCK=1024, SPLIT=split, num_warps=4
         )
-        tiles = sizes.slices * (GROUP // ROWS)
-        parts, lag = fn.new_empty(groups, sizes.slices, sizes.outs, GROUP), min(triton.cdiv(LAG, 2 * tiles), groups)
+        parts, lag = fn.new_empty(groups, sizes.slices, sizes.outs, GROUP), min(groups, triton.cdiv(LAG, 2 * tiles))
         _site[((groups + lag) * tiles * 2,)](
-            streams, *(update or (fn, fn, fn)), halves, base, scale, weight, new, parts, *result[2:7],
-            result.x, counts, tokens, lag, norm_eps, eps, *sizes, OUT=sizes.out, SUMS=next_power(sizes.outs),
-            SLICES=sizes.slices, ITERATIONS=iterations, GROUP=GROUP, ROWS=ROWS, STEP=math.gcd(d, STEP), CHANNELS=CHANNELS,
-            PENDING=update is not None, PRECISION=precision(streams.dtype), num_warps=WARPS, num_stages=STAGES,
-            **SAME_BITS, **MORE,
+            streams, *(update or (fn, fn, fn)), halves, base, scale, weight, new, parts, *result[2:7], result.x, counts,
+            tokens, lag, norm_eps, eps, *sizes, OUT=sizes.out, SUMS=next_power(sizes.outs), SLICES=sizes.slices,
+            ITERATIONS=iterations, GROUP=GROUP, ROWS=ROWS, STEP=math.gcd(d, STEP), CHANNELS=CHANNELS,
+            PENDING=update is not None, PRECISION=precision(streams.dtype), num_warps=8, num_stages=1,
+            maxnreg=REGISTERS, **SAME_BITS,
         )  # fmt: skip
     return result
 
-WARPS, STAGES = 8, 1
-MORE = {}
 
 def check(streams: Tensor, update: Update | None, fn: Tensor) -> Sizes:
     """ValueError, by name, for what the kernels do not take."""

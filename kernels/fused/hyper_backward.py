@@ -1,12 +1,12 @@
 """Triton kernels of hyper-connections, backward: three, in this order.
 
-1. Of gates: the sums over a token that the gradient of `pre` needs, in tiles; the program that finds itself the last of a
-   group of tokens goes back through the gates and Sinkhorn-Knopp, whose passes are done again and then undone.
+1. Of gates: the sums over a token that the gradient of `pre` needs, in tiles; the program that finds itself the last of
+   a group of tokens goes back through the gates and Sinkhorn-Knopp, whose passes are done again and then undone.
 2. Of tiles: the gradient of the new streams is put together, used for `fn`, and taken back to the old streams, the
-   output, its `post` and `comb`, without ever being stored. The new streams are computed again from the old ones.
+   output, its `post` and `comb`, without ever being stored. The new streams are computed again from the old ones. A
+   program keeps its channels of the gradients of `fn` and the norm's weight while it goes through tokens. On a Hopper
+   GPU in bf16 this is done in Gluon (hopper_hyper.py).
 3. What programs stored in parts is added, in order.
-
-A program of the second keeps its channels of the gradients of `fn` and the norm's weight while it goes through tokens.
 """
 
 import math
@@ -16,28 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import hyper
-from .hyper import Sizes, Update, columns, expanded, normalized, softmax, tiles
+from . import hopper_hyper, hyper
+from .hyper import Sizes, Update, columns, expanded, pair, tiles
 from .launch import is_hopper, next_power, precision
+from .sinkhorn import normalized, softmax, undone
 
 ROWS, STEP = 32, 64  # tokens and channels of a tile
 PROGRAMS = 132  # of tiles: their registers leave one on each of an H100's multiprocessors
 PARTS, BLOCK = 16, 128  # rows and columns that are added at once
-
-
-@triton.jit
-def _undone(m, g, sums, AXIS: tl.constexpr, N: tl.constexpr):
-    """What `normalized` was given, and its gradient, from what it gave, that one's gradient and the N divisors."""
-    before, of_before, factors, dots = (), (), (), ()
-    for i in tl.static_range(N):
-        dot = m[i * N if AXIS else i] * g[i * N if AXIS else i]
-        for l in tl.static_range(1, N):
-            dot = tl.fma(m[i * N + l if AXIS else l * N + i], g[i * N + l if AXIS else l * N + i], dot)
-        dots, factors = dots + (dot,), factors + (1 / sums[i],)
-    for i in tl.static_range(N * N):
-        before = before + (m[i] * sums[i // N if AXIS else i % N],)
-        of_before = of_before + ((g[i] - dots[i // N if AXIS else i % N]) * factors[i // N if AXIS else i % N],)
-    return before, of_before
 
 
 @triton.jit
@@ -57,9 +43,9 @@ def _through_sinkhorn(logits, g, sums, t, real, tokens, eps, N: tl.constexpr, IT
     for back in tl.range(1, ITERATIONS):
         at = sums + 2 * (ITERATIONS - back) * N * tokens
         divisors, of_rows = columns(at, t, real, tokens, N, 1.0), columns(at - N * tokens, t, real, tokens, N, 1.0)
-        m, g = _undone(m, g, divisors, 0, N)
-        m, g = _undone(m, g, of_rows, 1, N)
-    m, g = _undone(m, g, columns(sums, t, real, tokens, N, 1.0), 0, N)
+        m, g = undone(m, g, divisors, 0, N)
+        m, g = undone(m, g, of_rows, 1, N)
+    m, g = undone(m, g, columns(sums, t, real, tokens, N, 1.0), 0, N)
     of_logits = ()
     for j in tl.static_range(N):
         dot = g[j * N] * (first[j * N] - eps)
@@ -72,15 +58,15 @@ def _through_sinkhorn(logits, g, sums, t, real, tokens, eps, N: tl.constexpr, IT
 
 @triton.jit
 def _mix_backward(
-    dots, totals, pre, factor, of_post, of_comb, base, scale, of_logits, of_norm, sums, of_gates, group, tokens, norm_eps,
-    eps,
+    dots, totals, pre, factor, of_post, of_comb, base, scale, of_logits, of_norm, sums, of_gates, group, tokens,
+    norm_eps, eps,
     D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, SLICES: tl.constexpr, SLOTS: tl.constexpr,
     ITERATIONS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """of_logits [LOGITS + 1, T]: of fn's products, and what the streams are multiplied by for the norm's sake.
 
-    of_norm [2, T]: what x's gradient times the norm's weight, and x, are multiplied by; of_gates [LOGITS + 3] of a group,
-    of base and of scale.
+    of_norm [2, T]: what x's gradient times the norm's weight, and x, are multiplied by; of_gates [LOGITS + 3] of a
+    group, of base and of scale.
     """
     r, s = tl.arange(0, GROUP), tl.arange(0, SLOTS)
     t = group.to(tl.int64) * GROUP + r
@@ -89,10 +75,12 @@ def _mix_backward(
     norm = tl.load(factor + t, mask=real, other=0.0)
     of_pre, mean, squares = (), tl.zeros([GROUP], tl.float32), tl.zeros([GROUP], tl.float32)
     for j in tl.static_range(N):
-        parts_SR = tl.load(dots + (s * N + j)[:, None] * GROUP + r[None, :], mask=(s < SLICES)[:, None] & real[None, :], other=0.0)
+        parts_SR = tl.load(
+            dots + (s * N + j)[:, None] * GROUP + r[None, :], mask=(s < SLICES)[:, None] & real[None, :], other=0.0
+        )
         of_pre = of_pre + (tl.sum(parts_SR, 0),)
         mean = tl.fma(gates[j], of_pre[j], mean)
-        squares += found[LOGITS + j * N - j * (j + 1) // 2 + j]
+        squares += found[LOGITS + pair(j, j, N)]
     mean *= norm / D
     tl.store(of_norm + t, norm, mask=real)
     tl.store(of_norm + tokens + t, -norm * norm * mean, mask=real)
@@ -101,7 +89,7 @@ def _mix_backward(
     for j in tl.static_range(N):
         inner = tl.zeros([GROUP], tl.float32)  # of x and stream j
         for k in tl.static_range(N):
-            inner = tl.fma(gates[k], found[LOGITS + (j * N - j * (j + 1) // 2 + k if j < k else k * N - k * (k + 1) // 2 + j)], inner)
+            inner = tl.fma(gates[k], found[LOGITS + pair(j, k, N)], inner)
         gate = tl.sigmoid(tl.fma(found[j] * rms, gate_scale, tl.load(base + j)))
         g = (of_pre[j] - mean * norm * inner) * norm * gate * (1 - gate)
         tl.store(of_gates + j, tl.sum(g, 0))
@@ -155,22 +143,12 @@ def _gates_backward(
         tl.store(dots + (slice * N + j) * GROUP + r, tl.sum(g_TC * rows[j].to(tl.float32), 1))
     tl.debug_barrier()
     # It counts on when a graph is gone back through again.
-    if tl.atomic_add(counts + group, 1, sem="acq_rel") % TILES == TILES - 1:
+    if tl.atomic_add(counts + 1 + tl.cdiv(tokens, GROUP) + group, 1, sem="acq_rel") % TILES == TILES - 1:
         _mix_backward(
             dots, totals, pre, factor, of_post, of_comb, base, scale, of_logits, of_norm, sums,
-            of_gates + group * (LOGITS + 3), group, tokens, norm_eps, eps, D, N, LOGITS, SLICES, SLOTS, ITERATIONS, GROUP,
+            of_gates + group * (LOGITS + 3), group, tokens, norm_eps, eps,
+            D, N, LOGITS, SLICES, SLOTS, ITERATIONS, GROUP,
         )  # fmt: skip
-
-
-@triton.jit
-def _loaded(old, output, of_new, of_x, tile, c, tokens, D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, PENDING: tl.constexpr):
-    """x's gradient; the old streams; the output and the gradients of the new streams, if there are any."""
-    t = tl.full([ROWS], tile, tl.int64) * ROWS + tl.arange(0, ROWS)
-    real_TC, at_TC, streams_TC = (t < tokens)[:, None], t[:, None] * D + c[None, :], (t * (N * D))[:, None] + c[None, :]
-    found = (tl.load(of_x + at_TC, mask=real_TC, other=0.0),) + tiles(old, streams_TC, real_TC, D, N, "")
-    if PENDING:
-        found = found + (tl.load(output + at_TC, mask=real_TC, other=0.0),) + tiles(of_new, streams_TC, real_TC, D, N, "")
-    return found
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -178,7 +156,7 @@ def _streams_backward(
     old, output, post, comb, fn, weight, pre, of_norm, of_logits, of_new, of_x, of_old, of_output, parts_gates,
     parts_fn, parts_weight, tokens,
     D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    PENDING: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+    PENDING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """parts_gates [slices, N + N N, T]; parts_fn [programs, LOGITS, N D]; parts_weight [programs, D]."""
     c, o = tl.program_id(0) * STEP + tl.arange(0, STEP), tl.arange(0, OUT)
@@ -189,13 +167,7 @@ def _streams_backward(
         w_OC = tl.load(fn + (o * (N * D))[:, None] + c[None, :] + k * D, mask=(o < LOGITS)[:, None], other=0.0)
         weights, of_fn = weights + (tl.trans(w_OC).to(dtype),), of_fn + (tl.zeros([STEP, OUT], tl.float32),)
     parts_gates += tl.program_id(0).to(tl.int64) * (N + N * N) * tokens
-    if AHEAD:
-        held = _loaded(old, output, of_new, of_x, tl.program_id(1), c, tokens, D, N, ROWS, PENDING)
     for tile in tl.range(tl.program_id(1), tl.cdiv(tokens, ROWS), tl.num_programs(1)):
-        if AHEAD:
-            ahead = _loaded(old, output, of_new, of_x, tile + tl.num_programs(1), c, tokens, D, N, ROWS, PENDING)
-        else:
-            held = _loaded(old, output, of_new, of_x, tile, c, tokens, D, N, ROWS, PENDING)
         t = tl.full([ROWS], tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         real = t < tokens
         real_TC, at_TC = real[:, None], t[:, None] * D + c[None, :]
@@ -205,15 +177,17 @@ def _streams_backward(
             of_logits + o[:, None] * tokens + t[None, :], mask=(o < LOGITS)[:, None] & real[None, :], other=0.0
         )
         g_OT = g_OT.to(dtype)
-        x = held[1 : N + 1]
+        before = tiles(old, streams_TC, real_TC, D, N, "")
+        x = before
         if PENDING:
+            later = tiles(of_new, streams_TC, real_TC, D, N, "")
             posts, combs = columns(post, t, real, tokens, N), columns(comb, t, real, tokens, N * N)
-            output_TC = held[N + 1].to(tl.float32)
-            x = expanded(held[1 : N + 1], output_TC, posts, combs, N)
+            output_TC = tl.load(output + at_TC, mask=real_TC, other=0.0).to(tl.float32)
+            x = expanded(before, output_TC, posts, combs, N)
         x_TC = tl.zeros([ROWS, STEP], tl.float32)
         for k in tl.static_range(N):
             x_TC = tl.fma(gates[k][:, None], x[k].to(tl.float32), x_TC)
-        g_TC = held[0].to(tl.float32) * norm[0][:, None]
+        g_TC = tl.load(of_x + at_TC, mask=real_TC, other=0.0).to(tl.float32) * norm[0][:, None]
         of_weight_TC = tl.fma(g_TC, x_TC, of_weight_TC)
         g_TC = tl.fma(x_TC, norm[1][:, None], g_TC * weight_C)
         of_square = tl.load(of_logits + LOGITS * tokens + t, mask=real, other=0.0)[:, None]
@@ -222,7 +196,7 @@ def _streams_backward(
             product = tl.trans(tl.dot(weights[k], g_OT, input_precision=PRECISION))
             product = tl.fma(of_square, x[k].to(tl.float32), tl.fma(gates[k][:, None], g_TC, product))
             if PENDING:
-                product += held[N + 2 + k].to(tl.float32)
+                product += later[k].to(tl.float32)
             whole = whole + (product,)
             sums = sums + (tl.dot(tl.trans(x[k]), tl.trans(g_OT), of_fn[k], input_precision=PRECISION),)
         of_fn, of_gates = sums, parts_gates + t
@@ -233,7 +207,7 @@ def _streams_backward(
                 for k in tl.static_range(1, N):
                     g_TC = tl.fma(combs[j * N + k][:, None], whole[k], g_TC)
                 for k in tl.static_range(N):
-                    dots = tl.sum(held[1 + j].to(tl.float32) * whole[k], 1)
+                    dots = tl.sum(before[j].to(tl.float32) * whole[k], 1)
                     tl.store(of_gates + (N + j * N + k) * tokens, dots, mask=real)
             tl.store(of_old + streams_TC + j * D, g_TC, mask=real_TC)
         if PENDING:
@@ -243,8 +217,6 @@ def _streams_backward(
             tl.store(of_output + at_TC, g_TC, mask=real_TC)
             for k in tl.static_range(N):
                 tl.store(of_gates + k * tokens, tl.sum(output_TC * whole[k], 1), mask=real)
-        if AHEAD:
-            held = ahead
     part = parts_fn + tl.program_id(1).to(tl.int64) * LOGITS * N * D
     for k in tl.static_range(N):
         tl.store(part + (o * (N * D))[None, :] + c[:, None] + k * D, of_fn[k], mask=(o < LOGITS)[None, :])
@@ -253,32 +225,44 @@ def _streams_backward(
 
 @triton.jit
 def _add(parts, out, i, size, count, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """out [size]: the sum of parts [count, size], columns i BLOCK ... of it; i below 0, or beyond: nothing."""
+    """Numbers i BLOCK ... of out [size]: the sums of parts [count, size]."""
     at, p = tl.full([BLOCK], i, tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PARTS)
     sums = tl.zeros([PARTS, BLOCK], tl.float32)
-    for start in tl.range(0, count, PARTS):
-        row = start + p
-        sums += tl.load(parts + row.to(tl.int64)[:, None] * size + at[None, :], mask=(row < count)[:, None] & (at < size)[None, :], other=0.0)
+    for start in tl.range(0, count, PARTS, loop_unroll_factor=4):
+        row = (start + p)[:, None]
+        mask = (row < count) & (at < size)[None, :]
+        sums += tl.load(parts + row.to(tl.int64) * size + at[None, :], mask=mask, other=0.0)
     tl.store(out + at, tl.sum(sums, 0), mask=at < size)
 
 
-@triton.jit(do_not_specialize=["sizes", "counts"])
-def _add_parts(parts, outs, sizes, counts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Each of several sums, in programs of its own: the first's come first."""
+@triton.jit(do_not_specialize=["programs", "groups", "tokens"])
+def _add_parts(
+    parts_weight, parts_fn, parts_update, parts_gates, of_weight, of_fn, of_update, of_gates, programs, groups, tokens,
+    D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, SLICES: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Four sums, in programs of their own: first those of the gates, which have the most parts."""
+    GATES: tl.constexpr = (LOGITS + 3 + BLOCK - 1) // BLOCK
+    WEIGHT: tl.constexpr = (D + BLOCK - 1) // BLOCK
+    FN: tl.constexpr = (LOGITS * N * D + BLOCK - 1) // BLOCK
     i = tl.program_id(0)
-    for n in tl.static_range(len(parts)):
-        programs = tl.cdiv(sizes[n], BLOCK)
-        if (i >= 0) & (i < programs):
-            _add(parts[n], outs[n], i, sizes[n], counts[n], PARTS, BLOCK)
-        i -= programs
+    if i < GATES:
+        _add(parts_gates, of_gates, i, LOGITS + 3, groups, PARTS, BLOCK)
+    elif i < GATES + WEIGHT:
+        _add(parts_weight, of_weight, i - GATES, D, programs, PARTS, BLOCK)
+    elif i < GATES + WEIGHT + FN:
+        _add(parts_fn, of_fn, i - GATES - WEIGHT, LOGITS * N * D, programs, PARTS, BLOCK)
+    else:
+        _add(parts_update, of_update, i - GATES - WEIGHT - FN, tokens * (N + N * N), SLICES, PARTS, BLOCK)
 
 
-def added(*parts: Tensor) -> list[Tensor]:
-    """The sums over the first dimension of each, which depend on its shape alone."""
-    outs = [torch.empty_like(x[0]) for x in parts]
-    sizes, counts = tuple(x.numel() for x in outs), tuple(x.shape[0] for x in parts)
-    programs = sum(triton.cdiv(size, BLOCK) for size in sizes)
-    _add_parts[(programs,)](parts, tuple(outs), sizes, counts, PARTS=PARTS, BLOCK=BLOCK, num_warps=4)
+def _added(sizes: Sizes, weight: Tensor, fn: Tensor, update: Tensor, gates: Tensor) -> list[Tensor]:
+    """The sums over the first dimension of each, in an order that follows from its length."""
+    outs = [torch.empty_like(x[0]) for x in (weight, fn, update, gates)]
+    _add_parts[(sum(triton.cdiv(x.numel(), BLOCK) for x in outs),)](
+        weight, fn, update, gates, *outs, fn.shape[0], gates.shape[0], update.shape[2], *sizes, SLICES=update.shape[0],
+        PARTS=PARTS, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
     return outs
 
 
@@ -296,57 +280,44 @@ def site_backward(
     groups, slices = triton.cdiv(tokens, hyper.GROUP), sizes.slices
     dots, of_gates = totals.new_empty(groups, slices, n, hyper.GROUP), totals.new_empty(groups, sizes.LOGITS + 3)
     of_logits, of_norm = totals.new_empty(sizes.LOGITS + 1, tokens), totals.new_empty(2, tokens)
-    sums = totals.new_empty(2 * iterations - 1 if iterations else 0, n, tokens)
+    sums = totals.new_empty(max(2 * iterations - 1, 0), n, tokens)
     grads = [pre if x is None else x.contiguous() for x in (of_post, of_comb)]  # which the head has not
     _gates_backward[(groups * (hyper.GROUP // hyper.ROWS) * slices,)](
-        new, weight, of_x, dots, totals, pre, factor, *grads, base, scale, of_logits, of_norm, sums, of_gates,
-        counts[1 + groups :], tokens, norm_eps, eps, *sizes, SLICES=slices, SLOTS=next_power(slices),
-        ITERATIONS=iterations, GROUP=hyper.GROUP, ROWS=hyper.ROWS, CHANNELS=hyper.CHANNELS, num_warps=GWARPS, **GMORE,
+        new, weight, of_x, dots, totals, pre, factor, *grads, base, scale, of_logits, of_norm, sums, of_gates, counts,
+        tokens, norm_eps, eps, *sizes, SLICES=slices, SLOTS=next_power(slices), ITERATIONS=iterations,
+        GROUP=hyper.GROUP, ROWS=hyper.ROWS, CHANNELS=hyper.CHANNELS, num_warps=8, maxnreg=hyper.REGISTERS,
     )  # fmt: skip
-    hopper = is_hopper(old.device) and old.dtype == torch.bfloat16 and d % STEP == 0 and HOPPER
-    step = math.gcd(d, STEP)
-    slices = d // step
-    programs = max(min(PROGRAMS // slices, triton.cdiv(tokens, ROWS)), 1)
-    of_inputs = [x if x is None else torch.empty_like(x) for x in inputs[:2]]
-    parts = (
-        totals.new_empty(programs, *fn.shape), of_gates, totals.new_empty(programs, d),
-        totals.new_empty(slices, n + n * n, tokens if update else 0),
-    )  # fmt: skip
-    arguments = (
-        old, update, fn, weight, pre, of_norm, of_logits, None if of_new is None else of_new.contiguous(), of_x,
-        *of_inputs, parts[3], parts[0], parts[2],
-    )  # fmt: skip
-    if hopper:
-        from . import hopper_hyper, hopper_hyper2
-
-        streams_backward = (hopper_hyper2 if HOPPER == "ws" else hopper_hyper).streams_backward
-        streams_backward(*arguments)
-    else:
-        _of_tiles(sizes, *arguments)
-    of_fn, of_gates, of_weight, *of_update = added(*parts[: 4 if update else 3])
+    of_new = of_x if of_new is None else of_new.contiguous()
+    of_inputs = torch.empty_like(old), torch.empty_like(update[0]) if update else of_x
+    given = old, update, fn, weight, pre, of_norm, of_logits, of_new, of_x, *of_inputs
+    of_weight, of_fn, of_update, of_gates = _added(sizes, *_of_tiles(sizes, *given), of_gates)
     of_base, of_scale = of_gates.split([sizes.LOGITS, 3])
     of_weights = of_fn, of_base, of_scale[: scale.numel()], of_weight
-    of_update = [each for g in of_update for each in (g[:n], g[n:].view(n, n, tokens))] or [None, None]
-    return *of_inputs, *of_update, *(g.to(x.dtype) for g, x in zip(of_weights, weights, strict=True))
+    of_update = (of_inputs[1], of_update[:n], of_update[n:].view(n, n, tokens)) if update else (None,) * 3
+    return of_inputs[0], *of_update, *(g.to(x.dtype) for g, x in zip(of_weights, weights, strict=True))
 
 
 def _of_tiles(
     sizes: Sizes, old: Tensor, update: Update | None, fn: Tensor, weight: Tensor, pre: Tensor, of_norm: Tensor,
-    of_logits: Tensor, of_new: Tensor | None, of_x: Tensor, of_old: Tensor, of_output: Tensor | None,
-    parts_gates: Tensor, parts_fn: Tensor, parts_weight: Tensor,
-) -> None:  # fmt: skip
-    """`_streams_backward`: fills what its last five arguments are, from those before."""
-    step = math.gcd(sizes.D, STEP)
-    _streams_backward[(sizes.D // step, parts_fn.shape[0])](
-        old, *(update or (fn, fn, fn)), fn, weight, pre, of_norm, of_logits, of_x if of_new is None else of_new, of_x,
-        of_old, of_x if of_output is None else of_output, parts_gates, parts_fn, parts_weight, old.shape[0], *sizes,
-        OUT=sizes.out, ROWS=ROWS, STEP=step, PENDING=update is not None, PRECISION=precision(old.dtype), AHEAD=AHEAD,
-        num_warps=BWARPS, num_stages=1, **MORE,
-    )  # fmt: skip
-
-
-HOPPER = True
-GWARPS, BWARPS = 8, 8
-MORE = {}
-GMORE = {}
-AHEAD=True
+    of_logits: Tensor, of_new: Tensor, of_x: Tensor, of_old: Tensor, of_output: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The second launch: fills the last two, and returns the parts of the norm weight's, fn's and the update's."""
+    tokens, _, d = old.shape
+    step = math.gcd(d, STEP)
+    hopper = is_hopper(old.device) and old.dtype == torch.bfloat16 and step == STEP
+    slices = d // step
+    programs = hopper_hyper.programs(old) if hopper else max(min(PROGRAMS // slices, triton.cdiv(tokens, ROWS)), 1)
+    parts_fn, parts_weight = fn.new_empty(programs, *fn.shape), fn.new_empty(programs, d)
+    parts_gates = fn.new_empty(slices, sizes.N + sizes.N**2, tokens if update else 0)
+    if hopper:
+        hopper_hyper.streams_backward(
+            old, update, fn, weight, pre, of_norm, of_logits, of_new, of_x, of_old, of_output, parts_gates, parts_fn,
+            parts_weight,
+        )  # fmt: skip
+    else:
+        _streams_backward[(slices, programs)](
+            old, *(update or (fn, fn, fn)), fn, weight, pre, of_norm, of_logits, of_new, of_x, of_old, of_output,
+            parts_gates, parts_fn, parts_weight, tokens, *sizes, OUT=sizes.out, ROWS=ROWS, STEP=step,
+            PENDING=update is not None, PRECISION=precision(old.dtype), num_warps=8, num_stages=1,
+        )  # fmt: skip
+    return parts_weight, parts_fn, parts_gates

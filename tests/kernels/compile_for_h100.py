@@ -184,7 +184,7 @@ def hopper_streams(head: bool = False, first: bool = False) -> None:
     streams, x, comb = meta(TOKENS, n, width), meta(TOKENS, width), meta(n, n, TOKENS, dtype=FP32)
     hopper_hyper.streams_backward(
         streams, None if first else (x, pre, comb), meta(logits, n * width, dtype=FP32), meta(width, dtype=FP32), pre,
-        pair, meta(logits + 1, TOKENS, dtype=FP32), None if first else streams, x, streams, None if first else x,
+        pair, meta(logits + 1, TOKENS, dtype=FP32), x if first else streams, x, streams, x,
         meta(width // 64, n + n * n, 0 if first else TOKENS, dtype=FP32), meta(2, logits, n * width, dtype=FP32),
         meta(2, width, dtype=FP32),
     )  # fmt: skip
