@@ -42,14 +42,14 @@ GROUPS = {
     "indexer": "indexer hopper_indexer",
     "compressors": "compress",
     "norms and RoPE": "norm",
-    "row-invariant products": "linear",
+    "row-invariant products": "linear hopper_linear",
     "router, sorting": "router moe_rows",
     "experts": "moe moe_backward swiglu fp8_experts",
     "embedding": "embedding",
     "low precision": "fp8 hopper_fp8 storage",
     "hyper-connections": "hyper hyper_backward hopper_hyper",
-    "losses over the vocabulary": "losses vocabulary",
-    "optimizer": "adamw muon",
+    "losses over the vocabulary": "losses vocabulary vocabulary_backward hopper_vocabulary hopper_vocabulary_backward",
+    "optimizer": "adamw muon symmetric",
 }  # by modules of kernels/fused
 OTHERS = {
     "cuBLAS's products": "gemm|nvjet|cutlass|cublas|splitk",
