@@ -19,7 +19,7 @@ from parts import Rows
 from torch import Tensor
 
 from amalgam.kernels import attention as op
-from amalgam.kernels.compress import Storage, compress, stored
+from amalgam.kernels.compress import Storage, compress, reference_stored
 from amalgam.kernels.fused.attention import attend_forward
 from amalgam.kernels.fused.attention_backward import attend_backward
 from amalgam.kernels.indexer import index_scores, select
@@ -257,7 +257,7 @@ def compressors(setting: Setting) -> Rows:
             yield from rows(form, tokens, dtype, compare(given, partial(by_autograd, ours), oracle, dtype))
 
         def rounded(windows: Windows = windows, storage: Storage = storage, **given: Tensor) -> Tensor:
-            return stored(oracles.compress(windows, eps, **given), windows.rotation, storage)
+            return reference_stored(oracles.compress(windows, eps, **given), windows.rotation, storage)
 
         ours = partial(by_autograd, partial(compress, windows=windows, eps=eps, dtype=torch.float32, storage=storage))
         errors = compare(given, ours, rounded, torch.float32, value=unlike)

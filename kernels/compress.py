@@ -92,6 +92,10 @@ def stored(x: Tensor, rotation: Tensor, storage: Storage) -> Tensor:
         from .fused.storage import Stored
 
         return Stored.apply(x, x.shape[-1] - 2 * rotation.shape[-1], storage)  # pyright: ignore[reportReturnType]
+    return reference_stored(x, rotation, storage)
+
+
+def reference_stored(x: Tensor, rotation: Tensor, storage: Storage) -> Tensor:
     if storage == "fp4":
         return fake_fp4(hadamard(x))
     if storage == "fp8":
