@@ -63,9 +63,10 @@ def means(metrics: list[dict[str, float]]) -> dict[str, float]:
 def reward_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
     """Means of the reward, of its parts, and of being correct."""
     scores = [t.score for t in trajectories if t.score is not None]
-    parts = {f"part_{name}": float(np.mean([s.parts[name] for s in scores])) for name in scores[0].parts}
+    names = dict.fromkeys(name for s in scores for name in s.parts)  # each domain may have its own
+    parts = {f"part_{name}": float(np.mean([s.parts[name] for s in scores if name in s.parts])) for name in names}
     means = {
         "reward": float(np.mean([s.value for s in scores])),
-        "correct": float(np.mean([s.correct for s in scores])),
+        "correct": float(np.mean([bool(s.correct) for s in scores])),
     }
     return means | parts

@@ -54,7 +54,11 @@ def sample(
 
 def score(grader: Grader, trajectories: list[Trajectory]) -> None:
     """Grades the responses, each in a process that can be killed, and writes the scores into the trajectories."""
-    items = [(t.problem, t.text, t.finish == "stop", t.mode) for t in trajectories if t.problem is not None]
+    items = [
+        (t.problem, t.text, t.finish == "stop", t.mode, len(t.response_ids))
+        for t in trajectories
+        if t.problem is not None
+    ]
     for trajectory, result in zip(trajectories, grader.grade(items), strict=True):
         trajectory.score = result
 
