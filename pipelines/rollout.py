@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 
 from ..model.encoding import Encoding
 from ..model.template import Template
-from ..rewards.domains import Domain, Split
+from ..rewards.data import Problems
+from ..rewards.domains import Split
 from ..rewards.grader import Grader
 from ..rewards.problem import Problem
 from ..rl.rollout import Rollouts
@@ -18,7 +19,7 @@ from ..rl.settings import Draft
 from ..rl.trajectory import Request, Trajectory
 
 
-def draw(domains: list[Domain], split: Split, step: int, count: int) -> list[tuple[Domain, Problem]]:
+def draw(domains: list[Problems], split: Split, step: int, count: int) -> list[tuple[Problems, Problem]]:
     """`count` problems of step `step`, evenly from the domains; no problem comes twice in a stage."""
     drawn = []
     for i, domain in enumerate(domains):
@@ -31,7 +32,7 @@ def sample(
     rollouts: Rollouts,
     encoding: Encoding | Template,
     tokenizer: Any,
-    problems: list[tuple[Domain, Problem]],
+    problems: list[tuple[Problems, Problem]],
     *,
     first: int,
     group_size: int,
@@ -112,5 +113,5 @@ def sampled_rate(trajectories: list[Trajectory], began: float) -> float:
     return sum(len(t.response_ids) for t in trajectories) / (time.monotonic() - began)
 
 
-def _repeated(problems: list[tuple[Domain, Problem]], times: int) -> list[tuple[Domain, Problem]]:
+def _repeated(problems: list[tuple[Problems, Problem]], times: int) -> list[tuple[Problems, Problem]]:
     return [pair for pair in problems for _ in range(times)]

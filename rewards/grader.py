@@ -120,7 +120,7 @@ class Grader:
         for a mix that is none, or a judge that nobody handed in.
         """
         began = time.monotonic()
-        requests = [self._request(i, *item) for i, item in enumerate(items)]
+        requests = [self._request(i, item[0], Response(*list[Any](item[1:]))) for i, item in enumerate(items)]
         outcomes: dict[int, Outcome] = {}
         todo: deque[_Request] = deque()
         for request in requests:
@@ -141,15 +141,13 @@ class Grader:
         self.graded, self.seconds = self.graded + len(items), self.seconds + time.monotonic() - began
         return scores
 
-    def _request(
-        self, index: int, problem: Problem, text: str, ended: bool, mode: str, tokens: int | None = None
-    ) -> _Request:
+    def _request(self, index: int, problem: Problem, response: Response) -> _Request:
         key = json.dumps(problem.rewards)
         if key not in self._mixes:
             self._mixes[key] = registry.mix(problem.rewards or self._default)
         parts = tuple(self._mixes[key])
         deadline = max(self._deadline, sum(part.seconds for part in parts))
-        return _Request(index, problem, Response(text, ended, mode, tokens), parts, deadline)
+        return _Request(index, problem, response, parts, deadline)
 
     def _judged(self, requests: list[_Request]) -> dict[tuple[int, str], Score]:
         """The judge's score for each of these, by index and label; it is asked once for each instruction."""
