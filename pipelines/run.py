@@ -34,6 +34,7 @@ from .model_check import check_models
 from .pretrain import pretrain
 from .recipe import BASE, Average, Recipe, Sft, resolved_yaml
 from .report import write_report
+from .reward_check import check_rewards
 from .sft import sft
 from .stage import Interrupted, Run, StageRun, write_json
 from .tracking import Tracker
@@ -106,6 +107,7 @@ def _checked(recipe: Recipe) -> dict[str, Problems]:
             for name in stage.domains:
                 domains[name].problems("validation", 0, stage.validation)
     check_models(recipe, domains)
+    check_rewards(recipe, domains)
     return domains
 
 

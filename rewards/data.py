@@ -135,7 +135,7 @@ class FileDomain:
             case _:
                 raise ValueError(f"no split {split!r} of files")
         file = self._files["heldout" if split == "heldout" else "train"]
-        return [self._problem(row, file) for row in rows]
+        return [problem_of(row, self.name, file, self._rewards) for row in rows]
 
     def described_duplicates(self) -> str:
         """What was left out of training, in one line."""
@@ -159,14 +159,16 @@ class FileDomain:
             self._order = epoch, order
         return self._train[order[place]]
 
-    def _problem(self, row: Row, file: str) -> Problem:
-        answer = row.fields.get("answer", "")
-        text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
-        return Problem(self.name, file, row.number, _question(row), text, row.fields, {}, self._rewards)
-
 
 Problems = Domain | FileDomain
 """What the stages draw problems from."""
+
+
+def problem_of(row: Row, domain: str, file: str, rewards: dict[str, Any]) -> Problem:
+    """A row as a problem that these rewards grade."""
+    answer = row.fields.get("answer", "")
+    text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+    return Problem(domain, file, row.number, _question(row), text, row.fields, {}, rewards)
 
 
 def _rows(source: Source, where: str) -> Iterator[tuple[int, Any]]:

@@ -33,3 +33,7 @@ def misbehaves(trajectory, problem) -> Any:
         case "many":
             return Score(7.0, True)
     return Score(0.5, True)
+
+
+def nothing(trajectory, problem) -> Any:
+    return None
