@@ -48,6 +48,11 @@ def test_a_verdict_is_not_forged(sandboxes, name):
     assert hostile.forge(sandboxes, name).escaped == ""
 
 
+def test_the_suite_is_whole():
+    assert len(hostile.PROGRAMS) + len(hostile.FORGERIES) >= 60
+    assert {*hostile.SOME, *hostile.WITHOUT_END} <= set(hostile.PROGRAMS)
+
+
 def test_the_bait_is_taken_without_a_sandbox():
     """Programs that only look and connect, run as they are: the test of the tests above."""
     got = []
