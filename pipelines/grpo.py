@@ -38,10 +38,10 @@ def grpo(stage: StageRun, settings: Grpo) -> None:
                 rollouts, encoding, tokenizer, problems,
                 first=step * settings.prompts, group_size=settings.group_size, **limits, seed=run.seed(stage.name),
             )  # fmt: skip
-            score(grader, trajectories)
+            graded = score(grader, trajectories)
             kept, dropped = group_advantages(trajectories)
             metrics = reward_metrics(trajectories) | length_metrics(trajectories)
-            metrics["dropped_groups"] = dropped
+            metrics |= {"dropped_groups": dropped, "grades_per_second": graded}
             parts = [part for part in np.array_split(np.arange(len(kept)), settings.updates) if len(part)]
             metrics |= means([learner.step(rows([kept[i] for i in part]), "rl.grpo:loss", **loss) for part in parts])
             write_rollouts(stage.folder / "rollouts", step + 1, trajectories)

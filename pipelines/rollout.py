@@ -53,8 +53,12 @@ def sample(
     return trajectories
 
 
-def score(grader: Grader, trajectories: list[Trajectory]) -> None:
-    """Grades the responses, each in a process that can be killed, and writes the scores into the trajectories."""
+def score(grader: Grader, trajectories: list[Trajectory]) -> float:
+    """Grades the responses, each in a process that can be killed, and writes the scores into the trajectories.
+
+    Returns how many it graded a second.
+    """
+    began = time.monotonic()
     items = [
         (t.problem, t.text, t.finish == "stop", t.mode, len(t.response_ids))
         for t in trajectories
@@ -62,6 +66,7 @@ def score(grader: Grader, trajectories: list[Trajectory]) -> None:
     ]
     for trajectory, result in zip(trajectories, grader.grade(items), strict=True):
         trajectory.score = result
+    return len(items) / (time.monotonic() - began)
 
 
 def shown(trajectory: Trajectory) -> dict[str, Any]:

