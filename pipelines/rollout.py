@@ -94,6 +94,8 @@ def write_rollouts(folder: Path, step: int, trajectories: list[Trajectory]) -> N
         {"step": step, **shown(t), "response_ids": t.response_ids, "logprobs": t.logprobs, "versions": t.versions}
         for t in trajectories
     ]
+    columns = dict.fromkeys(name for row in rows for name in row)  # each domain has its own parts of a score
+    rows = [{name: row.get(name) for name in columns} for row in rows]
     file = folder / f"{step:06}.parquet"
     pq.write_table(pa.Table.from_pylist(rows), file.with_suffix(".new"))
     file.with_suffix(".new").rename(file)
