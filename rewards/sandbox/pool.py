@@ -144,9 +144,10 @@ class Sandboxes:
         nor touches what judges it.
 
         Args:
-            tests: Python, each with names of its own; what a test and `setup` do not define is taken for the program's.
+            tests: Python, each with names of its own.
             setup: Python that runs once before the tests, in their sandbox.
-            entry: the function that is the program's even if `setup` defines it; `candidate` is another name for it.
+            entry: the one name that is the program's, even if `setup` defines it; `candidate` is another for it.
+                Without it, that is every name which neither a test, nor `setup`, nor the standard library defines.
         """
         limits = limits or self.limits
         until = time.monotonic() + limits.wall

@@ -180,9 +180,20 @@ def test_a_sandbox_that_died_while_it_waited_is_replaced():
 )  # fmt: skip
 def test_unit_tests_see_the_program_by_its_calls(sandboxes, program, test, ok):
     tested, _ = sandboxes.check(
-        program, [test], setup="def helper(x): return 2 * x\ndef f(): pass", entry="f", limits=LIMITS
+        program,
+        [test],
+        setup="def helper(x): return 2 * x\ndef f(): pass",
+        entry="f" if "def f(" in program else "",
+        limits=LIMITS,
     )
     assert [each.ok for each in tested] == [ok], tested
+
+
+def test_what_a_test_compares_with_is_not_the_programs(sandboxes):
+    program = "class math:\n    isclose = lambda *a: True\ndef same(*a): return True\ndef f(): return 3"
+    tests = ["assert math.isclose(f(), 4)", "assert same(f(), 4)"]
+    assert [each.ok for each in sandboxes.check(program, tests, limits=LIMITS)[0]] == [False, True]
+    assert [each.ok for each in sandboxes.check(program, tests, entry="f", limits=LIMITS)[0]] == [False, False]
 
 
 def test_each_unit_test_has_a_verdict(sandboxes):
@@ -190,7 +201,7 @@ def test_each_unit_test_has_a_verdict(sandboxes):
     tests = ["x = f(1)\nassert x == 2", "assert x", "assert f(2) == 2", "f(3)", "assert f(4) == 5"]
     tested, ended = sandboxes.check(program, tests, entry="f", limits=Limits(wall=1.0))
     assert [each.ok for each in tested] == [True, False, False, False, False]
-    assert [each.note[:9] for each in tested] == ["", "TypeError", "Assertion", "the run e", "the run e"]
+    assert [each.note[:9] for each in tested] == ["", "NameError", "Assertion", "the run e", "the run e"]
     assert ended.end == "timeout"
     assert sandboxes.check("def f(:", ["f()"])[1].end == "raised"
     assert sandboxes.check("import os; os._exit(7)", ["f()"])[0] == [Verdict(False, "the run ended: exit 7")]
