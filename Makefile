@@ -18,7 +18,7 @@ quickstart: $(READY)
 	$(VENV)/bin/amalgam run quickstart
 
 test: lint
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

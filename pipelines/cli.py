@@ -19,6 +19,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+rewards = typer.Typer(no_args_is_help=True, help="Try rewards on answers.")
+app.add_typer(rewards, name="rewards")
+
 RecipeArgument = Annotated[
     str,
     typer.Argument(
@@ -221,6 +224,30 @@ def convert(
         done = convert_checkpoint(source, target, format, dtype)
         kept = f", {done.kept} of them from before" if done.kept else ""
         typer.echo(f"{done.folder}: {done.shards} shards{kept}, {done.nbytes / 1e9:.2f} GB, verified")
+
+
+@rewards.command("try")
+def try_rewards(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A reward, or **module:function**.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL or Parquet: problems with their responses.")],
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the reward.", show_default=False)
+    ] = [],  # noqa: B006 - typer copies it
+    fields: Annotated[
+        list[str], typer.Option("--field", metavar="OURS=THEIRS", help="A field's name in FILE.", show_default=False)
+    ] = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Grade a file of answers by one reward and explain each score.
+
+    A row has a **question**, its **response**, and what the reward grades by: an **answer**, **tests** ... **mode**,
+    **ended** and **tokens** may say more. docs/rewards.md lists the rewards.
+
+    **amalgam rewards try math answers.jsonl --field answer=solution**
+    """
+    with _exit_codes():
+        from .try_rewards import try_rewards as start
+
+        start(name, file, settings, fields)
 
 
 @contextmanager

@@ -38,10 +38,10 @@ def grpo(stage: StageRun, settings: Grpo) -> None:
                 rollouts, encoding, tokenizer, problems,
                 first=step * settings.prompts, group_size=settings.group_size, **limits, seed=run.seed(stage.name),
             )  # fmt: skip
-            score(grader, trajectories)
+            graded = score(grader, trajectories)
             kept, dropped = group_advantages(trajectories)
             metrics = reward_metrics(trajectories) | length_metrics(trajectories)
-            metrics["dropped_groups"] = dropped
+            metrics |= {"dropped_groups": dropped, "grades_per_second": graded}
             parts = [part for part in np.array_split(np.arange(len(kept)), settings.updates) if len(part)]
             metrics |= means([learner.step(rows([kept[i] for i in part]), "rl.grpo:loss", **loss) for part in parts])
             write_rollouts(stage.folder / "rollouts", step + 1, trajectories)
@@ -63,9 +63,10 @@ def means(metrics: list[dict[str, float]]) -> dict[str, float]:
 def reward_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
     """Means of the reward, of its parts, and of being correct."""
     scores = [t.score for t in trajectories if t.score is not None]
-    parts = {f"part_{name}": float(np.mean([s.parts[name] for s in scores])) for name in scores[0].parts}
+    names = dict.fromkeys(name for s in scores for name in s.parts)  # each domain may have its own
+    parts = {f"part_{name}": float(np.mean([s.parts[name] for s in scores if name in s.parts])) for name in names}
     means = {
         "reward": float(np.mean([s.value for s in scores])),
-        "correct": float(np.mean([s.correct for s in scores])),
+        "correct": float(np.mean([bool(s.correct) for s in scores])),
     }
     return means | parts

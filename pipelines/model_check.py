@@ -7,11 +7,11 @@ from ..errors import UserError
 from ..model.auto import check_config, has_indexer, is_v4
 from ..model.config import resolve
 from ..model.template import speaker
-from ..rewards.domains import Domain
+from ..rewards.data import Problems
 from .recipe import BASE, Average, Distill, Pretrain, Recipe
 
 
-def check_models(recipe: Recipe, domains: dict[str, Domain]) -> None:
+def check_models(recipe: Recipe, domains: dict[str, Problems]) -> None:
     """UserError for a base that is not built or cannot be asked a domain's problems, a teacher of other tokens, an
     indexer to train where there is none, Muon for a model whose matrices are not known, or shards of a narrow one."""
     dtype = recipe.precision.dtype("cuda" if recipe.resources.gpus_per_actor else "cpu")

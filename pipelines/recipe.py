@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from ..errors import UserError
+from ..rewards.registry import REWARDS, mix
 from ..rl.settings import DEADLINE, IndexerLoss, MtpLoss, Optimization, Sampling
 from ..settings import FULL, Precision, Settings
 from .base_check import base_problem, has_mtp, preset_problem
@@ -40,16 +41,32 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _NO_MTP = "the config.json that it starts from has no num_nextn_predict_layers of V4; leave the key out"
 
 Names = Annotated[tuple[str, ...], Strict(False)]
-Tasks = Annotated[dict[str, dict[str, Any]], Field(min_length=1, examples=["{chain_sum: {max_terms: 3}}"])]
+Source = Annotated[str | dict[str, Any], Field(examples=["train.jsonl"])]
+
+
+class DataSettings(Settings):
+    """Problems from files: .jsonl or .parquet, or `datasets.load_dataset`'s arguments ({path: ..., split: ...})."""
+
+    train: Source
+    """What stages learn from. A row whose question is held out is left out, and counted."""
+    heldout: Source
+    """What evaluation asks."""
+    fields: dict[str, str] = {}
+    """A field that rewards know (question, answer, tests ...) -> its name in the files; dots lead into objects."""
 
 
 class DomainSettings(Settings):
-    """A field that gets an expert of its own: generated problems whose answers can be verified."""
+    """A field that gets an expert of its own: problems whose answers can be verified, generated or from files."""
 
     mode: Literal["chat", "high"] = "chat"
     """How the model answers: `chat` at once, `high` after reasoning."""
-    tasks: Tasks
+    tasks: dict[str, dict[str, Any]] = Field(default={}, examples=["{chain_sum: {max_terms: 3}}"])
     """reasoning-gym's tasks, each with its generator's parameters ({} for the generator's defaults)."""
+    data: DataSettings | None = None
+    """Files, in place of tasks."""
+    rewards: dict[str, float | dict[str, Any]] = Field(default={}, examples=["{math: 0.9, format: 0.1}"])
+    """What answers are graded by: name -> weight, or {weight, reward, parameters ...}; docs/rewards.md lists them.
+    Where it is absent, tasks are graded by their own scorers, and the format."""
     demonstrations: PositiveInt = 1024
     """Solved problems to train on in SFT, the same ones in every epoch."""
 
@@ -303,6 +320,8 @@ class Recipe(Settings):
         # A stage's name may come from its domain's: a bad one is reported where it was written.
         bad = bad or [(("stages", name), name) for name in self.stages if not _NAME.fullmatch(name)]
         yield from ((keys, f"'{name}' is no possible name for a folder; {rule}") for keys, name in bad)
+        for name, domain in self.domains.items():
+            yield from _domain_problems(name, domain)
         if BASE in self.stages:
             yield ("stages", BASE), "'base' is the recipe's base model; give the stage another name"
 
@@ -351,6 +370,20 @@ class Recipe(Settings):
         if name == BASE:
             return self.base is None or has_mtp(self.base)
         return name in seen or name not in self.stages or self._has_mtp(self.stages[name], (*seen, name))
+
+
+def _domain_problems(name: str, domain: DomainSettings) -> Iterator[tuple[Keys, str]]:
+    keys: Keys = ("domains", name)
+    if bool(domain.tasks) == (domain.data is not None):
+        yield (*keys, "tasks"), "a domain has either tasks, e.g. {chain_sum: {max_terms: 3}}, or data"
+    if domain.data is not None and not domain.rewards:
+        yield (*keys, "rewards"), f"data needs rewards to grade by, e.g. {{math: 1}}; there are {', '.join(REWARDS)}"
+    for label, given in domain.rewards.items():
+        try:
+            mix({label: given}, "rewards")
+        except UserError as error:
+            place, _, problem = str(error).partition(": ")
+            yield (*keys, "rewards", label, *place.split(".")[2:]), problem
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -218,7 +218,8 @@ def _rollout_samples(run: Run) -> Iterator[dict[str, Any]]:
         rows, picked = rollout_rows(last), []
         for domain in dict.fromkeys(row["domain"] for row in rows):
             for row in _some_of_each([row for row in rows if row["domain"] == domain], "prompt"):
-                parts = {key.removeprefix("part_"): row[key] for key in row if key.startswith("part_")}
+                found = {key.removeprefix("part_"): row[key] for key in row if key.startswith("part_")}
+                parts = {name: value for name, value in found.items() if value is not None}  # each domain has its own
                 picked.append({**row, "parts": parts, "expected": None})
         what = f"samples of step {rows[0]['step']}" if rows else "no samples"
         yield {"title": stage, "kind": run.kind(stage), "what": what, "rows": picked}

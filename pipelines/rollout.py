@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 
 from ..model.encoding import Encoding
 from ..model.template import Template
-from ..rewards.domains import Domain, Split
+from ..rewards.data import Problems
+from ..rewards.domains import Split
 from ..rewards.grader import Grader
 from ..rewards.problem import Problem
 from ..rl.rollout import Rollouts
@@ -18,7 +19,7 @@ from ..rl.settings import Draft
 from ..rl.trajectory import Request, Trajectory
 
 
-def draw(domains: list[Domain], split: Split, step: int, count: int) -> list[tuple[Domain, Problem]]:
+def draw(domains: list[Problems], split: Split, step: int, count: int) -> list[tuple[Problems, Problem]]:
     """`count` problems of step `step`, evenly from the domains; no problem comes twice in a stage."""
     drawn = []
     for i, domain in enumerate(domains):
@@ -31,7 +32,7 @@ def sample(
     rollouts: Rollouts,
     encoding: Encoding | Template,
     tokenizer: Any,
-    problems: list[tuple[Domain, Problem]],
+    problems: list[tuple[Problems, Problem]],
     *,
     first: int,
     group_size: int,
@@ -52,11 +53,20 @@ def sample(
     return trajectories
 
 
-def score(grader: Grader, trajectories: list[Trajectory]) -> None:
-    """Grades the responses, each in a process that can be killed, and writes the scores into the trajectories."""
-    items = [(t.problem, t.text, t.finish == "stop", t.mode) for t in trajectories if t.problem is not None]
+def score(grader: Grader, trajectories: list[Trajectory]) -> float:
+    """Grades the responses, each in a process that can be killed, and writes the scores into the trajectories.
+
+    Returns how many it graded a second.
+    """
+    began = time.monotonic()
+    items = [
+        (t.problem, t.text, t.finish == "stop", t.mode, len(t.response_ids))
+        for t in trajectories
+        if t.problem is not None
+    ]
     for trajectory, result in zip(trajectories, grader.grade(items), strict=True):
         trajectory.score = result
+    return len(items) / (time.monotonic() - began)
 
 
 def shown(trajectory: Trajectory) -> dict[str, Any]:
@@ -84,6 +94,8 @@ def write_rollouts(folder: Path, step: int, trajectories: list[Trajectory]) -> N
         {"step": step, **shown(t), "response_ids": t.response_ids, "logprobs": t.logprobs, "versions": t.versions}
         for t in trajectories
     ]
+    columns = dict.fromkeys(name for row in rows for name in row)  # each domain has its own parts of a score
+    rows = [{name: row.get(name) for name in columns} for row in rows]
     file = folder / f"{step:06}.parquet"
     pq.write_table(pa.Table.from_pylist(rows), file.with_suffix(".new"))
     file.with_suffix(".new").rename(file)
@@ -108,5 +120,5 @@ def sampled_rate(trajectories: list[Trajectory], began: float) -> float:
     return sum(len(t.response_ids) for t in trajectories) / (time.monotonic() - began)
 
 
-def _repeated(problems: list[tuple[Domain, Problem]], times: int) -> list[tuple[Domain, Problem]]:
+def _repeated(problems: list[tuple[Problems, Problem]], times: int) -> list[tuple[Problems, Problem]]:
     return [pair for pair in problems for _ in range(times)]

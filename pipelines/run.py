@@ -21,6 +21,7 @@ from typing import Any
 from .. import __version__
 from ..errors import UserError
 from ..model.shards import write_text
+from ..rewards.data import FileDomain, Problems
 from ..rewards.domains import Domain
 from ..rl.cluster import start_ray
 from ..rl.fleet import Fleet
@@ -33,6 +34,7 @@ from .model_check import check_models
 from .pretrain import pretrain
 from .recipe import BASE, Average, Recipe, Sft, resolved_yaml
 from .report import write_report
+from .reward_check import check_rewards
 from .sft import sft
 from .stage import Interrupted, Run, StageRun, write_json
 from .tracking import Tracker
@@ -65,6 +67,9 @@ def run_recipe(recipe: Recipe, runs: Path) -> Path:
         tracker = Tracker(folder, recipe.name, recipe.tracking.wandb, recipe.tracking.project)
         write_text(kept, text)
         console.print(f"{recipe.name}: {folder}, tracked in {tracker.status}")
+        for domain in domains.values():
+            if isinstance(domain, FileDomain) and domain.duplicates:
+                console.print(f"{domain.name}: {domain.described_duplicates()}")
         write_json(folder / "versions.json", versions())
         start_ray()
         resources = recipe.resources
@@ -92,12 +97,9 @@ def failures(run: Run) -> dict[str, dict[str, int]]:
     return {name: counts for name, counts in found.items() if counts}
 
 
-def _checked(recipe: Recipe) -> dict[str, Domain]:
+def _checked(recipe: Recipe) -> dict[str, Problems]:
     """The recipe's domains. UserError for what else would only show in the middle of a stage."""
-    domains = {
-        name: Domain(name, d.mode, d.tasks, d.demonstrations, recipe.evaluate.problems, recipe.seed)
-        for name, d in recipe.domains.items()
-    }
+    domains = {name: _domain(recipe, name) for name in recipe.domains}
     for domain in domains.values():  # may have too few different questions
         domain.problems("heldout", 0, recipe.evaluate.problems)
     for stage in recipe.stages.values():
@@ -105,7 +107,17 @@ def _checked(recipe: Recipe) -> dict[str, Domain]:
             for name in stage.domains:
                 domains[name].problems("validation", 0, stage.validation)
     check_models(recipe, domains)
+    check_rewards(recipe, domains)
     return domains
+
+
+def _domain(recipe: Recipe, name: str) -> Problems:
+    settings = recipe.domains[name]
+    if (data := settings.data) is None:
+        common = settings.demonstrations, recipe.evaluate.problems, recipe.seed, settings.rewards
+        return Domain(name, settings.mode, settings.tasks, *common)
+    files = data.train, data.heldout, data.fields
+    return FileDomain(name, settings.mode, *files, settings.rewards, settings.demonstrations, recipe.seed)
 
 
 def versions() -> dict[str, Any]:

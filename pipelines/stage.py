@@ -18,7 +18,7 @@ from ..model.config import resolve
 from ..model.encoding import Encoding
 from ..model.shards import write_text
 from ..model.template import Template
-from ..rewards.domains import Domain
+from ..rewards.data import Problems
 from ..rewards.grader import Grader
 from ..rl.cluster import Usage, usage
 from ..rl.fleet import Fleet
@@ -49,7 +49,7 @@ class Run:
     fleet: Fleet
     tracker: Tracker
     console: Console
-    domains: dict[str, Domain]
+    domains: dict[str, Problems]
     stop: threading.Event = field(default_factory=threading.Event)
 
     def model(self, name: str) -> Path:

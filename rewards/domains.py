@@ -115,6 +115,7 @@ class Domain:
         demonstrations: how many SFT trains on.
         heldout: how many problems evaluation may use.
         seed: the run's.
+        rewards: as for `registry.mix`; None for the tasks' own scorers and the format.
 
     Raises: UserError for an unknown task or a parameter that the task does not take.
     """
@@ -127,6 +128,7 @@ class Domain:
         demonstrations: int,
         heldout: int,
         seed: int,
+        rewards: dict[str, Any] | None = None,
     ) -> None:
         from pydantic_core import to_jsonable_python
 
@@ -145,6 +147,7 @@ class Domain:
                 )
         self.name, self.mode, self.tasks = name, mode, to_jsonable_python(tasks)
         self.demonstrations, self.heldout, self.seed = demonstrations, heldout, seed
+        self._rewards = rewards or {}
         self._names = list(tasks)
         self._blocks: dict[tuple[str, Split], tuple[int, ProceduralDataset]] = {}
         self._demonstrable = False
@@ -233,7 +236,8 @@ class Domain:
                 f"{type(error).__name__}: {error}; widen its parameters"
             ) from error
         answer = "" if entry["answer"] is None else entry["answer"]
-        return Problem(self.name, task, seed + offset, entry["question"], answer, entry, self.tasks[task])
+        parameters = self.tasks[task]
+        return Problem(self.name, task, seed + offset, entry["question"], answer, entry, parameters, self._rewards)
 
     def _check_stored_answers(self) -> None:
         """UserError unless three problems of each task get full marks for their own answers."""

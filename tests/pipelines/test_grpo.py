@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from amalgam.pipelines import grpo as module
-from amalgam.pipelines.rollout import length_metrics, sampled_rate
+from amalgam.pipelines.report import _rollout_samples
+from amalgam.pipelines.rollout import length_metrics, sampled_rate, write_rollouts
 from amalgam.rewards.problem import Score
 from amalgam.rl.settings import IndexerLoss, Sampling
 from amalgam.rl.trajectory import Trajectory
@@ -54,7 +55,7 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, updates: int, groups: 
     )  # fmt: skip
     monkeypatch.setattr(module, "speaker", lambda *_: (None, None))
     monkeypatch.setattr(module, "draw", lambda *_: [])
-    monkeypatch.setattr(module, "score", lambda *_: None)
+    monkeypatch.setattr(module, "score", lambda *_: 1.0)
     monkeypatch.setattr(module, "sample", lambda *_, **__: [trajectory(i, i // 2) for i in range(2 * groups)])
     module.grpo(stage, settings)
     assert sum(calls) == 2 * groups
@@ -83,3 +84,15 @@ def test_drafts_are_counted_over_all_tokens():
     drafted = [replace(trajectory(i, 0), drafted=10 * i, accepted=i) for i in range(3)]
     assert length_metrics(drafted)["draft_acceptance"] == pytest.approx(0.1)
     assert "draft_acceptance" not in length_metrics([trajectory(0, 0)])
+
+
+def test_each_domain_may_have_parts_of_its_own(tmp_path: Path):
+    one, other = trajectory(0, 0), trajectory(1, 1)
+    one.domain, other.domain = "sums", "code"
+    one.score, other.score = Score(0.5, True, {"math": 0.5}), Score(1.0, True, {"code": 1.0, "format": 1.0})
+    metrics = module.reward_metrics([one, other])
+    assert metrics == {"reward": 0.75, "correct": 1.0, "part_math": 0.5, "part_code": 1.0, "part_format": 1.0}
+    write_rollouts(tmp_path / "stages" / "s" / "rollouts", 1, [one, other])
+    run: Any = SimpleNamespace(folder=tmp_path, stages=["s"], kind=lambda _: "grpo")
+    (shown,) = _rollout_samples(run)
+    assert [row["parts"] for row in shown["rows"]] == [{"math": 0.5}, {"code": 1.0, "format": 1.0}]

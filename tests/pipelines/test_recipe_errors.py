@@ -115,8 +115,28 @@ MISTAKES = {
     "no tasks": (
         "{spell_backward: {}}",
         "{}",
-        "r.yaml:8: domains.strings.tasks: {} is out of range; "
-        "give a mapping that is not empty, e.g. {chain_sum: {max_terms: 3}}",
+        "r.yaml:8: domains.strings.tasks: a domain has either tasks, e.g. {chain_sum: {max_terms: 3}}, or data",
+    ),
+    "tasks and data": (
+        "tasks: {spell_backward: {}}",
+        "data: {train: a.jsonl, heldout: b.jsonl}\n    rewards: {math: 1}\n    tasks: {spell_backward: {}}",
+        "r.yaml:10: domains.strings.tasks: a domain has either tasks, e.g. {chain_sum: {max_terms: 3}}, or data",
+    ),
+    "data without rewards": (
+        "tasks: {spell_backward: {}}",
+        "data: {train: a.jsonl, heldout: b.jsonl}",
+        "r.yaml:6: domains.strings.rewards: data needs rewards to grade by, e.g. {math: 1}; there are reasoning-gym, "
+        "math, code, instruction, choice, json, tool-call, format, length, language, judge",
+    ),
+    "a reward that is none": (
+        "tasks: {spell_backward: {}}",
+        "tasks: {spell_backward: {}}\n    rewards: {reasoning-gym: 0.9, lenght: 0.1}",
+        "r.yaml:9: domains.strings.rewards.lenght: no reward 'lenght'; did you mean length?",
+    ),
+    "a reward's parameter that is none": (
+        "tasks: {spell_backward: {}}",
+        "tasks: {spell_backward: {}}\n    rewards:\n      reasoning-gym: 0.9\n      format: {weight: 0.1, stile: any}",
+        "r.yaml:11: domains.strings.rewards.format.stile: no such parameter; did you mean style? it takes style",
     ),
     "a stage that is a number": (
         '{kind: average, of: "grpo-{domain}"}',

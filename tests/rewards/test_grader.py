@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from amalgam.rewards import grader as grader_module
+from amalgam.rewards.answers import parse
 from amalgam.rewards.domains import CODE_SCORED, make_dataset, task_names
-from amalgam.rewards.grader import Grader, parse
+from amalgam.rewards.grader import Grader
 from amalgam.rewards.problem import Problem, Score, decode, encode
 
 BAD = (sys.executable, "-P", str(Path(__file__).with_name("bad_grader.py")))
@@ -217,7 +218,7 @@ def test_threads_have_a_grader_each(grader, bad_grader):
 
 def test_a_task_without_a_scorer_is_an_error_with_the_childs_words(grader):
     misspelt = replace(problem_of("chain_sum"), task="chain_sums")
-    with pytest.raises(RuntimeError, match="was built .*UserError: chain_sums: reasoning-gym has no task"):
+    with pytest.raises(RuntimeError, match="was prepared .*UserError: chain_sums: reasoning-gym has no task"):
         grader.grade([(misspelt, "<answer>1</answer>", True, "chat")])
 
 
