@@ -175,9 +175,10 @@ def linear_kernel(x, weight, y, rows, depth, out, groups, COLUMNS: gl.constexpr,
     multiply_tiles(x, weight, (y, rows, out, groups), 0, rows, depth, out, groups, _store, 0, COLUMNS, STAGES)
 
 
-def described(x: Tensor, rows: int) -> TensorDescriptor:
-    """So many rows and the channels of a step."""
-    return TensorDescriptor.from_tensor(x, [rows, 64], gl.NVMMASharedLayout(128, 16, 2))
+def described(x: Tensor, rows: int, depth: int = 0) -> TensorDescriptor:
+    """So many rows and the channels of a step; behind the first `depth` channels of x, if not all, there are zeros."""
+    shape, layout = [x.shape[0], depth or x.shape[1]], gl.NVMMASharedLayout(128, 16, 2)
+    return TensorDescriptor(x, shape, list(x.stride()), [rows, 64], layout)
 
 
 def multiply(x: Tensor, weight: Tensor, y: Tensor, groups: int) -> None:

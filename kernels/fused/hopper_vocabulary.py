@@ -14,6 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .hopper import programs
 from .hopper_linear import described, multiply_tiles, places, wide
 from .launch import SAME_BITS, is_hopper
+from .linear import check
 
 BLOCK = 256
 REVERSE, FORWARD = gl.constexpr(1), gl.constexpr(2)  # as `vocabulary` has them
@@ -259,7 +260,9 @@ def teacher_kernel(
 def product(hidden: Tensor, weight: Tensor) -> tuple[tuple[int], TensorDescriptor, TensorDescriptor]:
     """Programs, and both operands."""
     items = -(-hidden.shape[0] // 128) * -(-weight.shape[0] // BLOCK)
-    return (programs(items, hidden.device),), described(hidden.contiguous(), 64), described(weight, BLOCK)
+    check(hidden[:, : weight.shape[1]], weight, 1)
+    x = described(hidden.contiguous(), 64, weight.shape[1])
+    return (programs(items, hidden.device),), x, described(weight.contiguous(), BLOCK)
 
 
 def measure_tokens(

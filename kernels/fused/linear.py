@@ -91,7 +91,7 @@ def multiply(x: Tensor, weight: Tensor, groups: int = 1, wide: bool = False) -> 
     y = x.new_empty(rows, groups * out, dtype=torch.float32 if wide else x.dtype)
     if rows == 0:
         return y
-    # A column of zeros behind a group's channels is another group's; behind the last it is nobody's.
+    # A step of 64 channels must not reach into the next group's.
     if rows > 64 and x.dtype == torch.bfloat16 and is_hopper(x.device) and (groups == 1 or depth % 64 == 0):
         hopper_linear.multiply(x.contiguous(), weight.contiguous(), y, groups)
         return y

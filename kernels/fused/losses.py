@@ -117,7 +117,7 @@ class TokenLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if group is not None:
             targets = targets - group.rank() * head.shape[0]
-        targets = targets.contiguous()
+        targets, allowed = targets.contiguous(), None if allowed is None else allowed.contiguous()
         against = Against(vocabulary.TOKENS, targets, targets, targets, 1 / temperature, allowed, group)
         measured = _measured(ctx, hidden, head, against, None, train)
         return measured.value, measured.second
@@ -152,6 +152,7 @@ class Divergence(torch.autograd.Function):
 
 def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float, allowed: Tensor | None) -> Tensor:
     """`TokenLoss`'s log-probs, bit for bit, from all the logits fp32 [B, V] of its rows."""
+    allowed = None if allowed is None else allowed.contiguous()
     against = Against(vocabulary.TOKENS, tokens.contiguous(), tokens, tokens, 1 / temperature, allowed)
     parts = Parts(against, logits.shape[1], is_hopper(logits.device))
     if logits.shape[0]:
@@ -168,7 +169,7 @@ def _measured(
 ) -> Measured:
     """All pieces; what is kept of them goes, with all else that the backward needs, to `ctx`."""
     train = train and any(ctx.needs_input_grad[:2]) and hidden.shape[0] > 0
-    of_head = torch.empty_like(head) if train and ctx.needs_input_grad[1] else None
+    of_head = head.new_empty(head.shape) if train and ctx.needs_input_grad[1] else None
     kept = list(rooms(hidden, head, of_head, 1 if teachers is None else 2)) if train else []
     fast = hopper_vocabulary.takes(hidden)
     parts = Parts(against, head.shape[0], fast or (teachers is None and is_hopper(hidden.device)))

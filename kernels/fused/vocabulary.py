@@ -171,7 +171,7 @@ def rooms(hidden: Tensor, head: Tensor, gradient: Tensor | None, tensors: int) -
     """For each piece, memory [T, columns] in which up to `tensors` logits wait for the backward.
 
     First comes that of the head's `gradient`: a piece lies behind the gradients of all before it, so that the backward
-    can write these as it goes; then `KEPT` bytes. Behind the first piece without any there are no others.
+    can write these as it goes; then `KEPT` bytes.
     """
     # Less their maxima, fp16 holds logits four times as exactly as bf16.
     dtype, left = torch.float16 if hidden.dtype == torch.bfloat16 else hidden.dtype, KEPT

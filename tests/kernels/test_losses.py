@@ -236,15 +236,15 @@ def test_logits_are_never_there_as_a_whole(way: str, kind, monkeypatch: pytest.M
             return out
 
     monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 2000)
-    hidden, head = (x.requires_grad_() for x in inputs(DTYPES[0], 30, 320))
-    none = torch.zeros(30, dtype=torch.int64)
+    hidden, head = (x.requires_grad_() for x in inputs(DTYPES[0], 20, 320))
+    none = torch.zeros(20, dtype=torch.int64)
     with Largest() as largest:
         if kind == "tokens":
             value = losses.token_logprobs(hidden, head, none)
         else:
             value = losses.divergence(hidden, head, hidden.detach(), {0: head.detach()}, none, kind)
         value.sum().backward()
-    assert largest.found <= 320 * 16 < 30 * 320
+    assert largest.found <= 320 * 16 < 20 * 320
 
 
 # ---- equal bits, of the kernels
