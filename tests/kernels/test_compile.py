@@ -25,7 +25,6 @@ SPILLED = {
     "hyper-connections": {"_site": 40, "_streams_backward": 2056},
     "hyper-connections, head": {"_streams_backward": 2032},
     "hopper, hyper-connections": {"streams_kernel": 184},
-    "hopper, hyper-connections, head": {"streams_kernel": 184},
 }
 
 
