@@ -2,8 +2,7 @@
 
 A program keeps 64 channels and goes through tokens. One warp fetches tiles by TMA while others compute those that have
 arrived. A token's channels lie in eight threads of one warp, so that sums over them stay in the warp; what `fn` brings
-to a gradient passes through shared memory, to get there from the layout of the products. Two programs share a
-multiprocessor: while the warps of one wait for each other, those of the other compute.
+to a gradient passes through shared memory, to get there from the layout of the products.
 """
 
 import math
@@ -23,9 +22,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .hopper import barrier
 from .launch import multiprocessors
 
-TOKENS, CHANNELS = 16, 64  # of a tile
+TOKENS, CHANNELS = 32, 64  # of a tile
 ROWS, STEP, OUT, STAGES = gl.constexpr(TOKENS), gl.constexpr(CHANNELS), gl.constexpr(32), gl.constexpr(3)
-REGISTERS = 128  # of a thread, at the launch: two programs of 8 warps; those that compute get 232
 
 
 @gluon.jit
@@ -94,19 +92,14 @@ def _compute(
     SQUARE: gl.constexpr = 3 + N
     POST: gl.constexpr = 4 + N
     COMB: gl.constexpr = 4 + 2 * N
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    of_g: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
-    of_products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    of_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUT, 16])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    of_g: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [8, 1], [1, 0])
+    of_products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 16, 16])
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    wide: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
-    # Allocations of their own: between accesses to one the compiler puts barriers.
-    new_s, products_s = (), ()
-    for _ in gl.static_range(N):
-        new_s = new_s + (gl.allocate_shared_memory(gl.bfloat16, [2, ROWS, STEP], shared),)
-        products_s = products_s + (gl.allocate_shared_memory(gl.float32, [ROWS, STEP], wide),)
+    new_s = gl.allocate_shared_memory(gl.bfloat16, [2 * N, ROWS, STEP], shared)
+    products_s = gl.allocate_shared_memory(gl.float32, [N, ROWS, STEP], gl.NVMMASharedLayout(128, 32, 2))
     fn_s = gl.allocate_shared_memory(gl.bfloat16, [N, OUT, STEP], shared)
-    g_s = gl.allocate_shared_memory(gl.bfloat16, [2, OUT, ROWS], gl.NVMMASharedLayout(32, 16, 2))
+    g_s = gl.allocate_shared_memory(gl.bfloat16, [2, OUT, ROWS], gl.NVMMASharedLayout(64, 16, 2))
 
     first, stride, end = gl.program_id(1), gl.num_programs(1), (tokens + ROWS - 1) // ROWS
     c = gl.program_id(0) * STEP + gl.arange(0, STEP, gl.SliceLayout(0, layout))
@@ -116,7 +109,7 @@ def _compute(
     for k in gl.static_range(N):
         w_OC = gl.load(fn + (o * (N * D))[:, None] + (k * D + c)[None, :], mask=(o < LOGITS)[:, None], other=0.0)
         fn_s.index(k).store(w_OC.to(gl.bfloat16))
-        of_fn = of_fn + (gl.zeros([STEP, OUT], gl.float32, of_sums),)
+        of_fn = of_fn + (gl.zeros([STEP, OUT], gl.float32, of_products),)
     parts_gates += gl.program_id(0).to(gl.int64) * (N + N * N) * tokens
     held = _of_tokens(post, comb, pre, of_norm, of_logits, first, tokens, layout, of_g, N, LOGITS, PENDING)
     turn = 0
@@ -140,7 +133,7 @@ def _compute(
                     sums = gl.fma(held[COMB + j * N + k][:, None], before[j].to(gl.float32), sums)
                 new = new + (sums.to(gl.bfloat16),)
         for k in gl.static_range(N):
-            new_s[k].index(flip).store(new[k])
+            new_s.index(flip * N + k).store(new[k])
             x_TC = gl.fma(held[PRE + k][:, None], new[k].to(gl.float32), x_TC)
         fence_async_shared()
         barrier()
@@ -152,18 +145,18 @@ def _compute(
             w_CO = fn_s.index(k).permute((1, 0))
             products = products + (warpgroup_mma(w_CO, g_s.index(flip), zero, use_acc=False, is_async=True),)
         for k in gl.static_range(N):
-            x_CT, g_TO = new_s[k].index(flip).permute((1, 0)), g_s.index(flip).permute((1, 0))
+            x_CT, g_TO = new_s.index(flip * N + k).permute((1, 0)), g_s.index(flip).permute((1, 0))
             sums = sums + (warpgroup_mma(x_CT, g_TO, of_fn[k], is_async=True),)
         products = warpgroup_mma_wait(N, products)
         for k in gl.static_range(N):
-            products_s[k].store(gl.permute(products[k], (1, 0)))
+            products_s.index(k).store(gl.permute(products[k], (1, 0)))
         g_TC = _wide(tiles_s.index(tiles), layout) * held[NORM][:, None]
         of_weight_TC = gl.fma(g_TC, x_TC, of_weight_TC)
         g_TC = gl.fma(x_TC, held[NORM + 1][:, None], g_TC * weight_C)
         barrier()
         whole = ()
         for k in gl.static_range(N):
-            of = gl.fma(held[PRE + k][:, None], g_TC, products_s[k].load(layout))
+            of = gl.fma(held[PRE + k][:, None], g_TC, products_s.index(k).load(layout))
             of = gl.fma(held[SQUARE][:, None], new[k].to(gl.float32), of)
             if PENDING:
                 of += _wide(tiles_s.index(tiles + N + 2 + k), layout)
@@ -192,8 +185,8 @@ def _compute(
         held = ahead
         turn += 1
     part = parts_fn + gl.program_id(1).to(gl.int64) * LOGITS * N * D
-    o = gl.arange(0, OUT, gl.SliceLayout(0, of_sums))
-    d = gl.program_id(0) * STEP + gl.arange(0, STEP, gl.SliceLayout(1, of_sums))
+    o = gl.arange(0, OUT, gl.SliceLayout(0, of_products))
+    d = gl.program_id(0) * STEP + gl.arange(0, STEP, gl.SliceLayout(1, of_products))
     for k in gl.static_range(N):
         gl.store(part + (o * (N * D))[None, :] + (k * D + d)[:, None], of_fn[k], mask=(o < LOGITS)[None, :])
     gl.store(parts_weight + gl.program_id(1) * D + c, gl.sum(of_weight_TC, 0))
@@ -229,9 +222,9 @@ def streams_kernel(
 
 
 def programs(old: Tensor) -> int:
-    """Of each slice of channels: so many that each multiprocessor has two."""
+    """Of each slice of channels: so many that each multiprocessor has one."""
     tokens, _, d = old.shape
-    return max(min(2 * multiprocessors(old.device) // (d // CHANNELS), math.ceil(tokens / TOKENS)), 1)
+    return max(min(multiprocessors(old.device) // (d // CHANNELS), math.ceil(tokens / TOKENS)), 1)
 
 
 def _described(x: Tensor) -> TensorDescriptor:
@@ -253,5 +246,5 @@ def streams_backward(
     streams_kernel[(d // CHANNELS, parts_fn.shape[0])](
         *(_described(x) for x in (old, output, of_new, of_x)), post, comb, fn, weight, pre, of_norm, of_logits, of_old,
         of_output, parts_gates, parts_fn, parts_weight, old.shape[0], D=d, N=old.shape[1], LOGITS=fn.shape[0],
-        PENDING=update is not None, num_warps=4, maxnreg=REGISTERS,
+        PENDING=update is not None, num_warps=8,
     )  # fmt: skip

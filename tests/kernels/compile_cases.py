@@ -157,10 +157,10 @@ def hyper_connections(head: bool = False, first: bool = False, dtype: torch.dtyp
     torch.autograd.backward(made, [torch.empty_like(out) for out in made])
 
 
-def hopper_streams(head: bool = False, first: bool = False) -> None:
+def hopper_streams(first: bool = False) -> None:
     """The tiles of a site's backward."""
     n, width = 4, 4096
-    logits, pre, pair = n if head else (2 + n) * n, meta(n, TOKENS, dtype=FP32), meta(2, TOKENS, dtype=FP32)
+    logits, pre, pair = (2 + n) * n, meta(n, TOKENS, dtype=FP32), meta(2, TOKENS, dtype=FP32)
     streams, x, comb = meta(TOKENS, n, width), meta(TOKENS, width), meta(n, n, TOKENS, dtype=FP32)
     hopper_hyper.streams_backward(
         streams, None if first else (x, pre, comb), meta(logits, n * width, dtype=FP32), meta(width, dtype=FP32), pre,
@@ -378,7 +378,6 @@ CASES: dict[str, Callable[[], None]] = {
     "hopper, indexer": hopper_scores,
     "hopper, hyper-connections": hopper_streams,
     "hopper, hyper-connections, first": lambda: hopper_streams(first=True),
-    "hopper, hyper-connections, head": lambda: hopper_streams(head=True),
     "hopper, linear": lambda: on_hopper(lambda: product(TOKENS, 32768, 1024)),
     "hopper, linear, narrow": lambda: on_hopper(lambda: product(TOKENS, 256, 1024)),
     "hopper, loss, tokens": lambda: on_hopper(token_loss),

@@ -121,7 +121,8 @@ def test_a_bad_row_is_named(tmp_path, rows, fields, message):
         ({"path": "json", "nonsense": 1}, "d: datasets cannot load"),
     ],
 )
-def test_a_source_that_is_none_is_named(source, message):
+def test_a_source_that_is_none_is_named(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where `datasets` looks for files
     with pytest.raises(UserError, match=r"^d: ") as error:
         read(source, {}, "d")
     assert message in str(error.value)
