@@ -40,7 +40,7 @@ def kernels() -> list[tuple[str, dict[str, Any]]]:
     """Case and kernel, from a process whose Triton compiles; here it interprets."""
     script = Path(__file__).with_name("compile_for_h100.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     return [(case, kernel) for case, found in json.loads(done.stdout).items() for kernel in found]
 
