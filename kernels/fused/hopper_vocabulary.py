@@ -69,6 +69,19 @@ def _those(x, row, column, rows, columns):
 
 
 @gluon.jit
+def _real_quarters(x, row, column, rows, columns):
+    """Of a tile, with NOTHING where there is no number: only at an edge, as a whole tile needs no masks."""
+    x0, x1, x2, x3 = quarters(x)
+    QUARTER: gl.constexpr = x0.type.shape[1]
+    if (row + x.type.shape[0] > rows) | (column + x.type.shape[1] > columns):
+        x0 = _those(x0, row, column, rows, columns)
+        x1 = _those(x1, row, column + QUARTER, rows, columns)
+        x2 = _those(x2, row, column + 2 * QUARTER, rows, columns)
+        x3 = _those(x3, row, column + 3 * QUARTER, rows, columns)
+    return x0, x1, x2, x3
+
+
+@gluon.jit
 def only_allowed(x, other, allowed, words, row, column, rows, first):
     """`other` where a bit is not set."""
     r, c = places(x, row, first + column)
@@ -99,12 +112,7 @@ def _measure(logits, row, g, column, given, HOW: gl.constexpr):
     targets, allowed, picked, parts, kept, rows, columns, first, words, count, scale = given
     WIDTH: gl.constexpr = logits.type.shape[1]
     QUARTER: gl.constexpr = WIDTH // 4
-    x0, x1, x2, x3 = quarters(logits * scale)
-    if (row + logits.type.shape[0] > rows) | (column + WIDTH > columns):
-        x0 = _those(x0, row, column, rows, columns)
-        x1 = _those(x1, row, column + QUARTER, rows, columns)
-        x2 = _those(x2, row, column + 2 * QUARTER, rows, columns)
-        x3 = _those(x3, row, column + 3 * QUARTER, rows, columns)
+    x0, x1, x2, x3 = _real_quarters(logits * scale, row, column, rows, columns)
     if HOW & MASKED:
         x0 = only_allowed(x0, NOTHING, allowed, words, row, column, rows, first)
         x1 = only_allowed(x1, NOTHING, allowed, words, row, column + QUARTER, rows, first)
@@ -168,12 +176,7 @@ def _of_student(logits, row, g, column, given, HOW: gl.constexpr):
     y, maxima, totals, kept, rows, columns, first, count = given
     WIDTH: gl.constexpr = logits.type.shape[1]
     QUARTER: gl.constexpr = WIDTH // 4
-    x0, x1, x2, x3 = quarters(logits)
-    if (row + logits.type.shape[0] > rows) | (column + WIDTH > columns):
-        x0 = _those(x0, row, column, rows, columns)
-        x1 = _those(x1, row, column + QUARTER, rows, columns)
-        x2 = _those(x2, row, column + 2 * QUARTER, rows, columns)
-        x3 = _those(x3, row, column + 3 * QUARTER, rows, columns)
+    x0, x1, x2, x3 = _real_quarters(logits, row, column, rows, columns)
     m = _highest(x0, x1, x2, x3)
     total = m * 0.0
     for i in gl.static_range(4):
@@ -213,12 +216,7 @@ def _of_teacher(logits, row, g, column, given, HOW: gl.constexpr):
     x_in, order, end, maxima, highest, totals, crosses, kept, columns, first, count = given
     WIDTH: gl.constexpr = logits.type.shape[1]
     QUARTER: gl.constexpr = WIDTH // 4
-    y0, y1, y2, y3 = quarters(logits)
-    if (row + logits.type.shape[0] > end) | (column + WIDTH > columns):
-        y0 = _those(y0, row, column, end, columns)
-        y1 = _those(y1, row, column + QUARTER, end, columns)
-        y2 = _those(y2, row, column + 2 * QUARTER, end, columns)
-        y3 = _those(y3, row, column + 3 * QUARTER, end, columns)
+    y0, y1, y2, y3 = _real_quarters(logits, row, column, end, columns)
     n = _highest(y0, y1, y2, y3)
     token, own = tokens_of(order, row, end, y0)
     slot = token * count + (first + column) // WIDTH
