@@ -72,7 +72,7 @@ def _those(x, row, column, rows, columns):
 def _real_quarters(x, row, column, rows, columns):
     """Of a tile, with NOTHING where there is no number: only at an edge, as a whole tile needs no masks."""
     x0, x1, x2, x3 = quarters(x)
-    QUARTER: gl.constexpr = x0.type.shape[1]
+    QUARTER: gl.constexpr = x.type.shape[1] // 4
     if (row + x.type.shape[0] > rows) | (column + x.type.shape[1] > columns):
         x0 = _those(x0, row, column, rows, columns)
         x1 = _those(x1, row, column + QUARTER, rows, columns)
