@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Attention, DeepseekV4RotaryEmbedding
 
 from amalgam.model.attention import Attention
-from amalgam.model.cache import LayerCache
+from amalgam.model.cache import Cache, LayerCache, page_tokens
 from amalgam.model.deepseek_v4 import FP32_ISLANDS
 from amalgam.model.layout import step
 
@@ -121,17 +121,17 @@ def filled_cache(setting: Setting, made: Attention) -> tuple[LayerCache, Callabl
     The last token of the context ends a window of every compressor: the most that a step has to do.
     """
     compressors = {(c.ratio, c.tokens) for c in (made.compressor,) if c is not None}
-    past = torch.tensor([setting.context - 1], device=setting.device)
-    layout = step(
-        past, setting.context - 1, window=setting.config.sliding_window, slack=0, room=setting.context,
-        compressors=compressors, frequencies=setting.frequencies(),
-    )  # fmt: skip
-    x = setting.random(1, setting.config.hidden_size)
-    cache: LayerCache = {}
+    ratios = {ratio for ratio, _ in compressors}
+    whole = Cache(1, setting.context, 0, page_tokens(ratios), 1, setting.device, None)
+    whole.length += setting.context - 1
+    whole.longest = setting.context - 1
+    frequencies = setting.frequencies()
+    layout = step(None, whole, window=setting.config.sliding_window, compressors=compressors, frequencies=frequencies)
+    x, cache = setting.random(1, setting.config.hidden_size), whole.layers[0]
     made.extend(x, layout, cache)
     for tensor in cache.values():
         tensor.normal_()
-    return cache, lambda: made.extend(x, layout, cache)
+    return cache, lambda: made.extend(x, layout, cache)[0]
 
 
 def decode_bytes(setting: Setting, kind: str, made: Attention, cache: LayerCache) -> int:

@@ -52,7 +52,7 @@ def _blocks(model: DeepseekV4) -> Any:
 def through(model: DeepseekV4, x: Tensor, chunk: Chunk, cache: Cache) -> Tensor:
     """Further tokens x [T, d] through the attention of every layer; updates `cache`."""
     for block, kept in zip(_blocks(model), cache.layers, strict=True):
-        x = x + block.self_attn.extend(block.input_layernorm(x), chunk, kept)
+        x = x + block.self_attn.extend(block.input_layernorm(x), chunk, kept)[0]
     cache.advance(chunk.lengths, chunk.most)
     return x
 
@@ -70,10 +70,10 @@ def train(model: DeepseekV4, x: Tensor, cu_seqlens: Tensor, index_loss: bool = F
 @torch.no_grad()
 def extend(model: DeepseekV4, x: Tensor, cu_seqlens: Tensor, cache: Cache) -> Tensor:
     """Further tokens x [T, d] of the cache's B requests, cu_seqlens [B + 1]."""
-    return through(model, x, chunk(cu_seqlens, cache.length, **model.places(cache)), cache)
+    return through(model, x, chunk(cu_seqlens, None, cache, **model.places()), cache)
 
 
 @torch.no_grad()
 def decode(model: DeepseekV4, x: Tensor, cache: Cache) -> Tensor:
     """The next token of each request, x [B, d]."""
-    return through(model, x, step(cache.length, cache.longest, **model.places(cache)), cache)
+    return through(model, x, step(None, cache, **model.places()), cache)

@@ -40,7 +40,8 @@ class Seen:
     """What each of T queries sees: window rows, the entries that are complete at it, and of those, if so, the chosen.
 
     A document's row n is row `row_first + n` of the tensor of rows, or `row_first + n % slots` where `slots` is not 0.
-    Its entry n is row `entry_first + n` of the tensor of entries, complete at position p if n < (p + 1) // ratio.
+    Its entry n is row `entry_first + n` of the tensor of entries, complete at position p if n < (p + 1) // ratio. Where
+    there is a `table`, entries lie in pages of `page`: it is row `table[entry_first + n // page] * page + n % page`.
     """
 
     blocks: Blocks
@@ -51,6 +52,8 @@ class Seen:
     ratio: int = 0  # 0: no entries
     entry_first: Tensor | None = None  # int32 [T]
     most: int = 0  # no query sees more entries
+    table: Tensor | None = None  # int32 [requests * pages of one]
+    page: int = 0
 
     def of(self, some: slice) -> "Seen":
         """The same for some of the queries, without what the reference reads."""

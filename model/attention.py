@@ -18,7 +18,7 @@ from ..kernels.places import Seen, Windows
 from ..kernels.project import project, project_groups, project_wide
 from ..kernels.rope import apply_rope
 from ..kernels.upcast import upcast
-from .cache import LayerCache, kept
+from .cache import LayerCache
 from .layout import Chunk, Packed
 from .stored import StoredFp8, StoredRounded
 
@@ -80,15 +80,15 @@ class Compressor(nn.Module):
         return compress(values, scores, self.position_bias, norm.weight, windows, norm.eps, dtype, self.storage)
 
     def extend(self, x: Tensor, chunk: Chunk, cache: LayerCache, prefix: str, name: str) -> Tensor:
-        """Adds a chunk's tokens to `cache`, and to `name` there the entries complete with them: [B rows, dim]."""
-        requests, tokens = chunk.past.numel(), self.tokens
+        """Adds a chunk's tokens to `cache`, and to `name` there the entries complete with them: the pool [N, dim]."""
+        tokens = self.tokens
         values, scores = (
-            chunk.remember(kept(cache, prefix + part, new, requests, tokens + chunk.slack), new, tokens)
+            chunk.remember(chunk.cache.ring(cache, prefix + part, new, tokens + chunk.slack), new, tokens)
             for part, new in zip(("values", "scores"), self(x), strict=True)
         )
         done = chunk.finished[self.ratio, tokens]
         made = self.entries(values, scores, done.windows)
-        entries = kept(cache, name, made, requests, chunk.rows(self.ratio)).flatten(0, 1)
+        entries = chunk.cache.pool(cache, name, made, self.ratio)
         entries[done.row] = made
         return entries
 
@@ -196,11 +196,13 @@ class Attention(nn.Module):
         mass = head_mass(q, rows, entries, self.sinks, seen, chosen, lse)
         return out, index_kl(index_scores(*vectors, seen, chosen), mass)
 
-    def extend(self, x: Tensor, chunk: Chunk, cache: LayerCache) -> Tensor:
-        """x [T, d], further tokens of each request -> [T, d]; updates `cache` in place."""
+    def extend(self, x: Tensor, chunk: Chunk, cache: LayerCache) -> tuple[Tensor, Tensor | None]:
+        """x [T, d], further tokens of each request -> [T, d], and what an indexer chose, if it had to: int32 [T, K].
+
+        Updates `cache` in place."""
         rotation, seen = chunk.rotation[self.rope], chunk.seen(self.ratio)
         latent, q, new = self._project(x, rotation)
-        ring = kept(cache, "rows", new, chunk.past.numel(), self.window + chunk.slack)
+        ring = chunk.cache.ring(cache, "rows", new, self.window + chunk.slack)
         rows = chunk.remember(ring, new, self.window - 1)
         entries = chosen = None
         if self.compressor is not None:
@@ -211,7 +213,7 @@ class Attention(nn.Module):
             if seen.most > indexer.topk:
                 queries = indexer.queries(x, latent, rotation)
                 chosen = select(*queries, keys, seen, indexer.topk, indexer.score_dtype)
-        return self._output(self._attend(q, rows, entries, seen, chosen, rotation)[0])
+        return self._output(self._attend(q, rows, entries, seen, chosen, rotation)[0]), chosen
 
     def _project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The latent [T, q_lora_rank], queries [T, H, D] and the row [T, D] that is key and value."""

@@ -16,34 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.dense import attend_causal
-from .cache import LayerCache
+from .cache import Cache, page_tokens
 from .language_model import LanguageModel, Output
 
 # What an attention layer may pass on beside its own numbers: nothing of it changes the result.
 _UNUSED = ("dropout", "position_ids")
-
-
-@dataclass
-class KeyValueCache:
-    """`length` int64 [B]: tokens each request holds; `capacity`: the most tokens a request may come to hold.
-
-    A layer keeps "keys" [B, capacity, G, D] and "values" [B, capacity, G, D'].
-    """
-
-    length: Tensor
-    capacity: int
-    layers: list[LayerCache]
-
-    def select(self, rows: Tensor) -> "KeyValueCache":
-        """The cache of requests `rows` (int64; repeated for forks), as a copy."""
-        layers = [{name: t.index_select(0, rows) for name, t in layer.items()} for layer in self.layers]
-        return KeyValueCache(self.length.index_select(0, rows), self.capacity, layers)
-
-    def rollback(self, length: Tensor) -> None:
-        """Drops each request's tokens from `length` int64 [B] on; later ones overwrite them."""
-        if (length > self.length).any():
-            raise ValueError(f"a cache of {self.length.tolist()} tokens cannot go back to {length.tolist()}")
-        self.length = length.clone()
 
 
 @dataclass
@@ -53,8 +30,8 @@ class _Place:
     cu_seqlens: list[int]
     position: Tensor  # int64 [T], in the own document
     start: list[int]  # tokens that each document's cache holds already
-    caches: list[LayerCache] | None = None
-    capacity: int = 0
+    cache: Cache | None = None
+    slots: Tensor | None = None  # int64 [B]
     seen: list[int] = field(default_factory=list)  # the layers that attended
 
 
@@ -88,37 +65,42 @@ def attention(
         "softcap": softcap,
         "sinks": s_aux,
     }
-    if place.caches is None:
+    if place.cache is None:
         spans = zip(place.cu_seqlens, place.cu_seqlens[1:], strict=False)
         parts = [attend_causal(query[:, :, i:j], key[:, :, i:j], value[:, :, i:j], **numbers) for i, j in spans]
         return torch.cat(parts, 2).transpose(1, 2), None
-    return _attend_cached(query, key, value, place, place.caches[layer], numbers).transpose(1, 2), None
+    return _attend_cached(query, key, value, place, place.cache, layer, numbers).transpose(1, 2), None
 
 
 def _attend_cached(
-    query: Tensor, key: Tensor, value: Tensor, place: _Place, cache: LayerCache, numbers: dict[str, Any]
+    query: Tensor, key: Tensor, value: Tensor, place: _Place, cache: Cache, layer: int, numbers: dict[str, Any]
 ) -> Tensor:
     """Writes the new keys and values to the cache, and attends to all of each request's: [1, H, T, D]."""
-    borders, count = place.cu_seqlens, len(place.start)
-    if not cache:
-        for name, new in (("keys", key), ("values", value)):
-            cache[name] = new.new_zeros(count, place.capacity, new.shape[1], new.shape[3])
+    assert place.slots is not None
+    borders, table = place.cu_seqlens, cache.table[place.slots].long()
     lengths = torch.tensor(borders).diff()
-    request = torch.repeat_interleave(torch.arange(count), lengths).to(query.device)
-    for name, new in (("keys", key), ("values", value)):
-        cache[name][request, place.position] = new[0].transpose(0, 1)
-    keys, values = cache["keys"].transpose(1, 2), cache["values"].transpose(1, 2)
+    request = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(query.device)
+    row = table[request, place.position // cache.page] * cache.page + place.position % cache.page
+    pools = []
+    for name, new in (("past_keys", key), ("past_values", value)):
+        pools.append(cache.pool(cache.layers[layer], name, new[0].transpose(0, 1)))
+        pools[-1][row] = new[0].transpose(0, 1)
+
+    def past(which: slice, most: int) -> list[Tensor]:
+        """Keys and values [b, G, most, D] of some requests' first tokens."""
+        at = torch.arange(most, device=table.device)
+        rows = table[which][:, at // cache.page] * cache.page + at % cache.page
+        return [pool[rows].transpose(1, 2) for pool in pools]
+
     if bool((lengths == 1).all()):  # one token each: all requests at once
-        most = max(place.start) + 1
         q, at = query[0].transpose(0, 1).unsqueeze(2), place.position.unsqueeze(1)  # [B, H, 1, D], [B, 1]
-        return attend_causal(q, keys[:, :, :most], values[:, :, :most], at, **numbers).permute(2, 1, 0, 3)
+        return attend_causal(q, *past(slice(None), max(place.start) + 1), at, **numbers).permute(2, 1, 0, 3)
     parts = []
     for b, (i, j) in enumerate(zip(borders, borders[1:], strict=False)):
         if i == j:
             continue
-        end = place.start[b] + j - i
         at = None if place.start[b] == 0 else place.position[i:j].unsqueeze(0)
-        own = (keys[b : b + 1, :, :end], values[b : b + 1, :, :end])
+        own = past(slice(b, b + 1), place.start[b] + j - i)
         parts.append(attend_causal(query[:, :, i:j], *own, at, **numbers))
     return torch.cat(parts, 2)
 
@@ -152,49 +134,53 @@ class CausalLM(LanguageModel):
             raise ValueError(f"the indexer's loss is DeepSeek-V4's alone; {self.config.model_type} has no indexer")
         return self._run(tokens, cu_seqlens, None)
 
-    def new_cache(self, requests: int, capacity: int, slack: int = 0) -> KeyValueCache:
-        """An empty cache for `requests`, with room for `capacity` tokens each; `rollback` needs no slack here."""
-        length = torch.zeros(requests, dtype=torch.int64, device=self.lm_head.weight.device)
-        return KeyValueCache(length, capacity, [{} for _ in range(self.config.num_hidden_layers)])
+    def new_cache(
+        self, slots: int, capacity: int, slack: int = 0, pages: int | None = None, page: int | None = None
+    ) -> Cache:
+        """An empty cache with room for `capacity` tokens of each request; `rollback` needs no slack here."""
+        layers = self.config.num_hidden_layers
+        return Cache(slots, capacity, capacity, page or page_tokens(set()), layers, self.lm_head.weight.device, pages)
 
-    def extend(self, tokens: Tensor, cu_seqlens: Tensor, cache: KeyValueCache) -> Output:
-        """Further tokens int64 [T] of the cache's B requests, cu_seqlens [B + 1]; updates `cache` in place.
+    def extend(self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache, slots: Tensor | None = None) -> Output:
+        """Further tokens int64 [T] of B requests, cu_seqlens [B + 1]; updates `cache` in place.
 
-        A request may get any number of tokens, 0 too. For inference: the cache's tensors carry no gradient.
+        The requests are those in `slots` int64 [B], or in all slots. One may get any number of tokens, 0 too. For
+        inference: the cache's tensors carry no gradient.
         """
-        length = cache.length + cu_seqlens.diff()
-        if int(length.max()) > cache.capacity:
-            raise ValueError(f"a request of {int(length.max())} tokens does not fit a cache of {cache.capacity}")
-        output = self._run(tokens, cu_seqlens, cache)
-        cache.length = length
+        after = (cache.length if slots is None else cache.length[slots]) + cu_seqlens.diff()
+        if int(after.max()) > cache.capacity:
+            raise ValueError(f"a request of {int(after.max())} tokens does not fit a cache of {cache.capacity}")
+        output = self._run(tokens, cu_seqlens, cache, slots)
+        cache.advance(slots, cu_seqlens.diff(), int(after.max()))
         return output
 
-    def prefill(
-        self, tokens: Tensor, cu_seqlens: Tensor, capacity: int, slack: int = 0
-    ) -> tuple[Output, KeyValueCache]:
+    def prefill(self, tokens: Tensor, cu_seqlens: Tensor, capacity: int, slack: int = 0) -> tuple[Output, Cache]:
         """`extend` on a new cache."""
         cache = self.new_cache(cu_seqlens.numel() - 1, capacity, slack)
         return self.extend(tokens, cu_seqlens, cache), cache
 
-    def decode(self, tokens: Tensor, cache: KeyValueCache) -> Output:
+    def decode(self, tokens: Tensor, cache: Cache, slots: Tensor | None = None) -> Output:
         """`extend` by the next token of each request: tokens int64 [B]."""
-        return self.extend(tokens, torch.arange(tokens.numel() + 1, device=tokens.device), cache)
+        return self.extend(tokens, torch.arange(tokens.numel() + 1, device=tokens.device), cache, slots)
 
-    def _run(self, tokens: Tensor, cu_seqlens: Tensor, cache: KeyValueCache | None) -> Output:
+    def _run(self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache | None, slots: Tensor | None = None) -> Output:
         if int(cu_seqlens[-1]) != len(tokens):
             raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}, but there are {len(tokens)} tokens")
-        hidden, _ = self.states(tokens, cu_seqlens, cache)
+        hidden, _ = self.states(tokens, cu_seqlens, cache, slots)
         return Output(hidden, torch.empty(len(tokens), 0, 0, dtype=torch.int64, device=tokens.device))
 
-    def states(self, tokens: Tensor, cu_seqlens: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, list[int]]:
+    def states(
+        self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache | None, slots: Tensor | None = None
+    ) -> tuple[Tensor, list[int]]:
         """Hidden states [T, d], and the layers that attended, in order."""
-        lengths = cu_seqlens.diff().long()
-        first = cu_seqlens[:-1].long() if cache is None else cu_seqlens[:-1] - cache.length
-        position = torch.arange(len(tokens), device=tokens.device) - torch.repeat_interleave(first, lengths)
-        start = [0] * len(lengths) if cache is None else cache.length.tolist()
-        place = _Place(cu_seqlens.tolist(), position, start)
+        lengths, past = cu_seqlens.diff().long(), None
         if cache is not None:
-            place.caches, place.capacity = cache.layers, cache.capacity
+            slots = torch.arange(cache.length.numel(), device=tokens.device) if slots is None else slots
+            past = cache.length[slots]
+        first = cu_seqlens[:-1].long() if past is None else cu_seqlens[:-1] - past
+        position = torch.arange(len(tokens), device=tokens.device) - torch.repeat_interleave(first, lengths)
+        start = [0] * len(lengths) if past is None else past.tolist()
+        place = _Place(cu_seqlens.tolist(), position, start, cache, slots)
         result = self.lm.get_decoder()(
             input_ids=tokens.unsqueeze(0), position_ids=position.unsqueeze(0), use_cache=False, place=place
         )

@@ -23,7 +23,7 @@ from ..kernels.rope import inverse_frequencies
 from ..kernels.upcast import upcast
 from ..settings import FULL
 from .attention import Attention, CSACompressor, Indexer, RMSNorm, linear
-from .cache import Cache, LayerCache
+from .cache import Cache, LayerCache, page_tokens
 from .language_model import LanguageModel, Output
 from .layout import Chunk, Packed, chunk, packed, packed_by_sizes, step
 from .stored import StoredFp4, StoredFp8
@@ -156,20 +156,20 @@ class Block(nn.Module):
         replay: Tensor | None,
         index_loss: bool = False,
     ) -> tuple[Tensor, Update, Tensor, Tensor | None]:
-        """New streams [T, n, d] and the update that is to come, expert ids [T, k], `Attention.forward`'s KL.
+        """New streams [T, n, d] and the update that is to come, expert ids [T, k], `Attention.forward`'s KL or
+        `Attention.extend`'s picks.
 
         `update` is the block's before; a chunk's `cache` is updated in place.
         """
         streams, x, post, comb = self.attn_hc(streams, update, self.input_layernorm)
-        kl = None
         if isinstance(place, Packed):
-            x, kl = self.self_attn(x, place, index_loss)
+            x, index = self.self_attn(x, place, index_loss)
         else:
             assert cache is not None
-            x = self.self_attn.extend(x, place, cache)
+            x, index = self.self_attn.extend(x, place, cache)
         streams, x, post, comb = self.ffn_hc(streams, Update(x, post, comb), self.post_attention_layernorm)
         x, ids = self.mlp(x, tokens, replay)
-        return streams, Update(x, post, comb), ids, kl
+        return streams, Update(x, post, comb), ids, index
 
 
 class Embedding(nn.Embedding):
@@ -288,44 +288,50 @@ class DeepseekV4(LanguageModel):
             return packed(cu_seqlens, window, ratios, frequencies)
         return packed_by_sizes(cu_seqlens, tokens, self.longest, window, ratios, frequencies)
 
-    def new_cache(self, requests: int, capacity: int, slack: int = 0) -> Cache:
-        """An empty cache for `requests`, with room for `capacity` tokens each; `slack` is what `rollback` may drop."""
-        length = torch.zeros(requests, dtype=torch.int64, device=self.main_frequencies.device)
-        return Cache(length, capacity, slack, [{} for _ in self.model.layers])
+    def new_cache(
+        self, slots: int, capacity: int, slack: int = 0, pages: int | None = None, page: int | None = None
+    ) -> Cache:
+        """An empty cache with room for `capacity` tokens of each request; `slack` is what `rollback` may drop.
 
-    def extend(self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache) -> Output:
-        """Further tokens int64 [T] of the cache's B requests, cu_seqlens [B + 1]; updates `cache` in place.
+        It has `pages` of `page` tokens (None: what all slots need, of the usual size); `page` is a multiple of each
+        compressor's ratio."""
+        ratios = {ratio for ratio, _ in self.compressors}
+        page = page or page_tokens(ratios)
+        if any(page % ratio for ratio in ratios):
+            raise ValueError(f"a page of {page} tokens; want a multiple of {sorted(ratios)}")
+        return Cache(slots, capacity, slack, page, len(self.model.layers), self.main_frequencies.device, pages)
 
-        A request may get any number of tokens, 0 too. The borders between such chunks change no token's result. No
-        gradient: what a cache holds has none.
+    def extend(self, tokens: Tensor, cu_seqlens: Tensor, cache: Cache, slots: Tensor | None = None) -> Output:
+        """Further tokens int64 [T] of B requests, cu_seqlens [B + 1]; updates `cache` in place.
+
+        The requests are those in `slots` int64 [B], or in all slots. One may get any number of tokens, 0 too. The
+        borders between such chunks change no token's result. No gradient: what a cache holds has none.
         """
-        return self._extend(tokens, chunk(cu_seqlens, cache.length, **self.places(cache)), cache)
+        return self._extend(tokens, chunk(cu_seqlens, slots, cache, **self.places()), slots)
 
     def prefill(self, tokens: Tensor, cu_seqlens: Tensor, capacity: int, slack: int = 0) -> tuple[Output, Cache]:
         """`extend` on a new cache."""
         cache = self.new_cache(cu_seqlens.numel() - 1, capacity, slack)
         return self.extend(tokens, cu_seqlens, cache), cache
 
-    def decode(self, tokens: Tensor, cache: Cache) -> Output:
+    def decode(self, tokens: Tensor, cache: Cache, slots: Tensor | None = None) -> Output:
         """`extend` by the next token of each request: tokens int64 [B]. What it computes with has shapes that follow
         from B, `cache.longest` and `cache.capacity`, and laying it out waits for no device (model/graph.py)."""
-        return self._extend(tokens, step(cache.length, cache.longest, **self.places(cache)), cache)
+        return self._extend(tokens, step(slots, cache, **self.places()), slots)
 
-    def places(self, cache: Cache) -> dict[str, Any]:
-        """What the layouts of chunks (layout.py) are told about the model and a cache of it."""
+    def places(self) -> dict[str, Any]:
+        """What the layouts of chunks (layout.py) are told about the model."""
         return {
             "window": self.config.sliding_window,
-            "slack": cache.slack,
-            "room": cache.capacity,
             "compressors": self.compressors,
             "frequencies": self.frequencies(),
         }
 
     @torch.no_grad()
-    def _extend(self, tokens: Tensor, layout: Chunk, cache: Cache) -> Output:
+    def _extend(self, tokens: Tensor, layout: Chunk, slots: Tensor | None) -> Output:
         _check(tokens, layout.position)
-        output = self._run(tokens, layout, cache.layers, None)
-        cache.advance(layout.lengths, layout.most)
+        output = self._run(tokens, layout, layout.cache.layers, None)
+        layout.cache.advance(slots, layout.lengths, layout.most)
         return output
 
     def _run(
@@ -340,18 +346,20 @@ class DeepseekV4(LanguageModel):
             name = str(dtype).removeprefix("torch.")
             raise ValueError(f"V4's fp32 parameters were cast to {name}; run DeepSpeed without its bf16 section")
         streams = self.model.embed_tokens(tokens, self.config.hc_mult)
-        update, chosen, divergences = None, [], []
+        update, chosen, indices = None, [], []
         for i, (block, cache) in enumerate(zip(self.model.layers, caches, strict=True)):
             own = None if replay is None else replay[:, i]
-            streams, update, ids, kl = block(streams, update, tokens, place, cache, own, index_loss)
+            streams, update, ids, index = block(streams, update, tokens, place, cache, own, index_loss)
             chosen.append(ids)
-            divergences += [] if kl is None else [kl]
-        index_kl = None
-        if divergences:
-            of_query = torch.stack(divergences).mean(0)
+            indices += [] if index is None else [index]
+        index_kl = picks = None
+        if indices and isinstance(place, Packed):
+            of_query = torch.stack(indices).mean(0)
             index_kl = F.pad(of_query[:-1], (1, 0)).masked_fill(place.position == 0, 0.0)
+        elif indices:
+            picks = torch.stack(indices, dim=1)
         streams, hidden = self.model.hc_head(streams, update, self.model.norm)
-        return Output(hidden, torch.stack(chosen, dim=1), streams, index_kl)
+        return Output(hidden, torch.stack(chosen, dim=1), streams, index_kl, picks)
 
 
 def _check(tokens: Tensor, position: Tensor) -> None:

@@ -15,6 +15,10 @@ class Output(NamedTuple):
     experts: Tensor  # int64 [T, L, k]: the expert ids of every MoE layer, hash layers in their slots; [T, 0, 0] if none
     streams: Any = None  # Tensor [T, n, d], as they leave V4's last layer, for its MTP block
     index_kl: Any = None  # Tensor fp32 [T], if asked for: the loss of V4's indexers in the queries that predict a token
+    picks: Any = (
+        None  # Tensor int32 [T, CSA layers, topk]: the entries that V4's indexers chose for a cache's requests,
+    )
+    # by number, rising, and -1 behind; None where no query sees more than topk, and so all that it sees
 
 
 class LanguageModel(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kernels.places import Seen, Windows
 from ..kernels.rope import rotations
+from .cache import Cache
 
 Frequencies = dict[str, Tensor]  # "main" and "compress": fp32 [rope_dim / 2]
 
@@ -159,13 +160,13 @@ class Chunk:
     """
 
     cu_seqlens: Tensor  # int64 [B + 1]
+    slots: Tensor  # int64 [B]: of the requests in the cache
     past: Tensor  # int64 [B]: tokens that each request holds already
     tokens: int  # T
     longest: int  # the most tokens that a request gets
     most: int  # the most that one holds after the chunk, or any larger number
     window: int
-    slack: int
-    room: int  # tokens that a request may come to hold
+    cache: Cache
     rotation: dict[str, Tensor] = field(default_factory=dict)  # complex64 [T, R] by rope type
     finished: dict[tuple[int, int], "Finished"] = field(default_factory=dict)  # by ratio and ring's size without slack
     _seen_entries: dict[int, Tensor] = field(default_factory=dict)
@@ -190,43 +191,45 @@ class Chunk:
         return self.past[self.request] + self.place
 
     @property
+    def slack(self) -> int:
+        return self.cache.slack
+
+    @property
     def short(self) -> bool:
         return self.longest <= self.slack + 1
 
-    def rows(self, ratio: int) -> int:
-        """Rows of a request's entries: one more than are ever complete, for what must be written somewhere."""
-        return self.room // ratio + 1
+    def paged(self, numbers: Tensor, ratio: int) -> Tensor:
+        """Where in a pool the requests' entries of these `numbers` [B, n] are, one for `ratio` tokens: int64 [B, n]."""
+        size = self.cache.page // ratio
+        pages = self.cache.table[self.slots].long().gather(1, numbers // size)
+        return pages * size + numbers % size
 
     # --- rings of a request's last tokens
 
     def remember(self, ring: Tensor, new: Tensor, last: int) -> Tensor:
-        """Writes rows `new` [T, C] into `ring` [B, slots, C]; returns the rows in which `first` finds a token, and the
-        `last` ones before it: [R, C]."""
-        slots = ring.shape[1]
+        """Writes rows `new` [T, C] into `ring` [slots, size, C]; returns the rows in which `first` finds a token, and
+        the `last` ones before it: [R, C]."""
+        size, slot = ring.shape[1], self.slots[self.request]
         if self.short:
-            ring[self.request, self.position % slots] = new
+            ring[slot, self.position % size] = new
             return ring.flatten(0, 1)
-        rows = torch.cat([ring.flatten(0, 1), new])[self._copied(slots, last)]
+        rows = new.new_empty(self.tokens + self.past.numel() * last, *new.shape[1:])
+        before = torch.arange(last, device=new.device)
+        starts = self.first(size, last)[0] + self.past  # of the chunks
+        old = self.slots.unsqueeze(1) * size + (self.past.unsqueeze(1) - last + before) % size
+        rows[(starts.unsqueeze(1) - last + before).flatten()] = ring.flatten(0, 1)[old.flatten()]
+        rows[starts[self.request] + self.place] = new
         left = self.cu_seqlens[1:][self.request] - torch.arange(self.tokens, device=new.device)
-        kept = (left <= slots).nonzero().squeeze(1)  # earlier ones would share slots with these
-        ring[self.request[kept], self.position[kept] % slots] = new[kept]
+        kept = (left <= size).nonzero().squeeze(1)  # earlier ones would share places with these
+        ring[slot[kept], self.position[kept] % size] = new[kept]
         return rows
-
-    def _copied(self, slots: int, last: int) -> Tensor:
-        """int64 [R]: of each request its `last` tokens before the chunk and the chunk's, in a ring or new."""
-        sizes = self.lengths + last
-        ends, count = sizes.cumsum(0), self.tokens + sizes.numel() * last
-        owner = _owners(ends, count)
-        place = torch.arange(count, device=sizes.device) - (ends - sizes)[owner] - last
-        old = owner * slots + (self.past[owner] + place) % slots
-        return torch.where(place < 0, old, self.past.numel() * slots + self.cu_seqlens[owner] + place)
 
     def first(self, slots: int, last: int) -> tuple[Tensor, int]:
         """int64 [B] and slots: a request's token at position p is row `first + p % slots` of what `remember` returns,
         or `first + p` where slots are 0."""
-        requests = torch.arange(self.past.numel(), device=self.past.device)
         if self.short:
-            return requests * slots, slots
+            return self.slots * slots, slots
+        requests = torch.arange(self.past.numel(), device=self.past.device)
         return self.cu_seqlens[:-1] + (requests + 1) * last - self.past, 0
 
     def seen(self, ratio: int = 0) -> Seen:
@@ -238,8 +241,11 @@ class Chunk:
         first, slots = self.first(self.window + self.slack, self.window - 1)
         place = self.position.int(), first[self.request].int(), slots
         found: dict[int, tuple] = {0: place}
+        table = self.cache.table
+        pages = (self.slots[self.request] * table.shape[1]).int()
         for ratio in {ratio for ratio, _ in self.finished}:
-            found[ratio] = *place, ratio, (self.request * self.rows(ratio)).int(), self.most // ratio
+            size = self.cache.page // ratio
+            found[ratio] = *place, ratio, pages, self.most // ratio, table.flatten(), size
         return found
 
     # --- blocks of queries of one request (kernels/places.py says what each method returns)
@@ -289,8 +295,9 @@ class Chunk:
         return index.clamp(min=0), (age >= 0) & (age < self.window) & (key >= 0).unsqueeze(1)
 
     def complete(self, entries: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
-        of_requests = entries.unflatten(0, (self.past.numel(), -1))[:, : self.most // ratio]
-        return of_requests if self.short else of_requests[self._blocks[0]], self._complete(ratio)
+        numbers = torch.arange(self.most // ratio, device=entries.device).expand(self.past.numel(), -1)
+        rows = self.paged(numbers, ratio)
+        return entries[rows if self.short else rows[self._blocks[0]]], self._complete(ratio)
 
     def _complete(self, ratio: int) -> Tensor:
         if ratio not in self._seen_entries:
@@ -306,52 +313,60 @@ class Chunk:
 @dataclass
 class Finished:
     """The entries of one kind of compressor whose last token is in the chunk, and behind them, up to a number that
-    follows from B and T alone, some that are none: they are written to a row that no query sees."""
+    follows from B and T alone, some that are none: they are written to page 0."""
 
     windows: Windows
-    row: Tensor  # int64 [N]: of an entry among those of all requests, [B rows(ratio), D]
+    row: Tensor  # int64 [N]: of an entry in the pool
 
 
 def chunk(
     cu_seqlens: Tensor,
-    past: Tensor,
+    slots: Tensor | None,
+    cache: Cache,
     *,
     window: int,
-    slack: int,
-    room: int,
     compressors: set[tuple[int, int]],
     frequencies: Frequencies,
 ) -> Chunk:
-    """The layout of a chunk; cu_seqlens [B + 1] starts with 0, never falls and ends with T > 0 (ValueError otherwise).
+    """The layout of a chunk for the requests in `slots` int64 [B] (None: in all, in order); cu_seqlens [B + 1] starts
+    with 0, never falls and ends with T > 0 (ValueError otherwise).
 
-    `compressors`: the ratio of each kind, and its rings' size without `slack`.
+    `compressors`: the ratio of each kind, and its rings' size without slack.
     """
     cu = _borders(cu_seqlens, least=0)
+    slots, past = _requests(slots, cache)
     if cu.numel() != past.numel() + 1:
         raise ValueError(f"cu_seqlens has {cu.numel() - 1} chunks for a cache of {past.numel()} requests")
     sizes = int(cu[-1]), int(cu.diff().max()), int((past + cu.diff()).max())
-    return _laid_out(Chunk(cu, past, *sizes, window, slack, room), compressors, frequencies)
+    return _laid_out(Chunk(cu, slots, past, *sizes, window, cache), compressors, frequencies)
 
 
 def step(
-    past: Tensor,
-    held: int,
+    slots: Tensor | None,
+    cache: Cache,
     *,
     window: int,
-    slack: int,
-    room: int,
     compressors: set[tuple[int, int]],
     frequencies: Frequencies,
 ) -> Chunk:
-    """`chunk` of one token for each request, none of which holds more than `held`; waits for no device."""
+    """`chunk` of one token for each request; waits for no device."""
+    slots, past = _requests(slots, cache)
     cu = torch.arange(past.numel() + 1, device=past.device)
-    return _laid_out(Chunk(cu, past, past.numel(), 1, held + 1, window, slack, room), compressors, frequencies)
+    return _laid_out(
+        Chunk(cu, slots, past, past.numel(), 1, cache.longest + 1, window, cache), compressors, frequencies
+    )
+
+
+def _requests(slots: Tensor | None, cache: Cache) -> tuple[Tensor, Tensor]:
+    if slots is None:
+        return torch.arange(cache.length.numel(), device=cache.length.device), cache.length.clone()
+    return slots, cache.length[slots]
 
 
 def _laid_out(result: Chunk, compressors: set[tuple[int, int]], frequencies: Frequencies) -> Chunk:
-    if result.most > result.room:
+    if result.most > result.cache.capacity:
         raise ValueError(
-            f"the cache is full: a request would hold {result.most} tokens, there is room for {result.room}"
+            f"the cache is full: a request would hold {result.most} tokens, there is room for {result.cache.capacity}"
         )
     result.rotation = {kind: rotations(result.position, f) for kind, f in frequencies.items()}
     for ratio, tokens in compressors:
@@ -369,8 +384,9 @@ def _finished(chunk: Chunk, ratio: int, tokens: int, frequencies: Tensor) -> Fin
     number = (torch.arange(count, device=ends.device) + (after - ends)[request]).where(real, -1)
     first, slots = chunk.first(tokens + chunk.slack, tokens)
     windows = Windows(first[request].int(), number.int(), rotations(number * ratio, frequencies), slots)
-    unread = chunk.rows(ratio) - 1
-    return Finished(windows, request * chunk.rows(ratio) + number.where(real, unread))
+    size, own = chunk.cache.page // ratio, number.clamp(min=0)
+    pages = chunk.cache.table[chunk.slots[request], own // size].long()
+    return Finished(windows, (pages * size + own % size).where(real, 0))
 
 
 def _owners(ends: Tensor, count: int) -> Tensor:

@@ -22,7 +22,7 @@ from transformers import DeepseekV4Config
 
 from ..kernels.losses import packed_logprobs
 from .attention import RMSNorm, linear
-from .cache import Cache, LayerCache
+from .cache import Cache, LayerCache, page_tokens
 from .deepseek_v4 import Block, DeepseekV4, HyperHead
 from .layout import Chunk, Packed, chunk
 
@@ -70,23 +70,30 @@ def mtp_hidden(model: DeepseekV4, streams: Tensor, following: Tensor, cu_seqlens
     return mtp_block(model)(streams, following, layout, None)
 
 
-def mtp_cache(model: DeepseekV4, requests: int, capacity: int) -> Cache:
-    """An empty cache of pairs for `requests`. Pairs are of tokens that stay, so it needs no rollback: the slack of 1
-    is for the two pairs that follow a draft that was right."""
-    length = torch.zeros(requests, dtype=torch.int64, device=model.lm_head.weight.device)
-    return Cache(length, capacity, 1, [{}])
+def mtp_cache(model: DeepseekV4, slots: int, capacity: int) -> Cache:
+    """An empty cache of pairs. Pairs are of tokens that stay, so it needs no rollback: the slack of 1 is for the two
+    pairs that follow a draft that was right."""
+    return Cache(slots, capacity, 1, page_tokens(set()), 1, model.lm_head.weight.device, 1)
 
 
 @torch.no_grad()
-def extend_mtp(model: DeepseekV4, streams: Tensor, following: Tensor, cu_seqlens: Tensor, cache: Cache) -> Tensor:
-    """Further pairs of the cache's B requests: streams [T, n, d], the tokens after them int64 [T], cu_seqlens [B + 1].
+def extend_mtp(
+    model: DeepseekV4,
+    streams: Tensor,
+    following: Tensor,
+    cu_seqlens: Tensor,
+    cache: Cache,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """Further pairs of B requests: streams [T, n, d], the tokens after them int64 [T], cu_seqlens [B + 1], `slots`
+    int64 [B] of the cache (None: all).
 
     Returns hidden states [T, d], which `model.logits` turns into those of the tokens after next.
     """
-    places: dict[str, Any] = {**model.places(cache), "compressors": set()}
-    layout = chunk(cu_seqlens, cache.length, **places)
+    places: dict[str, Any] = {**model.places(), "compressors": set()}
+    layout = chunk(cu_seqlens, slots, cache, **places)
     hidden = mtp_block(model)(streams, model.model.embed_tokens(following).squeeze(1), layout, cache.layers[0])
-    cache.advance(layout.lengths, layout.most)
+    cache.advance(slots, layout.lengths, layout.most)
     return hidden
 
 

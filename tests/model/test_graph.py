@@ -50,15 +50,15 @@ def model() -> DeepseekV4:
 
 def through(model: DeepseekV4, x: torch.Tensor, place: Chunk, cache) -> torch.Tensor:
     for block, kept in zip(model.model.layers, cache.layers, strict=True):
-        x = x + block.self_attn.extend(x, place, kept)  # pyright: ignore
+        x = x + block.self_attn.extend(x, place, kept)[0]  # pyright: ignore
     return x
 
 
 def filled(model: DeepseekV4, lengths: list[int]):
     cache = model.new_cache(len(lengths), 30)
-    place = chunk(torch.tensor([0, *lengths]).cumsum(0), cache.length, **model.places(cache))
+    place = chunk(torch.tensor([0, *lengths]).cumsum(0), None, cache, **model.places())
     through(model, torch.randn(sum(lengths), 32), place, cache)
-    cache.advance(place.lengths, place.most)
+    cache.advance(None, place.lengths, place.most)
     return cache
 
 
@@ -83,7 +83,7 @@ def test_what_asks_is_seen(model: DeepseekV4):
     """The chunk of any lengths asks, and so does the reference of the experts, which runs here."""
     cache = filled(model, [3, 4])
     with Trace(), pytest.raises(Asked):
-        chunk(torch.arange(3), cache.length, **model.places(cache))
+        chunk(torch.arange(3), None, cache, **model.places())
     with Trace(), pytest.raises(Asked):
         model.model.layers[1].mlp(torch.randn(2, 32), torch.zeros(2, dtype=torch.int64), None)  # pyright: ignore
 
