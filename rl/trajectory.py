@@ -8,7 +8,6 @@ import numpy as np
 from ..rewards.problem import Problem, Score
 from .packing import Row
 
-
 Finish = Literal["stop", "length", "cancelled", "failed"]
 
 

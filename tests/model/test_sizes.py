@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from amalgam.model import DeepseekV4
+from amalgam.model.cache import POOLS
 from amalgam.model.config import config_of
 from amalgam.model.sizes import cache_bytes, parameter_counts
 
@@ -46,18 +47,20 @@ def test_cache_of_a_million_tokens(name: str, gib: str, share: str):
 
 
 def test_the_accounting_is_that_of_a_real_cache():
-    """Every row of every tensor that decoding keeps, priced by its kind, gives the same sums; but for the last row of
-    entries and keys, which nothing reads."""
+    """Every row of every tensor that decoding keeps, priced by its kind, gives the same sums; but for the page of
+    entries and keys that is nobody's."""
     model = tiny.model(0, index_head_dim=32)
-    _, cache = model.prefill(torch.arange(30), torch.tensor([0, 30]), 100)
+    cache = model.new_cache(1, 112, page=28)
+    model.extend(torch.arange(30), torch.tensor([0, 30]), cache)
     row, key = 8 + 2 * 8 + 1 + 7, 32 // 2 + 1  # FP8, bf16, a scale, padding; FP4 and a scale
     kinds = ("rows", "entries", "index_keys", "values", "scores", "index_values", "index_scores")
     priced: dict[str, int] = dict.fromkeys(kinds, 0)
     for layer in cache.layers:
         for name, tensor in layer.items():
             each = {"rows": row, "entries": row, "index_keys": key}.get(name, tensor.shape[2] * 4)
-            priced[name] += (tensor.shape[1] - (name in ("entries", "index_keys"))) * each
-    counted = cache_bytes(model.config, 100)
+            rows = (cache.pages - 1) * tensor.shape[1] if name in POOLS else tensor.shape[1]
+            priced[name] += rows * each
+    counted = cache_bytes(model.config, 112)
     assert counted.window + counted.csa + counted.hca == priced.pop("rows") + priced.pop("entries")
     assert counted.index_keys == priced.pop("index_keys")
     assert counted.waiting == sum(priced.values())
