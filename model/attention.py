@@ -89,8 +89,7 @@ class Compressor(nn.Module):
         done = chunk.finished[self.ratio, tokens]
         made = self.entries(values, scores, done.windows)
         entries = chunk.cache.pool(cache, name, made, self.ratio)
-        entries[done.row] = made
-        return entries
+        return entries.index_copy_(0, done.row, made)
 
 
 class IndexerScorer(nn.Module):

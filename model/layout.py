@@ -170,6 +170,7 @@ class Chunk:
     rotation: dict[str, Tensor] = field(default_factory=dict)  # complex64 [T, R] by rope type
     finished: dict[tuple[int, int], "Finished"] = field(default_factory=dict)  # by ratio and ring's size without slack
     _seen_entries: dict[int, Tensor] = field(default_factory=dict)
+    _rings: dict[int, Tensor] = field(default_factory=dict)
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -209,20 +210,26 @@ class Chunk:
     def remember(self, ring: Tensor, new: Tensor, last: int) -> Tensor:
         """Writes rows `new` [T, C] into `ring` [slots, size, C]; returns the rows in which `first` finds a token, and
         the `last` ones before it: [R, C]."""
-        size, slot = ring.shape[1], self.slots[self.request]
+        size, flat = ring.shape[1], ring.flatten(0, 1)
+        to = self._in_ring(size)
         if self.short:
-            ring[slot, self.position % size] = new
-            return ring.flatten(0, 1)
+            return flat.index_copy_(0, to, new)
         rows = new.new_empty(self.tokens + self.past.numel() * last, *new.shape[1:])
         before = torch.arange(last, device=new.device)
         starts = self.first(size, last)[0] + self.past  # of the chunks
         old = self.slots.unsqueeze(1) * size + (self.past.unsqueeze(1) - last + before) % size
-        rows[(starts.unsqueeze(1) - last + before).flatten()] = ring.flatten(0, 1)[old.flatten()]
+        rows[(starts.unsqueeze(1) - last + before).flatten()] = flat[old.flatten()]
         rows[starts[self.request] + self.place] = new
         left = self.cu_seqlens[1:][self.request] - torch.arange(self.tokens, device=new.device)
         kept = (left <= size).nonzero().squeeze(1)  # earlier ones would share places with these
-        ring[slot[kept], self.position[kept] % size] = new[kept]
+        flat[to[kept]] = new[kept]
         return rows
+
+    def _in_ring(self, size: int) -> Tensor:
+        """int64 [T]: where tokens are kept in rings of that size, once for all layers."""
+        if size not in self._rings:
+            self._rings[size] = self.slots[self.request] * size + self.position % size
+        return self._rings[size]
 
     def first(self, slots: int, last: int) -> tuple[Tensor, int]:
         """int64 [B] and slots: a request's token at position p is row `first + p % slots` of what `remember` returns,
