@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from amalgam.model.layout import Chunk
+from amalgam.model import layout
 
 from .. import tiny
 
@@ -43,8 +43,14 @@ def test_every_run_s_gradients_have_the_same_bits(bits, stack):
 
 
 def test_a_cache_that_loses_an_entry_shows(bits, stack, monkeypatch: pytest.MonkeyPatch):
-    """What is no entry is written to the last request's last row, which is then a complete entry's."""
-    monkeypatch.setattr(Chunk, "rows", lambda chunk, ratio: chunk.room // ratio)
+    """Every entry is written where what is no entry should be."""
+    kept = layout._finished
+
+    def losing(*args) -> layout.Finished:
+        found = kept(*args)
+        return layout.Finished(found.windows, torch.zeros_like(found.row))
+
+    monkeypatch.setattr(layout, "_finished", losing)
     counts = bits.forward_counts(stack, [2, 19], tail=5, largest=7, seed=0)
     assert counts["alone"].differing == 0 < counts["token by token"].differing
 
