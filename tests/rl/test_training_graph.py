@@ -121,7 +121,7 @@ def test_a_token_s_bits_are_those_of_its_document():
     expected = model(tokens, torch.tensor(cu), index_loss=True)
     model.longest = 64
     found = model(torch.tensor(longer["tokens"]), torch.tensor(longer["cu_seqlens"]), index_loss=True)
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(found[:4], expected[:4], strict=True):  # a pack has no picks
         assert torch.equal(ours[: len(tokens)], theirs)
 
 
