@@ -42,6 +42,7 @@ class Seen:
     A document's row n is row `row_first + n` of the tensor of rows, or `row_first + n % slots` where `slots` is not 0.
     Its entry n is row `entry_first + n` of the tensor of entries, complete at position p if n < (p + 1) // ratio. Where
     there is a `table`, entries lie in pages of `page`: it is row `table[entry_first + n // page] * page + n % page`.
+    The table may be read beyond a document's pages, so that each of its numbers has to be that of a page.
     """
 
     blocks: Blocks
@@ -53,7 +54,7 @@ class Seen:
     entry_first: Tensor | None = None  # int32 [T]
     most: int = 0  # no query sees more entries
     table: Tensor | None = None  # int32 [requests * pages of one]
-    page: int = 0
+    page: int = 0  # entries; 0 without a table
 
     def of(self, some: slice) -> "Seen":
         """The same for some of the queries, without what the reference reads."""

@@ -31,12 +31,22 @@ NONE, DENSE, CHOSEN = 0, 1, 2  # a query's entries: none, all that are complete,
 
 
 @triton.jit
+def entry_row(table, first, number, mask, PAGE: tl.constexpr):
+    """The row of a document's entry: of its page, if there are pages, that stands in the table from `first` on."""
+    if PAGE == 0:
+        row = first + number
+    else:
+        row = tl.load(table + first + number // PAGE, mask=mask, other=0) * PAGE + number % PAGE
+    return row
+
+
+@triton.jit
 def _forward(
     q, rows, entries, chosen, sinks, out, lse, partial,
-    position, row_first, entry_first,
+    position, row_first, entry_first, table,
     scale, heads, row_stride, entry_stride, slots, ratio, topk, queries, some,
     D: tl.constexpr, W: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
-    KIND: tl.constexpr, RING: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Up to PAIRS heads of `some` queries, which share the keys that one of them sees."""
     split, p, d = tl.program_id(2), tl.arange(0, PAIRS), tl.arange(0, D)
@@ -86,7 +96,8 @@ def _forward(
                     index = tl.where(entry, number, number % slots)
                 if KIND == 2:
                     index = tl.where(entry, tl.load(chosen + number, mask=there & entry, other=0), index)
-                index = (tl.where(entry, entries_of, rows_of) + index).to(tl.int64)
+                row = entry_row(table, entries_of, index, there & entry, PAGE)
+                index = tl.where(entry, row, rows_of + index).to(tl.int64)
                 where = tl.where(entry, entries, rows) + index * tl.where(entry, entry_stride, row_stride)
                 seen = (number[None, :] >= least[:, None]) & (number[None, :] <= most[:, None])
                 keys = tl.load(where[:, None] + d[None, :], mask=there[:, None], other=0.0)
@@ -196,6 +207,8 @@ def _forward_of(
     partial = lse if splits == 1 else q.new_empty(splits, queries, heads, 2, dtype=torch.float32)
     entries = rows if entries is None or kind == NONE else entries  # of which there may be none
     first = seen.row_first if seen.entry_first is None else seen.entry_first
+    # A table that is None leaves no trace in what is compiled.
+    table, page = (None, 0) if kind == NONE else (seen.table, seen.page)
     topk = 0 if chosen is None else chosen.shape[1]
     chosen = first if chosen is None else chosen
     scale, ratio = width**-0.5 * LOG2E, max(seen.ratio, 1)
@@ -204,17 +217,17 @@ def _forward_of(
 
         forward(
             q, rows, entries, chosen, sinks, out, lse, partial, parts, seen.position, seen.row_first, first,
-            scale, seen.slots, ratio, topk, splits, seen.window, kind, SPLIT,
+            scale, seen.slots, ratio, topk, splits, seen.window, kind, SPLIT, table, page,
         )  # fmt: skip
     else:
         pairs, size, warps, stages = _forward_tiles(q.dtype, width)
         # Neighbours in a pack share keys; those in a ring are mostly one of each request.
         some = 1 if kind == CHOSEN or seen.slots else max(pairs // heads, 1)
         _forward[(triton.cdiv(queries, some), triton.cdiv(heads, pairs), splits)](
-            q, rows, entries, chosen, sinks, parts, lse, partial, seen.position, seen.row_first, first,
+            q, rows, entries, chosen, sinks, parts, lse, partial, seen.position, seen.row_first, first, table,
             scale, heads, rows.stride(0), entries.stride(0), max(seen.slots, 1), ratio, topk, queries, some,
             D=width, W=seen.window, PAIRS=pairs, BLOCK=size, LIMIT=SPLIT,
-            KIND=kind, RING=seen.slots > 0, SPLITS=min(splits, 2), PRECISION=precision(q.dtype),
+            KIND=kind, RING=seen.slots > 0, PAGE=page, SPLITS=min(splits, 2), PRECISION=precision(q.dtype),
             num_warps=warps, num_stages=stages, **SAME_BITS,
         )  # fmt: skip
     if splits > 1:
@@ -245,7 +258,7 @@ class Attend(torch.autograd.Function):
         from .attention_backward import attend_backward
 
         q, rows, entries, sinks, out, lse, chosen, rotation = ctx.saved_tensors
-        if ctx.seen.slots:
+        if ctx.seen.slots or ctx.seen.page:
             raise ValueError("attention over a cache has no gradient")
         given = (grads[0], q, rows, entries, sinks, out, lse, ctx.seen, chosen)
         return *attend_backward(*given, rotation=rotation), None, None, None

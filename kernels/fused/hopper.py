@@ -21,6 +21,12 @@ def programs(items: int, device: torch.device) -> int:
 
 
 @gluon.jit
+def paged_row(table, first, number, PAGE: gl.constexpr):
+    """The row of a document's entry, whose pages stand in the table from `first` on."""
+    return gl.load(table + first + number // PAGE) * PAGE + number % PAGE
+
+
+@gluon.jit
 def masked(scores, i, place, low, count, W: gl.constexpr, KIND: gl.constexpr):
     """The products of the tile at i, -inf where a key is not seen."""
     BLOCK: gl.constexpr = scores.type.shape[1]

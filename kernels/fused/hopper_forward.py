@@ -3,146 +3,24 @@ in different warps.
 
 Tiles of 64 keys are taken in pairs. One warpgroup scores a pair's first tile, another its second; each keeps half of
 the output's channels and adds both tiles to them, the first before the second, so that a row's sums have the order of
-its tiles. While one computes a softmax, the other multiplies. Four more warps fetch keys and the next query. Programs
-stay and take one query after another. Tiles, order and the split at every 1,024 entries are those of `attention.py`.
+its tiles. While one computes a softmax, the other multiplies. Four more warps fetch keys and the next query
+(hopper_loads.py). Programs stay and take one query after another. Tiles, order and the split at every 1,024 entries are
+those of `attention.py`.
 """
 
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from .hopper import barrier, described, masked, programs
+from .hopper_loads import BLOCK, HEADS, item_of, load
 from .launch import SAME_BITS
-
-HEADS, BLOCK = gl.constexpr(64), gl.constexpr(64)  # of one program, of one tile of keys
-
-
-@gluon.jit
-def _item(item, position, blocks, splits, ratio, topk, W: gl.constexpr, KIND: gl.constexpr, LIMIT: gl.constexpr):
-    """Query, first head, split, position, entries, and the tiles' places `begin` ... `end`, which is 0 for none."""
-    split, rest = item % splits, item // splits
-    t = rest // blocks
-    place = gl.load(position + t)
-    count = 0
-    if KIND != 0:
-        count = (place + 1) // ratio
-        if KIND == 2:
-            count = gl.minimum(count, topk)
-    WINDOW: gl.constexpr = (W + BLOCK - 1) // BLOCK * BLOCK  # where the tiles of entries begin
-    begin = gl.where(split == 0, 0, WINDOW)
-    end = WINDOW + gl.minimum(count - split * LIMIT, LIMIT)
-    return t, rest % blocks * HEADS, split, place, count, begin, gl.where(split * LIMIT < gl.maximum(count, 1), end, 0)
-
-
-@gluon.jit
-def _load_tile(
-    rows, entries, row_data, entry_data, window, row, index, keys_s, full, empty, turn,
-    tile: gl.constexpr, D: gl.constexpr, KIND: gl.constexpr, RING: gl.constexpr,
-):  # fmt: skip
-    for half in gl.static_range(2):
-        bar, to, side = full.index(2 * tile + half), keys_s.index(2 * tile + half), half * (D // 2)
-        mbarrier.wait(empty.index(2 * tile + half), (turn & 1) ^ 1)
-        if RING and KIND == 2:
-            _gather(gl.where(window, row_data, entry_data), index, side, bar, to, D)
-        elif window:
-            if RING:
-                _gather(row_data, index, side, bar, to, D)
-            else:
-                _copy(rows, row, side, bar, to, D)
-        elif KIND == 2:
-            _gather(entry_data, index, side, bar, to, D)
-        elif KIND == 1:
-            _copy(entries, row, side, bar, to, D)
-
-
-@gluon.jit
-def _gather(data, index, side, bar, to, D: gl.constexpr):
-    """Keys that do not lie in a row, by every thread."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
-    d = gl.arange(0, D // 2, gl.SliceLayout(0, layout)) + side
-    async_copy.async_copy_global_to_shared(to, data + index.to(gl.int64)[:, None] * D + d[None, :])
-    async_copy.mbarrier_arrive(bar, increment_count=False)
-
-
-@gluon.jit
-def _copy(described, row, side, bar, to, D: gl.constexpr):
-    """Keys that do, by the tensor memory accelerator; the barrier awaits all threads that could copy.
-
-    Triton keeps the four warps together around `expect` and `arrive`: else one could wait for a phase that has passed.
-    """
-    mbarrier.expect(bar, BLOCK * D)
-    tma.async_copy_global_to_shared(described, [row, side], bar, to)
-    mbarrier.arrive(bar, count=127)
-
-
-@gluon.jit
-def _tile(
-    chosen, i, place, first, first_entry, low, count, slots,
-    W: gl.constexpr, KIND: gl.constexpr, RING: gl.constexpr,
-):  # fmt: skip
-    """Whether the tile at i is of the window, its first row, and each key's row where it is not one after another."""
-    WINDOW: gl.constexpr = (W + BLOCK - 1) // BLOCK * BLOCK
-    layout: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
-    lane = gl.arange(0, BLOCK, layout)
-    window = i < WINDOW
-    row = gl.where(window, first + place - (W - 1) + i, first_entry + low + i - WINDOW)
-    index = lane
-    if RING:
-        number = gl.maximum(place - (W - 1) + i + lane, 0)  # what is not seen only has to be there
-        index = first + number % slots
-    if KIND == 2:
-        at = low + i - WINDOW + lane
-        number = gl.load(chosen + at, mask=(at >= 0) & (at < count), other=0)
-        index = gl.where(window, index, first_entry + number)
-    return window, row, index
-
-
-@gluon.jit
-def _load(
-    q, rows, entries, row_data, entry_data, chosen, position, row_first, entry_first,
-    keys_s, query_s, full, empty, query_full, query_empty,
-    heads, slots, ratio, topk, items, blocks, splits,
-    D: gl.constexpr, W: gl.constexpr, LIMIT: gl.constexpr, KIND: gl.constexpr, RING: gl.constexpr,
-):  # fmt: skip
-    turn = 0
-    second_turn = 0
-    query_turn = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        t, head, split, place, count, begin, end = _item(item, position, blocks, splits, ratio, topk, W, KIND, LIMIT)
-        if end > 0:
-            mbarrier.wait(query_empty, (query_turn & 1) ^ 1)
-            mbarrier.expect(query_full, HEADS * D * 2)
-            for half in gl.static_range(2):
-                tma.async_copy_global_to_shared(q, [t * heads + head, half * (D // 2)], query_full, query_s.index(half))
-            query_turn += 1
-            first = gl.load(row_first + t)
-            first_entry = gl.load(entry_first + t)
-            low = split * LIMIT
-            own = chosen + t.to(gl.int64) * topk
-            for i in range(begin, end, 2 * BLOCK):
-                window, row, index = _tile(own, i, place, first, first_entry, low, count, slots, W, KIND, RING)
-                # Its numbers of entries arrive while the first tile is copied.
-                window_, row_, index_ = _tile(
-                    own, i + BLOCK, place, first, first_entry, low, count, slots, W, KIND, RING
-                )
-                _load_tile(
-                    rows, entries, row_data, entry_data, window, row, index, keys_s, full, empty, turn, 0, D, KIND, RING
-                )
-                turn += 1
-                if i + BLOCK < end:
-                    _load_tile(
-                        rows, entries, row_data, entry_data, window_, row_, index_, keys_s, full, empty, second_turn,
-                        1, D, KIND, RING,
-                    )  # fmt: skip
-                    second_turn += 1
 
 
 @gluon.jit
@@ -191,7 +69,7 @@ def _first(
     second_turn = 0
     query_turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        t, head, split, place, count, begin, end = _item(item, position, blocks, splits, ratio, topk, W, KIND, LIMIT)
+        t, head, split, place, count, begin, end = item_of(item, position, blocks, splits, ratio, topk, W, KIND, LIMIT)
         if end > 0:
             low = split * LIMIT
             largest = gl.load(sinks + head + h).to(gl.float32) * 1.4426950408889634
@@ -264,7 +142,7 @@ def _second(
     second_turn = 0
     query_turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        t, head, split, place, count, begin, end = _item(item, position, blocks, splits, ratio, topk, W, KIND, LIMIT)
+        t, head, split, place, count, begin, end = item_of(item, position, blocks, splits, ratio, topk, W, KIND, LIMIT)
         if end > 0:
             low = split * LIMIT
             largest = gl.load(sinks + head + h).to(gl.float32) * 1.4426950408889634
@@ -326,8 +204,9 @@ def _second(
 @gluon.jit
 def forward_kernel(
     q, rows, entries, row_data, entry_data, chosen, sinks, out, lse, partial, parts, position, row_first, entry_first,
-    scale, heads, slots, ratio, topk, queries, items, blocks, splits,
-    D: gl.constexpr, W: gl.constexpr, LIMIT: gl.constexpr, KIND: gl.constexpr, RING: gl.constexpr, SPLITS: gl.constexpr,
+    table, scale, heads, slots, ratio, topk, queries, items, blocks, splits,
+    D: gl.constexpr, W: gl.constexpr, LIMIT: gl.constexpr, KIND: gl.constexpr, RING: gl.constexpr, PAGE: gl.constexpr,
+    SPLITS: gl.constexpr,
 ):  # fmt: skip
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -368,11 +247,11 @@ def forward_kernel(
                 ),
             ),
             (
-                _load,
+                load,
                 (
-                    q, rows, entries, row_data, entry_data, chosen, position, row_first, entry_first,
+                    q, rows, entries, row_data, entry_data, chosen, position, row_first, entry_first, table,
                     keys_s, query_s, full, empty, query_full, query_empty, heads, slots, ratio,
-                    topk, items, blocks, splits, D, W, LIMIT, KIND, RING,
+                    topk, items, blocks, splits, D, W, LIMIT, KIND, RING, PAGE,
                 ),
             ),
         ],
@@ -384,7 +263,7 @@ def forward_kernel(
 def forward(
     q: Tensor, rows: Tensor, entries: Tensor, chosen: Tensor, sinks: Tensor, out: Tensor, lse: Tensor, partial: Tensor,
     parts: Tensor, position: Tensor, row_first: Tensor, entry_first: Tensor, scale: float, slots: int, ratio: int,
-    topk: int, splits: int, window: int, kind: int, limit: int,
+    topk: int, splits: int, window: int, kind: int, limit: int, table: Tensor | None = None, page: int = 0,
 ) -> None:  # fmt: skip
     """Launches the kernel; arguments as `attention._forward` has them. bf16, D = 512, a multiple of 64 heads."""
     if slots and kind == 0:  # Triton 3.6 does not compile a ring without entries: an entry that never comes
@@ -393,8 +272,8 @@ def forward(
     items = queries * (heads // 64) * splits
     forward_kernel[(programs(items, q.device),)](
         described(q.flatten(0, 1), 64), described(rows, 64), described(entries, 64), rows, entries, chosen, sinks,
-        out, lse, partial, parts, position, row_first, entry_first,
+        out, lse, partial, parts, position, row_first, entry_first, table,
         scale, heads, slots, ratio, topk, queries, items, heads // 64, splits,
-        D=width, W=window, LIMIT=limit, KIND=kind, RING=slots > 0, SPLITS=min(splits, 2), num_warps=4,
-        **SAME_BITS,
+        D=width, W=window, LIMIT=limit, KIND=kind, RING=slots > 0, PAGE=page, SPLITS=min(splits, 2),
+        num_warps=4, **SAME_BITS,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..places import Seen
-from .hopper import barrier, programs
+from .hopper import barrier, paged_row, programs
 from .launch import next_power
 
 HEADS, WIDTH = gl.constexpr(64), gl.constexpr(128)
@@ -58,8 +58,8 @@ def _item(plan, i, tiles, group, queries):
 
 @gluon.jit
 def _load(
-    q, keys, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-    tiles, group, queries,
+    q, keys, counts, plan, entry_first, table, keys_s, query_s, full, empty, keys_full, keys_empty,
+    tiles, group, queries, total, PAGE: gl.constexpr,
 ):  # fmt: skip
     step, turn = 0, 0
     for i in range(gl.program_id(0), gl.load(plan), gl.num_programs(0)):
@@ -72,9 +72,11 @@ def _load(
                     mbarrier.wait(keys_empty, (turn & 1) ^ 1)
                     mbarrier.expect(keys_full, GROUPS * KEYS * WIDTH * 2)
                     for part in gl.static_range(GROUPS):
-                        tma.async_copy_global_to_shared(
-                            keys, [entry + low + part * KEYS, 0], keys_full, keys_s.index(part)
-                        )
+                        row = entry + low + part * KEYS
+                        if PAGE > 0:  # nobody sees what would be behind the table's end
+                            number = gl.minimum(low + part * KEYS, (total - entry) * PAGE - KEYS)
+                            row = paged_row(table, entry, number, PAGE)
+                        tma.async_copy_global_to_shared(keys, [row, 0], keys_full, keys_s.index(part))
                     turn += 1
                     before = entry
                 stage = step % STAGES
@@ -128,7 +130,10 @@ def _multiply(
 
 
 @gluon.jit
-def scores_kernel(q, keys, weights, out, counts, plan, entry_first, width, tiles, group, queries, BF16: gl.constexpr):
+def scores_kernel(
+    q, keys, weights, out, counts, plan, entry_first, table, width, tiles, group, queries, total,
+    BF16: gl.constexpr, PAGE: gl.constexpr,
+):  # fmt: skip
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     keys_s = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, KEYS, WIDTH], shared)
     query_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, HEADS, WIDTH], shared)
@@ -174,8 +179,8 @@ def scores_kernel(q, keys, weights, out, counts, plan, entry_first, width, tiles
             (
                 _load,
                 (
-                    q, keys, counts, plan, entry_first, keys_s, query_s, full, empty, keys_full, keys_empty,
-                    tiles, group, queries,
+                    q, keys, counts, plan, entry_first, table, keys_s, query_s, full, empty, keys_full, keys_empty,
+                    tiles, group, queries, total, PAGE,
                 ),
             ),
         ],
@@ -187,8 +192,10 @@ def scores_kernel(q, keys, weights, out, counts, plan, entry_first, width, tiles
 def scores(q: Tensor, weights: Tensor, keys: Tensor, out: Tensor, seen: Seen, topk: int, bf16: bool) -> None:
     """Fills out fp32 [T, width] with what T queries score the entries that they see, if those are more than `topk`.
 
-    bf16 q [T, 64, 128] and keys [N, 128], weights fp32 [T, 64].
+    bf16 q [T, 64, 128] and keys [N, 128], weights fp32 [T, 64]. ValueError for pages that are no tiles of keys.
     """
+    if seen.page % KEYS.value:
+        raise ValueError(f"page: {seen.page} entries; the indexer's kernel for Hopper takes multiples of {KEYS.value}")
     queries, width = out.shape
     layout = gl.NVMMASharedLayout(128, 16, 2)
     tiles = -(-width // TILE)
@@ -198,7 +205,8 @@ def scores(q: Tensor, weights: Tensor, keys: Tensor, out: Tensor, seen: Seen, to
     scores_kernel[(programs(plan.numel() - 1, q.device),)](
         TensorDescriptor.from_tensor(q.flatten(0, 1), [64, 128], layout),
         TensorDescriptor.from_tensor(keys, [64, 128], layout),
-        weights, out, counts, plan, seen.entry_first, width, tiles, group, queries, BF16=bf16, num_warps=4,
+        weights, out, counts, plan, seen.entry_first, seen.table, width, tiles, group, queries,
+        None if seen.table is None else len(seen.table), BF16=bf16, PAGE=seen.page, num_warps=4,
     )  # fmt: skip
 
 

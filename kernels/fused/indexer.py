@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..places import Seen
+from .attention import entry_row
 from .attention_backward import PAIR_BYTES, sum_pairs
 from .launch import LOG2E, check_dtypes, check_width, is_hopper, next_power, precision
 
@@ -34,11 +35,12 @@ def _of_tile(keys_ND, queries_HD, weights_H, PRECISION: tl.constexpr):
 
 @triton.jit
 def _scores(
-    q, weights, keys, out, position, entry_first, start, queries, heads, key_stride, total, width, ratio,
-    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, SHARED: tl.constexpr, BF16: tl.constexpr,
+    q, weights, keys, out, position, entry_first, table, start, queries, heads, key_stride, total, width, ratio,
+    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, SHARED: tl.constexpr, BF16: tl.constexpr, PAGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores [width] of `SHARED` queries in a row, by number; -inf where an entry is not complete."""
+    """Scores [width] of `SHARED` queries in a row, by number; -inf where an entry is not complete. `total`: rows of
+    keys, or numbers in the table of their pages."""
     first, low = tl.program_id(0) * SHARED, tl.program_id(1) * N
     h, d, n = tl.arange(0, H), tl.arange(0, D), low + tl.arange(0, N)
     before = -1
@@ -50,9 +52,11 @@ def _scores(
             result = tl.full([N], float("-inf"), tl.float32)
             if low < count:
                 if entry != before:
-                    at = (entry + n).to(tl.int64)[:, None] * key_stride + d[None, :]
+                    place = entry + (n // PAGE if PAGE else n)
+                    row = entry_row(table, entry, n, place < total, PAGE)
+                    at = row.to(tl.int64)[:, None] * key_stride + d[None, :]
                     # Whatever stands there: which of it the query sees, `result` says.
-                    keys_ND = tl.load(keys + at, mask=(entry + n < total)[:, None], other=0.0)
+                    keys_ND = tl.load(keys + at, mask=(place < total)[:, None], other=0.0)
                     before = entry
                 own = (t * heads + h)[:, None] * D + d[None, :]
                 queries_HD = tl.load(q + own, mask=(h < heads)[:, None], other=0.0)
@@ -230,6 +234,11 @@ def check(q: Tensor, keys: Tensor) -> tuple[int, str]:
     return max(next_power(q.shape[1]), 16), precision(check_dtypes(queries=q, keys=keys))
 
 
+def _check_pack(seen: Seen) -> None:
+    if seen.page:
+        raise ValueError("what trains the indexer is of packs: entries in pages have none")
+
+
 def on_hopper(q: Tensor) -> bool:
     """Whether the scores' kernel for Hopper takes queries [T, H, D]."""
     return is_hopper(q.device) and q.dtype == torch.bfloat16 and q.shape[1:] == (64, 128)
@@ -261,9 +270,10 @@ def select(q: Tensor, weights: Tensor, keys: Tensor, seen: Seen, topk: int, dtyp
             fill(*given, seen.of(part), topk if width <= WIDEST else 0, dtype == torch.bfloat16)
         else:
             _scores[(triton.cdiv(some, shared), triton.cdiv(width, KEYS))](
-                q.contiguous(), weights.contiguous(), keys, scores, seen.position, seen.entry_first, start, some,
-                q.shape[1], keys.stride(0), keys.shape[0], width, seen.ratio,
-                H=heads, D=q.shape[2], N=KEYS, SHARED=shared, BF16=dtype == torch.bfloat16, PRECISION=how, num_warps=8,
+                q.contiguous(), weights.contiguous(), keys, scores, seen.position, seen.entry_first, seen.table, start,
+                some, q.shape[1], keys.stride(0), len(keys if seen.table is None else seen.table), width, seen.ratio,
+                H=heads, D=q.shape[2], N=KEYS, SHARED=shared, BF16=dtype == torch.bfloat16, PAGE=seen.page,
+                PRECISION=how, num_warps=8,
             )  # fmt: skip
         _best(scores, seen.position[part], seen.ratio, topk, chosen[part])
     return chosen
@@ -302,6 +312,7 @@ class IndexScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, weights: Tensor, keys: Tensor, chosen: Tensor, seen: Seen) -> Tensor:
         heads, how = check(q, keys)
+        _check_pack(seen)
         q, weights, chosen = q.contiguous(), weights.contiguous(), chosen.contiguous()
         ctx.save_for_backward(q, weights, keys, chosen)
         ctx.seen = seen
@@ -341,6 +352,7 @@ class IndexScores(torch.autograd.Function):
 @torch.no_grad()
 def mass(q: Tensor, entries: Tensor, lse: Tensor, seen: Seen, chosen: Tensor) -> Tensor:
     """fp32 [T, K]: attention's probabilities of the chosen entries, summed over heads; `lse` is what `attend` gave."""
+    _check_pack(seen)
     queries, topk = chosen.shape
     width = q.shape[2]
     how = precision(check_dtypes(queries=q, entries=entries))

@@ -1,4 +1,7 @@
-"""What compile_for_h100.py compiles: calls at V4-Flash's sizes, on tensors without memory (`meta`)."""
+"""What compile_for_h100.py compiles: calls at V4-Flash's sizes, on tensors without memory (`meta`).
+
+compile_caches.py has those over a cache.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -52,10 +55,11 @@ def places(count: int = TOKENS) -> Tensor:
     return meta(count, dtype=torch.int32)
 
 
-def seen(ratio: int = 0, tokens: int = TOKENS, slots: int = 0, most: int = 0) -> Seen:
+def seen(ratio: int = 0, tokens: int = TOKENS, slots: int = 0, most: int = 0, page: int = 0) -> Seen:
     blocks: Any = None  # the reference's
     most = most or (tokens // ratio if ratio else 0)
-    return Seen(blocks, WINDOW, places(tokens), places(tokens), slots, ratio, places(tokens) if ratio else None, most)
+    first, table = places(tokens) if ratio else None, places() if page else None
+    return Seen(blocks, WINDOW, places(tokens), places(tokens), slots, ratio, first, most, table, page)
 
 
 def attention(
@@ -69,13 +73,6 @@ def attention(
     rotation = meta(TOKENS, 32, dtype=torch.complex64)
     norm.rope_in_place(out, rotation, back=True)
     attend_backward(out, q, rows, entries, sinks, out, lse, seen(ratio), chosen, rotation=rotation)
-
-
-def decoding() -> None:
-    """32 requests over a cache, with more entries than a program sums up."""
-    place = seen(128, tokens=32, slots=WINDOW, most=2048)
-    q, rows, entries = meta(32, HEADS, NARROW), meta(32 * WINDOW, NARROW), meta(32 * 2048, NARROW)
-    attend_forward(q, rows, entries, meta(HEADS, dtype=FP32), place, None)
 
 
 def product(rows: int, out: int, depth: int, wide: bool = False) -> None:
@@ -307,23 +304,11 @@ def choice() -> None:
         indexer._best(meta(64, width, dtype=FP32), places(64), 4, TOPK, meta(64, TOPK, dtype=torch.int32))
 
 
-def hopper_splits() -> None:
-    """Decoding with more entries than a program sums up."""
-    q, rows, entries = meta(32, HEADS, WIDTH), meta(32 * WINDOW, WIDTH), meta(32 * 2048, WIDTH)
-    lse, parts = meta(32, HEADS, dtype=FP32), meta(2, 32, HEADS, WIDTH, dtype=FP32)
-    places_ = (places(32), places(32), places(32))
-    hopper_forward.forward(
-        q, rows, entries, places(32), meta(HEADS, dtype=FP32), q, lse, lse, parts, *places_, WIDTH**-0.5,
-        WINDOW, 128, 0, 2, WINDOW, 1, 1024,
-    )  # fmt: skip
-
-
 CASES: dict[str, Callable[[], None]] = {
     "attention, window": lambda: attention(0),
     "attention, CSA": lambda: attention(4, TOPK),
     "attention, HCA": lambda: attention(128),
     "attention, 16 heads of 128": lambda: attention(4, heads=16, width=128),
-    "attention, decoding": decoding,
     "attention, fp32": lambda: attention(4, TOPK, FP32),
     "linear, q_b_proj": lambda: product(TOKENS, 32768, 1024),
     "linear, compressor": lambda: product(TOKENS, 1024, 4096, wide=True),
@@ -374,7 +359,6 @@ CASES: dict[str, Callable[[], None]] = {
     "hopper, window": lambda: hopper(0),
     "hopper, HCA": lambda: hopper(1),
     "hopper, CSA": lambda: hopper(2),
-    "hopper, decoding": hopper_splits,
     "hopper, indexer": hopper_scores,
     "hopper, hyper-connections": hopper_streams,
     "hopper, hyper-connections, first": lambda: hopper_streams(first=True),

@@ -2,8 +2,9 @@
 
     python tests/kernels/compile_for_h100.py [CASE ...]   # prints {case: [what each of its kernels takes]} as JSON
 
-The cases are calls (compile_cases.py). Instead of launching, Triton compiles: with the types, constants,
-warps and stages of the call, so that tiles stand in one place, the code under test. Run it without TRITON_INTERPRET.
+The cases are calls (compile_cases.py, compile_caches.py). Instead of launching, Triton compiles: with the types,
+constants, warps and stages of the call, so that tiles stand in one place, the code under test. Run it without
+TRITON_INTERPRET.
 """
 
 import json
@@ -19,11 +20,13 @@ from typing import Any
 import torch
 import triton
 import triton.backends.nvidia
-from compile_cases import CASES
+from compile_caches import CASES as OF_CACHES
+from compile_cases import CASES as OF_OTHERS
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+CASES = {**OF_OTHERS, **OF_CACHES}
 CUOBJDUMP = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
 
 

@@ -18,6 +18,7 @@ FEW_ROWS = {"linear, 16 rows", "experts, decoding"}  # wgmma multiplies 64 at on
 # Bytes that some numbers take which did not find a register; they must not grow.
 SPILLED = {
     "attention, CSA": {"_forward": 8},  # at 256 channels
+    "cache, CSA": {"_forward": 16, "_choose": 8},  # 8 without pages
     "hopper, window": {"forward_kernel": 8},
     "hopper, indexer": {"scores_kernel": 24},  # of an item, not of a query
     "indexer": {"_choose": 8},
