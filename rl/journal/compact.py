@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ...model.shards import flush, write_text
 from .format import JournalError, Recorded
-from .reading import REMOVED, JournalFile, Life, journals, read_all
+from .reading import REMOVED, JournalFile, Life, digits, journals, read_all, removed
 
 _COLUMNS: dict[str, Any] = {
     "request": pa.int64(),
@@ -47,6 +47,7 @@ def compact(folder: Path, out: Path) -> list[Path]:
     with _locked(out) as free:
         if not free:
             raise JournalError(f"{out}: another compaction is at work")
+        _remove(folder)  # what a compaction that was killed had done with
         with ExitStack() as locks:
             closed = {path for path in journals(folder) if locks.enter_context(_locked(path))}
             files = [file for file in read_all(folder, keep_finished=True) if file.id]
@@ -56,18 +57,24 @@ def compact(folder: Path, out: Path) -> list[Path]:
                 mine = [life for life in file.finished if life.key not in seen]
                 seen |= {life.key for life in mine}
                 target = out / f"{file.path.stem}-{file.id}.parquet"
-                if mine:
+                if mine or target.exists():  # from before another finished the same
                     _write(target, file.recorded, mine)
                     written.append(target)
             flush(out)
-            done = _done(files, closed, finished)
-            if done:  # from here on nobody reads them, however many of them are still there
+            if done := _done(files, closed, finished):
                 write_text(folder / REMOVED, json.dumps([file.id for file in done]))
-                for file in done:
-                    file.path.unlink()
-                flush(folder)
-            (folder / REMOVED).unlink(missing_ok=True)
+                _remove(folder)
     return written
+
+
+def _remove(folder: Path) -> None:
+    """Removes the journals that REMOVED names; nobody reads them since it does."""
+    ids = removed(folder)
+    for path in journals(folder) if ids else ():
+        if digits(path) in ids:
+            path.unlink()
+    flush(folder)
+    (folder / REMOVED).unlink(missing_ok=True)
 
 
 def _done(files: list[JournalFile], closed: set[Path], finished: set[bytes]) -> list[JournalFile]:

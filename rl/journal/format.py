@@ -71,11 +71,8 @@ class Step(NamedTuple):
     picks: np.ndarray | None  # [m, C, W]; int32, or uint16 with 65535 for -1
 
 
-Part = bytes | np.ndarray
-
-
-def frame(kind: int, parts: Sequence[Part]) -> bytes:
-    """A frame of that payload. ValueError if it is too large."""
+def frame(kind: int, parts: Sequence[Any]) -> bytes:
+    """A frame of that payload: bytes and contiguous arrays. ValueError if it is too large."""
     payload = b"".join(parts)
     if len(payload) > MOST_BYTES:
         raise ValueError(f"{len(payload)} bytes at once; a journal's frame takes {MOST_BYTES}")
@@ -104,7 +101,7 @@ def step_frame(step: Step) -> bytes:
     """A step frame."""
     picks = None if step.picks is None else _narrow(step.picks)
     width, size = (0, 0) if picks is None else (picks.shape[2], picks.itemsize)
-    parts: list[Part] = [_STEP.pack(len(step.ids), len(step.fed), width, size)]
+    parts: list[Any] = [_STEP.pack(len(step.ids), len(step.fed), width, size)]
     parts += step.ids, step.tokens, step.logprobs, step.versions
     if step.sets is not None:
         parts += np.fromiter(map(len, step.sets), I32, len(step.sets)), *step.sets
@@ -120,7 +117,7 @@ def finish_frame(request: int, tokens: int, how: Finish, error: str) -> bytes:
 
 def _narrow(picks: np.ndarray) -> np.ndarray:
     """int32 picks [m, C, K] as they are stored."""
-    used = (picks >= 0).any((0, 1)).nonzero()[0]
+    used = np.flatnonzero((picks >= 0).any((0, 1)))
     kept = picks[..., : used[-1] + 1 if used.size else 0]
     return np.ascontiguousarray(kept, U16 if kept.max(initial=-1) < _NO_PICK else I32)
 
@@ -173,6 +170,8 @@ def read_step(payload: bytes, recorded: Recorded) -> Step:
         ends = sizes.cumsum(dtype=np.int64)
         sets = np.split(parts.take(I32, int(ends[-1]) if n else 0), ends[:-1])
     fed = parts.take(I64, m)
+    if m and not (recorded.experts or recorded.picks):
+        raise ValueError("fed tokens, of which this file records nothing")
     experts = parts.take(I16, m, *recorded.experts) if recorded.experts else None
     picks = None
     if recorded.picks:
@@ -209,9 +208,6 @@ class Frames:
             found = file.read(min(len(_START), size))
             if not _START.startswith(found):
                 raise JournalError(f"{self.path}: not a journal of format {FORMAT}: it begins with {found!r}")
-            if len(found) < len(_START):
-                self.torn = size
-                return
             place = len(found)
             while place < size:
                 read = _read_head(file.read(min(_HEAD, size - place)))
@@ -224,9 +220,9 @@ class Frames:
                 self.place = place
                 yield kind, payload
                 place += _HEAD + length
-            self.torn = size - place
+            self.torn = size - place if place > len(_START) else size
             file.seek(place)
-            if self.torn and (following := _whole_frame(file.read(self.torn))):
+            if place < size and (following := _whole_frame(file.read(size - place))):
                 raise JournalError(
                     f"{self.path}: damaged at byte {place}, with whole frames from byte {place + following} on; "
                     "move the file away to go on without it"

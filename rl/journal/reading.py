@@ -65,8 +65,7 @@ class Life:
     @property
     def rank(self) -> tuple[int, int]:
         """How many tokens it has, and how many of them decisions."""
-        known = (some if some is not None else others for some, others in self.fed)
-        return sum(len(part[0]) for part in self.drawn), sum(map(len, known))
+        return sum(len(part[0]) for part in self.drawn), sum(map(_rows, self.fed))
 
     def drop(self) -> None:
         """Keeps no rows of it."""
@@ -87,12 +86,12 @@ class Life:
             for shape, dtype in ((recorded.experts, np.int16), (recorded.picks, np.int32))
         )
         at = 0
-        for some, others in self.fed:
-            rows = slice(at, at + len(some if some is not None else others))
+        for part in self.fed:
+            rows = slice(at, at + _rows(part))
             if experts is not None:
-                experts[rows] = some
+                experts[rows] = part[0]
             if picks is not None:
-                widen(others, picks[rows])
+                widen(part[1], picks[rows])
             at = rows.stop
         experts, picks = (None if each is None else each[:count] for each in (experts, picks))
         return Past(tokens, logprobs, versions, experts, picks, sets)
@@ -203,12 +202,31 @@ def read_all(folder: Path, *, keep_finished: bool) -> list[JournalFile]:
     while True:
         with suppress(FileNotFoundError):
             files = [JournalFile(path, keep_finished=keep_finished) for path in journals(folder)]
-            removed = json.loads((folder / REMOVED).read_text()) if (folder / REMOVED).exists() else []
-            return [file for file in files if not file.id or file.id not in removed]
+            gone = removed(folder)
+            return [file for file in files if file.id not in gone]
+
+
+def removed(folder: Path) -> list[str]:
+    """The digits of the journals that a compaction is removing."""
+    with suppress(FileNotFoundError):
+        return json.loads((folder / REMOVED).read_text())
+    return []
+
+
+def digits(path: Path) -> str:
+    """A journal's own, of its header alone; empty if it has none yet."""
+    for _, payload in Frames(path):
+        return format.read_header(payload)[0]
+    return ""
 
 
 def journals(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.journal") if path.is_file())
+
+
+def _rows(part: tuple[Any, Any]) -> int:
+    experts, picks = part
+    return len(picks if experts is None else experts)
 
 
 def _same_width(picks: list[Any]) -> list[np.ndarray]:

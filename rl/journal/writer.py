@@ -202,17 +202,18 @@ class Journal:
         return self._ids, self._tokens, self._fed
 
     def _is_open(self, request: int) -> bool:
-        at = np.searchsorted(self._ids, request)
-        return at < len(self._ids) and self._ids[at] == request
+        return bool((self._ids == request).any())
 
     def _rows(self, ids: np.ndarray) -> Any:
         """How many of the rows are of each open request. ValueError for one that is not open."""
         if not len(ids):
             return 0
+        if not len(self._ids):
+            raise ValueError(f"request {ids[0]} is not open")
         at = np.searchsorted(self._ids, ids)
-        if not len(self._ids) or (wrong := self._ids.take(at, mode="clip") != ids).any():
-            unknown = ids[0] if not len(self._ids) else ids[wrong][0]
-            raise ValueError(f"request {unknown} is not open")
+        wrong = self._ids.take(at, mode="clip") != ids
+        if wrong.any():
+            raise ValueError(f"request {ids[wrong][0]} is not open")
         return np.bincount(at, minlength=len(self._ids))
 
     def _write(self, data: bytes) -> None:
@@ -255,7 +256,7 @@ def _known(past: Past, recorded: Recorded) -> int:
     rows = past.experts if recorded.experts else past.picks  # a token that sees no entry yet has no pick
     if not (recorded.experts or recorded.picks) or rows is None or (recorded.picks and past.picks is None):
         return 0
-    known = (rows >= 0).any((1, 2)).nonzero()[0]
+    known = np.flatnonzero((rows >= 0).any((1, 2)))
     return int(known[-1]) + 1 if len(known) else 0
 
 
