@@ -46,6 +46,12 @@ def packed_mask(allowed: Tensor) -> Tensor:
     return (bits << torch.arange(32, device=allowed.device)).sum(2).to(torch.int32)
 
 
+def unpacked_mask(allowed: Tensor, vocabulary: int) -> Tensor:
+    """The bool [T, V] of which `packed_mask` made it."""
+    bits = allowed.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=allowed.device)
+    return bits.bitwise_and(1).flatten(1)[:, :vocabulary] != 0
+
+
 def token_scores(
     hidden: Tensor,
     head: Tensor,
@@ -100,15 +106,21 @@ def token_logprobs(
 
 
 def chosen_logprobs(
-    logits: Tensor, tokens: Tensor, temperature: float = 1.0, *, allowed: Tensor | None = None
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor = 1.0, *, allowed: Tensor | None = None
 ) -> Tensor:
-    """fp32 [B]: log-probs of int64 tokens [B] from logits fp32 [B, V]; on a GPU with the bits of `token_scores`."""
+    """fp32 [B]: log-probs of int64 tokens [B] from logits fp32 [B, V]; on a GPU with the bits of `token_scores`.
+
+    `temperature` of all rows, or of each: float64 [B], as fp32 would not give 1 / temperature a float's last bit.
+    """
     check_mask(allowed, *logits.shape)
+    if isinstance(temperature, Tensor) and (temperature.dtype != torch.float64 or temperature.shape != tokens.shape):
+        got = f"{temperature.dtype} {list(temperature.shape)}"
+        raise ValueError(f"temperature: {got}; want a float or torch.float64 {list(tokens.shape)}")
     if fused(logits):
         from .fused import losses
 
         return losses.chosen_logprobs(logits, tokens, temperature, allowed)
-    logits = logits / temperature
+    logits = logits / (temperature.to(logits.dtype)[:, None] if isinstance(temperature, Tensor) else temperature)
     return _picked(torch.log_softmax(logits if allowed is None else _masked(logits, allowed), -1), tokens)
 
 
@@ -230,8 +242,7 @@ def _log_softmax(
 
 
 def _masked(logits: Tensor, allowed: Tensor) -> Tensor:
-    bits = allowed.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=allowed.device)
-    return logits.masked_fill(bits.bitwise_and(1).flatten(1)[:, : logits.shape[1]] == 0, -math.inf)
+    return logits.masked_fill(~unpacked_mask(allowed, logits.shape[1]), -math.inf)
 
 
 def _picked(logprobs: Tensor, tokens: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.sampling import sample
+from ..kernels.sampling import DrawSettings, sample
 from ..model import LanguageModel, Output
 from .settings import Draft
 from .trajectory import Request, Trajectory
@@ -134,7 +134,9 @@ class Batch:
         return tokens[going]
 
     def sample(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        return sample(logits, self.temperature, self.seed, self.ids[self.rows], position)
+        settings = DrawSettings.alike(len(logits), self.temperature, self.seed, logits.device)
+        drawn = sample(logits, self.ids[self.rows], position, settings)
+        return drawn.tokens, drawn.logprobs
 
     def record(self, which: Tensor, tokens: Tensor, logprobs: Tensor) -> Tensor:
         """Writes down the next tokens of the running rows `which` (bool [B]); which rows go on [B]."""

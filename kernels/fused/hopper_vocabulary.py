@@ -18,10 +18,8 @@ from .linear import check
 
 BLOCK = 256
 REVERSE, FORWARD = gl.constexpr(1), gl.constexpr(2)  # as `vocabulary` has them
-MASKED, KEEP = (
-    gl.constexpr(4),
-    gl.constexpr(8),
-)  # more of what `HOW` says: of tokens, if a mask is to be read; to keep logits
+# More of what `HOW` says: of tokens, if a mask is to be read; to keep logits; if rows have scales of their own.
+MASKED, KEEP, EACH = gl.constexpr(4), gl.constexpr(8), gl.constexpr(16)
 NOTHING = gl.constexpr(-3e38)  # of a number that takes no part: beside any maximum its exponential is 0
 
 
@@ -161,11 +159,15 @@ def measure_kernel(
     logits, targets, allowed, picked, parts, kept, rows, columns, first, words, count, scale,
     HOW: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """The same of logits fp32 [rows, columns] in memory."""
+    """The same of logits fp32 [rows, columns] in memory; their scale may be one of each row."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     row, column = gl.program_id(0) * 64, gl.program_id(1) * COLUMNS
     r, c = places(gl.zeros([64, COLUMNS], gl.float32, layout), row, column)
     x = gl.load(logits + r.to(gl.int64) * columns + c, mask=(r < rows) & (c < columns), other=0.0)
+    if HOW & EACH:
+        at = rows_of(row, x)
+        x = x * gl.load(scale + at, mask=at < rows, other=1.0)[:, None]
+        scale = 1.0
     given = targets, allowed, picked, parts, kept, rows, columns, first, words, count, scale
     _measure(x, row, 0, column, given, HOW)
 
@@ -276,14 +278,15 @@ def measure_tokens(
 
 
 def measure_logits(
-    targets: Tensor, mask: tuple[Tensor, int], picked: Tensor, parts: Tensor, first: int, scale: float,
+    targets: Tensor, mask: tuple[Tensor, int], picked: Tensor, parts: Tensor, first: int, scale: float | Tensor,
     logits: Tensor, kept: list[Tensor],
 ) -> None:  # fmt: skip
     """The same of logits fp32 [T, columns]."""
     (rows, columns), (allowed, words) = logits.shape, mask
+    how = MASKED * (words > 0) + KEEP * bool(kept) + EACH * isinstance(scale, Tensor)
     measure_kernel[(-(-rows // 64), -(-columns // BLOCK))](
         logits, targets, allowed, picked, parts, (kept or [parts])[0], rows, columns, first, words, parts.shape[2],
-        scale, HOW=MASKED * (words > 0) + KEEP * bool(kept), COLUMNS=BLOCK, num_warps=4, **SAME_BITS,
+        scale, HOW=how, COLUMNS=BLOCK, num_warps=4, **SAME_BITS,
     )  # fmt: skip
 
 

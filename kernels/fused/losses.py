@@ -150,10 +150,13 @@ class Divergence(torch.autograd.Function):
         return *_gradients(ctx, grads), None, None, None, None
 
 
-def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float, allowed: Tensor | None) -> Tensor:
+def chosen_logprobs(logits: Tensor, tokens: Tensor, temperature: float | Tensor, allowed: Tensor | None) -> Tensor:
     """`TokenLoss`'s log-probs, bit for bit, from all the logits fp32 [B, V] of its rows."""
     allowed = None if allowed is None else allowed.contiguous()
-    against = Against(vocabulary.TOKENS, tokens.contiguous(), tokens, tokens, 1 / temperature, allowed)
+    scale = 1 / temperature
+    if isinstance(scale, Tensor):
+        scale = scale.float()  # rounded once, as a launch rounds a float
+    against = Against(vocabulary.TOKENS, tokens.contiguous(), tokens, tokens, scale, allowed)
     parts = Parts(against, logits.shape[1], is_hopper(logits.device))
     if logits.shape[0]:
         parts.measure(0, logits.contiguous(), logits, [])

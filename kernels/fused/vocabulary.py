@@ -54,7 +54,7 @@ def _highest(x, there):
 def _measure(
     student, teacher, place, taught, targets, allowed, picked, parts, kept, teacher_kept,
     columns, first, words, count, scale,
-    KIND: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, MASKED: tl.constexpr, EACH: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """parts [3 or 5, T, count] of one row and block: the logits' maximum m, the sum of e = exp(x - m), and the sum of
     e (x - m), for the entropy; against a teacher, of e ((x - m) - (y - n)), then y's own maximum n and its sum.
@@ -64,6 +64,8 @@ def _measure(
     of student and teacher are kept, less their maxima: rounded, what counts most, next to a maximum, is the most exact.
     """
     row, block = tl.program_id(0), tl.program_id(1)
+    if EACH:  # row has its own
+        scale = tl.load(scale + row)
     at = block * BLOCK + tl.arange(0, BLOCK)
     there = at < columns
     x = _load_block(student, row, at, columns, True) * scale
@@ -194,7 +196,7 @@ class Against(NamedTuple):
     targets: Tensor  # int64 [T]; with a group, counted from the first of the rank's columns
     place: Tensor  # int32 [T]: the row of a token's teacher in the teacher's logits ...
     taught: Tensor  # int32 [1]: ... and how many of these there are: a token with a place behind them has no teacher
-    scale: float = 1.0  # of the student's logits; 1 against a teacher
+    scale: float | Tensor = 1.0  # of the student's logits; 1 against a teacher; to measure logits, also fp32 [T]
     allowed: Tensor | None = None  # int32 [T, words]: the columns that take part, a bit each
     group: dist.ProcessGroup | None = None  # of ranks that share the vocabulary
 
@@ -250,7 +252,8 @@ class Parts:
         _measure[grid(student)](
             student, teacher, place, taught, targets, allowed, self.picked, self.parts, some[0], some[1],
             student.shape[1], first, words, self.count, scale,
-            KIND=REVERSE if kind == MIXED else kind, MASKED=words > 0, KEEP=len(kept), BLOCK=BLOCK, **SAME_BITS,
+            KIND=REVERSE if kind == MIXED else kind, MASKED=words > 0, EACH=isinstance(scale, Tensor), KEEP=len(kept),
+            BLOCK=BLOCK, **SAME_BITS,
         )  # fmt: skip
 
     def measure_product(self, first: int, hidden: Tensor, weight: Tensor, kept: list[Tensor]) -> None:

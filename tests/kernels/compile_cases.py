@@ -32,6 +32,7 @@ from amalgam.kernels.fused import (
     muon,
     norm,
     router,
+    sampling,
     storage,
     swiglu,
     symmetric,
@@ -39,6 +40,7 @@ from amalgam.kernels.fused import (
 from amalgam.kernels.fused.attention import attend_forward
 from amalgam.kernels.fused.attention_backward import attend_backward
 from amalgam.kernels.places import Seen, Windows
+from amalgam.kernels.sampling import DrawSettings
 
 FP32 = torch.float32
 TOKENS = 4096
@@ -181,6 +183,17 @@ def token_loss(tokens: int = TOKENS, masked: bool = False) -> None:
 
 def sampled() -> None:
     losses.chosen_logprobs(meta(64, VOCABULARY, dtype=FP32), meta(64, dtype=torch.int64), 0.7, None)
+
+
+def drawn(cuts: bool, masked: bool) -> None:
+    """Tokens of 64 requests, and their log-probs, each at its own temperature."""
+    rows = 64
+    logits, ids = meta(rows, VOCABULARY, dtype=FP32), meta(rows, dtype=torch.int64)
+    temperature, floats = meta(rows, dtype=torch.float64), meta(rows, dtype=FP32)
+    settings = DrawSettings(temperature, ids, *((places(rows), floats, floats) if cuts else ()))
+    allowed = meta(rows, VOCABULARY // 32, dtype=torch.int32) if masked else None
+    sampling.draw(logits, ids, ids, settings, allowed, False)
+    losses.chosen_logprobs(logits, ids, temperature, allowed)
 
 
 def divergence(kind: str, tokens: int = TOKENS) -> None:
@@ -354,6 +367,10 @@ CASES: dict[str, Callable[[], None]] = {
     "loss, reverse KL, many tokens": lambda: divergence("reverse", 2 * TOKENS),
     "loss, forward KL": lambda: divergence("forward"),
     "loss, Jensen-Shannon": lambda: divergence("jensen_shannon"),
+    "sampling": lambda: drawn(cuts=False, masked=False),
+    "sampling, cut": lambda: drawn(cuts=True, masked=False),
+    "sampling, masked": lambda: drawn(cuts=False, masked=True),
+    "sampling, masked and cut": lambda: drawn(cuts=True, masked=True),
     "AdamW": optimizer_step,
     "Muon": muon_steps,
     "hopper, window": lambda: hopper(0),
@@ -367,6 +384,7 @@ CASES: dict[str, Callable[[], None]] = {
     "hopper, loss, tokens": lambda: on_hopper(token_loss),
     "hopper, loss, tokens, masked": lambda: on_hopper(lambda: token_loss(2 * TOKENS, masked=True)),
     "hopper, log-probs of the sampler": lambda: on_hopper(sampled),
+    "hopper, sampling": lambda: on_hopper(lambda: drawn(cuts=False, masked=True)),
     "hopper, loss, reverse KL": lambda: on_hopper(lambda: divergence("reverse", 2 * TOKENS)),
     "hopper, loss, Jensen-Shannon": lambda: on_hopper(lambda: divergence("jensen_shannon")),
     "hopper, fp8": lambda: hopper_fp8_products(TOKENS, 32768, 1024),

@@ -27,6 +27,7 @@ SPILLED = {
     "choice, long": {"_choose": 48},  # so that two rows fit beside each other, which is faster
     # Of a tile of 128 rows and 256 columns, not of a step.
     "hopper, loss, tokens, masked": {"token_kernel": 280},
+    "hopper, sampling": {"measure_kernel": 152},  # under a mask, as that of tokens
     "hopper, loss, reverse KL": {"teacher_kernel": 32},
     "hopper, loss, Jensen-Shannon": {"teacher_kernel": 32, "slope_kernel": 80},
     # As do two programs; on a Hopper GPU `_streams_backward` is not what runs.

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from amalgam.kernels import losses
 from amalgam.kernels.fused import losses as fused
 from amalgam.kernels.fused import vocabulary
-from amalgam.kernels.sampling import sample
+from amalgam.kernels.sampling import DrawSettings, sample
 
 KINDS: list[losses.Kind] = ["reverse", "forward", "jensen_shannon"]
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -281,9 +281,35 @@ def test_a_token_s_bits_are_its_own(monkeypatch: pytest.MonkeyPatch):
 @interpreted
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_sampled_tokens_have_the_sampler_s_bits(temperature: float):
+@pytest.mark.parametrize("cut", [False, True])
+def test_sampled_tokens_have_the_sampler_s_bits(temperature: float, cut: bool):
+    """Under a mask too, that of what they were drawn from."""
     hidden, head = inputs(DTYPES[1], 9, 144)
     counter = torch.arange(9)
-    tokens, logprobs = sample(losses.logits(hidden[:5], head), temperature, 3, counter[:5], counter[:5])
-    tokens = torch.cat([tokens, torch.zeros(4, dtype=torch.int64)])
-    assert torch.equal(losses.token_logprobs(hidden, head, tokens, temperature or 1.0)[:5], logprobs)
+    settings = DrawSettings.alike(5, temperature, 3, hidden.device)
+    if cut:
+        settings = settings._replace(top_k=torch.tensor([0, 1, 9, 40, 200]).int(), top_p=torch.rand(5))
+    drawn = sample(losses.logits(hidden[:5], head), counter[:5], counter[:5], settings, sets=True)
+    assert drawn.allowed is not None
+    tokens, allowed = (
+        torch.cat([x, torch.zeros(4, *x.shape[1:], dtype=x.dtype)]) for x in (drawn.tokens, drawn.allowed)
+    )
+    allowed[5:, 0] = 1
+    scores = losses.token_logprobs(hidden, head, tokens, temperature or 1.0, allowed=allowed if cut else None)
+    assert torch.equal(scores[:5], drawn.logprobs)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_row_s_own_temperature(way: str, monkeypatch: pytest.MonkeyPatch):
+    """Bits are those of that temperature as a float."""
+    prepared(way, monkeypatch)
+    x, tokens = torch.randn(6, 80), torch.randint(80, (6,))
+    allowed = torch.rand(6, 80) < 0.5
+    allowed[torch.arange(6), tokens] = True
+    each = [0.7, 1.0, 0.3, 1.7, 0.9, 1 / 3]
+    for mask in (None, losses.packed_mask(allowed)):
+        found = losses.chosen_logprobs(x, tokens, torch.tensor(each, dtype=torch.float64), allowed=mask)
+        for i, temperature in enumerate(each):
+            assert found[i] == losses.chosen_logprobs(x, tokens, temperature, allowed=mask)[i]
+    with pytest.raises(ValueError, match="want a float or torch.float64"):
+        losses.chosen_logprobs(x, tokens, torch.tensor(each))
