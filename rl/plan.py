@@ -32,12 +32,20 @@ class CopyPage(NamedTuple):
     target: int
 
 
+class Scrub(NamedTuple):
+    """Zeros for what may not be finite: 0 times that would be no 0 for the next owner."""
+
+    slots: list[int]
+    pages: list[int]
+
+
 class Save(NamedTuple):
-    """Copies a slot's state, and the contents of pages, to host memory."""
+    """Copies a slot's state, of a request of `length` tokens, and the contents of pages to host memory."""
 
     key: Key
     slot: int
     pages: list[int]
+    length: int
 
 
 class Load(NamedTuple):
@@ -52,7 +60,7 @@ class Forget(NamedTuple):
     key: Key
 
 
-Move = Clear | Place | Fork | CopyPage | Save | Load | Forget
+Move = Clear | Place | Fork | CopyPage | Scrub | Save | Load | Forget
 
 
 @dataclass(eq=False)

@@ -19,7 +19,7 @@ from collections import Counter, deque
 from typing import NamedTuple
 
 from .pages import Pages
-from .plan import Chunk, Clear, CopyPage, Entry, Forget, Fork, Load, Move, Place, Plan, Save
+from .plan import Chunk, Clear, CopyPage, Entry, Forget, Fork, Load, Move, Place, Plan, Save, Scrub
 
 
 class Hold(NamedTuple):
@@ -63,6 +63,7 @@ class Scheduler:
         self._arrived = 0
         self._ready: list[Entry] = []  # whose prompts the last plan fed for their groups
         self._moves: list[Move] = []
+        self._unclean: set[int] = set()  # pages that may hold what is not finite: of requests that did not end well
 
     def problem(self, prompt: int, limit: int) -> str | None:
         """Why such a request could never run; None if it can."""
@@ -81,10 +82,10 @@ class Scheduler:
         self.waiting.append(entry)
         self._groups.setdefault(entry.group, []).append(entry)
 
-    def remove(self, entry: Entry) -> None:
-        """A request that has ended, or is to end."""
+    def remove(self, entry: Entry, clean: bool = False) -> None:
+        """A request that has ended, or is to end; `clean`: what it leaves is known to be finite."""
         if entry.slot is not None:
-            self._vacate(entry)
+            self._vacate(entry, clean)
         else:
             self.waiting.remove(entry)
             self._forget(entry)
@@ -176,7 +177,7 @@ class Scheduler:
             if len(running) < len(followers) and self.kept + self.state_bytes <= self.swap:
                 pages = leader.pages[: self.pool.count(leader.shared)]
                 self.pool.share(pages)
-                self._moves.append(Save(("group", leader.group), leader.slot, []))
+                self._moves.append(Save(("group", leader.group), leader.slot, [], leader.fed))
                 self.holds[leader.group] = Hold(pages, self.state_bytes)
                 self.kept += self.state_bytes
         self._ready = []
@@ -225,7 +226,7 @@ class Scheduler:
             self.waiting.popleft()
             slot = entry.slot = self._slots.pop()
             self.running.append(entry)
-            entry.pages = self.pool.take(need)
+            entry.pages = self._take(need)
             if entry.saved:
                 self._moves.append(Load(("request", entry.id), slot, entry.pages[: self.pool.count(entry.fed)]))
                 self._forget(entry)
@@ -254,7 +255,7 @@ class Scheduler:
                 return False
         if need > 0:
             assert entry.slot is not None
-            first, new = len(entry.pages), self.pool.take(need)
+            first, new = len(entry.pages), self._take(need)
             entry.pages += new
             self._moves.append(Place(entry.slot, first, new))
         return True
@@ -266,7 +267,7 @@ class Scheduler:
         cheaper = 2 * size * self.seconds_per_byte < entry.fed * self.seconds_per_token
         self.counts["preemptions"] += 1
         if cheaper and self.kept + size <= self.swap:
-            self._moves.append(Save(("request", entry.id), entry.slot, pages))
+            self._moves.append(Save(("request", entry.id), entry.slot, pages, entry.fed))
             entry.saved, self.kept = size, self.kept + size
             self.counts["swaps"] += 1
             self._vacate(entry)
@@ -279,8 +280,18 @@ class Scheduler:
         entry.fed = 0
         self.waiting.appendleft(entry)
 
-    def _vacate(self, entry: Entry) -> None:
+    def _take(self, count: int) -> list[int]:
+        taken = self.pool.take(count)
+        if unclean := self._unclean.intersection(taken):
+            self._moves.append(Scrub([], sorted(unclean)))
+            self._unclean -= unclean
+        return taken
+
+    def _vacate(self, entry: Entry, clean: bool = False) -> None:
         assert entry.slot is not None
+        if not clean:
+            self._unclean.update(entry.pages)
+            self._moves.append(Scrub([entry.slot], []))
         self.running.remove(entry)
         self._slots.append(entry.slot)
         self.pool.drop(entry.pages)

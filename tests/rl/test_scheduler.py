@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amalgam.rl.pages import Pages
-from amalgam.rl.plan import Clear, CopyPage, Entry, Forget, Fork, Load, Place, Save
+from amalgam.rl.plan import Clear, CopyPage, Entry, Forget, Fork, Load, Place, Save, Scrub
 from amalgam.rl.scheduler import Scheduler
 
 NOTHING: tuple = ("nothing",)
@@ -41,7 +41,11 @@ class Device:
                     self.states[slot] = list(self.states[source])
             case CopyPage(source, target):
                 self.pages[target] = list(self.of(source))
-            case Save(key, slot, pages):
+            case Scrub(slots, pages):
+                self.states |= dict.fromkeys(slots, [])
+                self.pages |= {page: [NOTHING] * self.page for page in pages}
+            case Save(key, slot, pages, length):
+                assert len(self.states[slot]) == length
                 self.host[key] = list(self.states[slot]), [list(self.of(page)) for page in pages]
             case Load(key, slot, pages):
                 state, contents = self.host[key]
