@@ -169,9 +169,9 @@ class Cache:
         return (tensor for layer in self.layers for name, tensor in layer.items() if name in POOLS)
 
 
-def probe(model: Any, slack: int) -> tuple[int, int]:
+def probe(model: Any, slack: int, page: int | None = None) -> tuple[int, int]:
     """Bytes of a slot's state, and of a page, of a cache of `model`: found by feeding one token to a small one."""
-    cache = model.new_cache(1, 1, slack)
+    cache = model.new_cache(1, 1, slack, page=page)
     model.extend(cache.length.clone(), torch.tensor([0, 1], device=cache.length.device), cache)
     return cache.state_bytes, cache.page_bytes
 

@@ -1,186 +1,274 @@
-"""The rollout engine: batched decoding over the cache, reproducible request by request.
+"""The rollout engine: requests come and go while others decode, over a paged cache; reproducible request by request.
 
-A request's tokens depend on its prompt, its counter and the weights alone: not on its neighbors, on the batch's size or
-on the order of requests (on a CPU up to fp32 rounding, which a near-tie can turn into another token).
-What it leaves out, for now: admitting requests while others decode, preemption, paging.
+A request's tokens depend on its prompt, its counter and the weights alone: not on its neighbors, on the batch's size,
+on preemption or on what was known of it before (on a CPU up to fp32 rounding, which a near-tie can turn into another
+token). The parts: scheduler.py decides what a step feeds, batch.py feeds it and draws, response.py keeps what comes of
+it. On a GPU a step is launched before the tokens of the last one are read: what a request that has ended gets in it is
+thrown away.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
-from typing import Any
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ..kernels.sampling import DrawSettings, sample
-from ..model import LanguageModel, Output
-from .settings import Draft
+from ..model import LanguageModel
+from .batch import Batch, Fed, Forward, fed
+from .check import request_problem
+from .meter import Meter
+from .pages import Pages
+from .plan import Entry
+from .records import Records
+from .response import Prompt, Response
+from .room import room
+from .scheduler import Scheduler
+from .settings import EngineSettings
+from .stop import StopText
 from .trajectory import Request, Trajectory
 
-MAX_BATCH = 512
-"""Requests that are prefilled and decode at once; the others wait. It bounds the engine's memory, whose cache has room
-for so many of the longest prompt and response, and changes no response."""
+
+@dataclass(eq=False)
+class Update:
+    """What a step has brought a request."""
+
+    id: int
+    token_ids: np.ndarray  # int32 [n]: the new ones
+    logprobs: np.ndarray  # float32 [n]
+    finished: Trajectory | None = None
+
+
+class Flight(NamedTuple):
+    """A step that was launched."""
+
+    forwards: list[Forward]
+    prefilled: int  # tokens
 
 
 class Engine:
-    """Samples from one model replica. Each of `end_ids` ends a response; `max_batch` requests decode at once.
+    """Samples from one model replica. Each of `end_ids` ends a response. Calls have to come from one thread.
 
-    `draft` "mtp" lets the model's MTP block propose a token at every step (rl/draft.py); the responses are the same.
-    ValueError for a model without one.
+    `tokenizer` (a `tokenizers.Tokenizer`) gives trajectories their text, and is needed for stop strings. A `journal`
+    (rl/journal) gets every token at the end of its step. `lag`: steps that are launched before the first of them is
+    read; `page`: tokens of a page; both are the engine's own choice if None. ValueError for a cache without room for
+    one request, and for a draft without an MTP block.
     """
-
-    def __init__(self, model: LanguageModel, end_ids: Sequence[int], max_batch: int = MAX_BATCH):
-        self.model, self.end_ids, self.max_batch = model, tuple(end_ids), max_batch
-
-    @torch.inference_mode()
-    def generate(
-        self,
-        requests: list[Request],
-        *,
-        temperature: float,
-        max_new_tokens: int,
-        seed: int,
-        version: int,
-        draft: Draft = "off",
-    ) -> list[Trajectory]:
-        """A trajectory for each request, in order; temperature 0 is greedy. `text` is left to the caller."""
-        from .draft import DraftedBatch  # which is built from this file's Batch
-
-        kind, results = {"off": Batch, "mtp": DraftedBatch}[draft], []
-        for start in range(0, len(requests), self.max_batch):
-            few = requests[start : start + self.max_batch]
-            batch = kind(self.model, few, max_new_tokens, temperature, seed, self.end_ids)
-            while batch.running:
-                batch.step()
-            results += batch.trajectories(version)
-        return results
-
-    @torch.inference_mode()
-    def stream(self, request: Request, *, temperature: float, max_new_tokens: int, seed: int) -> Iterator[np.ndarray]:
-        """What `generate` samples for one request, step by step: the new ids, int32, the end token too."""
-        batch, seen = Batch(self.model, [request], max_new_tokens, temperature, seed, self.end_ids), 0
-        while batch.running:
-            batch.step()
-            yield batch.tokens[0, seen : batch.lengths[0]].copy()
-            seen = int(batch.lengths[0])
-
-
-class Batch:
-    """Requests that decode together, from their prompts to their last tokens. N requests, B of them still running."""
-
-    slack = 0  # tokens that a step may take back
 
     def __init__(
         self,
         model: LanguageModel,
-        requests: list[Request],
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        end_ids: tuple[int, ...],
+        end_ids: Sequence[int],
+        *,
+        tokenizer: Any = None,
+        settings: EngineSettings | None = None,
+        journal: Any = None,
+        lag: int | None = None,
+        page: int | None = None,
     ):
-        self.model: Any = model
-        self.requests, self.limit = requests, max_new_tokens
-        self.temperature, self.seed, self.end_ids = temperature, seed, end_ids
-        self.device = model.lm_head.weight.device
-        count = len(requests)
-        self.tokens = np.zeros((count, max_new_tokens), dtype=np.int32)
-        self.logprobs = np.zeros((count, max_new_tokens), dtype=np.float32)
-        self.lengths = np.zeros(count, dtype=np.int64)
-        self.drafted = np.zeros(count, dtype=np.int64)
-        self.accepted = np.zeros(count, dtype=np.int64)
-        self.rows = torch.arange(count, device=self.device)  # the request of each running row
-        self.ids = torch.tensor([r.id for r in requests], device=self.device)
-        self._prefill()
-        self.experts = np.full((count, max_new_tokens, *self.prompt_experts[0].shape[1:]), -1, dtype=np.int16)
+        settings = settings or EngineSettings()
+        self.model, self.end_ids, self.tokenizer, self.settings = model, tuple(end_ids), tokenizer, settings
+        self.version = 0
+        kind = Batch
+        if settings.draft == "mtp":
+            from .draft import DraftedBatch as kind  # which is built from Batch
+        found = room(model, settings, kind.slack, kind.extra_bytes(model), page)
+        self._batch = kind(
+            model, found.slots, found.capacity, found.pages, page, experts=settings.experts, picks=settings.picks
+        )
+        self._scheduler = Scheduler(
+            found.slots,
+            Pages(found.pages, found.page),
+            found.capacity,
+            settings.prefill_tokens,
+            stride=kind.stride,
+            state_bytes=found.state_bytes,
+            page_bytes=found.page_bytes,
+            swap=settings.swap,
+        )
+        # A drafted step's outcome decides what the next one feeds.
+        self._lag = 0 if kind.stride > 1 else int(self._batch.device.type == "cuda") if lag is None else lag
+        self._responses: dict[int, Response] = {}
+        self._groups: dict[int, list[Response]] = {}
+        self._flights: deque[Flight] = deque()
+        self._news: dict[Response, None] = {}  # of which something is to be told
+        self._records, self._meter = Records(journal), Meter()
+
+    # --- requests come and go
+
+    def submit(self, request: Request) -> None:
+        """Takes a request on. ValueError, in one line, for one that could never run, or whose id is in use."""
+        params, prompt = request.params, request.prompt_ids
+        known = len(prompt) + (0 if request.past is None else len(request.past.response_ids))
+        entry = Entry(request.id, request.group, len(prompt), known, len(prompt) + params.max_new_tokens)
+        group = self._groups.get(request.group, [])
+        problem = request_problem(request, self.model.lm_head.weight.shape[0], self.tokenizer is not None)
+        if request.id in self._responses:
+            problem = "there is an unfinished request of that id"
+        elif group and not np.array_equal(group[0].prompt.ids, prompt):
+            problem = f"its prompt is not that of the others in group {request.group}"
+        if problem := problem or self._scheduler.problem(entry.prompt, entry.limit):
+            raise ValueError(f"request {request.id}: {problem}")
+        shared = group[0].prompt if group else Prompt(prompt)
+        stop = StopText(self.tokenizer, params.stop) if params.stop else None
+        ends = frozenset(self.end_ids + params.stop_ids)
+        response = Response(request, entry, shared, ends, stop, self.settings.picks)
+        self._groups.setdefault(request.group, []).append(response)
+        self._responses[request.id] = response
+        self._records.begin(request)
+        if response.finish is None:
+            self._scheduler.add(entry)
+        else:  # its past was all of it
+            self._end(response)
+            self._records.flush()
+
+    def cancel(self, id: int) -> bool:
+        """Ends a request: its trajectory, "cancelled", comes with the next step. False if there is none of that id."""
+        response = self._responses.get(id)
+        if response is None:
+            return False
+        response.finish = "cancelled"
+        self._end(response)
+        self._records.flush()
+        return True
 
     @property
-    def running(self) -> bool:
-        return self.rows.numel() > 0
+    def busy(self) -> bool:
+        """Whether a request is unfinished, or has news."""
+        return bool(self._responses or self._news)
 
-    def _prefill(self) -> None:
-        """Each group's prompt once, then a fork for each request."""
-        groups = [list(members) for _, members in groupby(self.requests, key=lambda r: r.group)]
-        prompts = [members[0].prompt_ids for members in groups]
-        cu_seqlens = torch.tensor([0, *map(len, prompts)], device=self.device).cumsum(0)
-        ends = cu_seqlens[1:]
-        tokens = torch.from_numpy(np.concatenate(prompts)).long().to(self.device)
-        room = max(len(p) for p in prompts) + self.limit
-        fork = torch.tensor([g for g, members in enumerate(groups) for _ in members], device=self.device)
-        output, cache = self.model.prefill(tokens, cu_seqlens, room, self.slack)
-        self.cache = cache.select(fork)
-        self.logits = self.model.logits(output.hidden[ends - 1][fork])  # of each running row's next token
-        ids = np.split(output.experts.to(torch.int16).cpu().numpy(), ends[:-1].cpu().numpy())
-        self.prompt_experts = [ids[g] for g in fork.tolist()]
-        self._prefilled(output, tokens, cu_seqlens, fork)
+    def step(self) -> list[Update]:
+        """One iteration; what is new of each request that something is new of. With nothing to do, [] at once."""
+        if self._responses:
+            self._launch()
+        else:
+            self._land(0)
+        news, self._news = self._news, {}
+        return [Update(response.request.id, *response.news(), response.trajectory) for response in news]
 
-    def _prefilled(self, output: Output, tokens: Tensor, cu_seqlens: Tensor, fork: Tensor) -> None:
-        """For what else keeps a cache of its own: the prompts' pack, and each request's place in it."""
+    def update(
+        self, load: Callable[[LanguageModel], None], version: int, cache: Literal["keep", "rebuild"] = "keep"
+    ) -> None:
+        """New weights between two steps: `load` puts them into the model, in place. Tokens are of `version` from now on.
 
-    def step(self) -> None:
-        """Samples a token of every running request, drops those that end with it, and feeds the others'."""
-        tokens = self.next_tokens()
-        if self.running:
-            output = self.model.decode(tokens, self.cache)
-            self.record_experts(output.experts)
-            self.logits = self.model.logits(output.hidden)
+        Requests go on, with the cache that the old weights made, or with one that is rebuilt by prefill.
+        """
+        self._land(0)
+        load(self.model)
+        self.version = version
+        if cache == "rebuild":
+            self._scheduler.rebuild()
 
-    def next_tokens(self) -> Tensor:
-        """Samples and records a token of every running request; those of the requests that go on."""
-        tokens, logprobs = self.sample(self.logits, self.cache.length)
-        going = self.record(torch.ones_like(tokens, dtype=torch.bool), tokens, logprobs)
-        self.keep(going)
-        return tokens[going]
+    def generate(self, requests: Sequence[Request], version: int = 0) -> list[Trajectory]:
+        """A trajectory for each request, in order; their tokens are of that version."""
+        if self.busy:
+            raise ValueError("generate() while other requests are under way: submit() and step() are for that")
+        self.version, found = version, {}
+        try:
+            for request in requests:
+                self.submit(request)
+            while self.busy:
+                found |= {update.id: update.finished for update in self.step() if update.finished}
+        finally:
+            self._abandon()
+        return [found[request.id] for request in requests]
 
-    def sample(self, logits: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        settings = DrawSettings.alike(len(logits), self.temperature, self.seed, logits.device)
-        drawn = sample(logits, self.ids[self.rows], position, settings)
-        return drawn.tokens, drawn.logprobs
+    def stream(self, request: Request) -> Iterator[np.ndarray]:
+        """What `generate` samples for one request, step by step: the new ids, int32, the end token too.
 
-    def record(self, which: Tensor, tokens: Tensor, logprobs: Tensor) -> Tensor:
-        """Writes down the next tokens of the running rows `which` (bool [B]); which rows go on [B]."""
-        rows, chosen = self.rows.cpu().numpy(), which.cpu().numpy()
-        mine = rows[chosen]
-        self.tokens[mine, self.lengths[mine]] = tokens.cpu().numpy()[chosen]
-        self.logprobs[mine, self.lengths[mine]] = logprobs.cpu().numpy()[chosen]
-        self.lengths[mine] += 1
-        ended = torch.isin(tokens, torch.tensor(self.end_ids, device=self.device))
-        return ~which | ~ended & torch.from_numpy(self.lengths[rows] < self.limit).to(self.device)
+        RuntimeError if the request fails."""
+        if self.busy:
+            raise ValueError("stream() while other requests are under way: submit() and step() are for that")
+        try:
+            self.submit(request)
+            while self.busy:
+                for update in self.step():
+                    if len(update.token_ids):
+                        yield update.token_ids
+                    if update.finished and update.finished.finish == "failed":
+                        raise RuntimeError(f"request {request.id} failed: {update.finished.error}")
+        finally:
+            self._abandon()
 
-    def record_experts(self, experts: Tensor) -> None:
-        """Writes down the expert ids [B, L, k] of the running rows' last tokens."""
-        rows = self.rows.cpu().numpy()
-        self.experts[rows, self.lengths[rows] - 1] = experts.cpu().numpy()
+    def metrics(self) -> dict[str, float]:
+        """Now: requests `running` and `waiting`, the share of the cache's pages that is in use. Since the engine was
+        made: counts. Since the last call: rates, and mean seconds to a request's first token."""
+        s = self._scheduler
+        return {
+            "running": float(len(s.running)),
+            "waiting": float(len(s.waiting)),
+            "cache_use": 1 - s.pool.free / s.pool.size,
+            "journal_lost": float(self._records.lost),
+            **{name: float(s.counts[name]) for name in ("preemptions", "swaps", "forks", "refed_tokens")},
+            **self._meter.read(),
+        }
 
-    def keep(self, going: Tensor) -> None:
-        """Drops the running rows that do not go on."""
-        if not bool(going.all()):
-            self.select(going.nonzero().squeeze(1))
+    # --- steps
 
-    def select(self, rows: Tensor) -> None:
-        self.rows, self.logits = self.rows[rows], self.logits[rows]
-        if self.running:
-            self.cache = self.cache.select(rows)
+    def _launch(self) -> None:
+        """Launches a step and reads those that are behind; with nothing to launch, all."""
+        plan = self._scheduler.plan()
+        forwards = self._batch.run(plan, self._responses)
+        if forwards:
+            self._flights.append(Flight(forwards, sum(chunk.stop - chunk.start for chunk in plan.chunks)))
+        self._land(self._lag if forwards else 0)
 
-    def trajectories(self, version: int) -> list[Trajectory]:
-        results = []
-        for i, request in enumerate(self.requests):
-            n = int(self.lengths[i])
-            ids = self.tokens[i, :n].copy()
-            results.append(
-                Trajectory(
-                    request=request.id,
-                    group=request.group,
-                    prompt_ids=request.prompt_ids,
-                    response_ids=ids,
-                    logprobs=self.logprobs[i, :n].copy(),
-                    experts=np.concatenate([self.prompt_experts[i], self.experts[i, :n]]),
-                    versions=np.full(n, version, dtype=np.int32),
-                    finish="stop" if ids[-1] in self.end_ids else "length",
-                    text="",
-                    drafted=int(self.drafted[i]),
-                    accepted=int(self.accepted[i]),
-                )
-            )
-        return results
+    def _land(self, most: int) -> None:
+        """Reads the steps in flight until `most` are left."""
+        while len(self._flights) > most:
+            flight, drawn = self._flights.popleft(), 0
+            for forward in flight.forwards:
+                drawn += sum(self._read(each) for each in fed(forward))
+            self._records.flush()
+            self._meter.step(drawn, flight.prefilled)
+            self._scheduler.seconds_per_token = self._meter.seconds_per_token
+            self._scheduler.seconds_per_byte = self._batch.seconds_per_byte
+
+    def _read(self, fed: Fed) -> int:
+        """Writes down what came of feeding a request; how many tokens it got."""
+        response, before = fed.response, len(fed.response.tokens)
+        new = response.feed(fed.start, fed.decided)  # also of one that has ended: others may share its prompt
+        if response.finish is not None:
+            return 0
+        if new is not None:
+            self._records.feed(response.request.id, new)
+        if fed.tokens and not before:
+            self._meter.first(response.age)
+        for token, logprob in zip(fed.tokens, fed.logprobs, strict=True):
+            if not math.isfinite(logprob):
+                response.fail(f"its logits at position {response.entry.prompt + len(response.tokens)} are not finite")
+            else:
+                response.draw(token, logprob, self.version, None)
+                self._records.draw(response.request.id, token, logprob, self.version, None)
+            if response.finish is not None:
+                break
+        drawn = len(response.tokens) - before
+        if drawn:
+            self._news[response] = None
+        if fed.drafted:
+            response.drafted, response.accepted = response.drafted + 1, response.accepted + len(fed.tokens) - 1
+        if response.finish is not None:
+            self._end(response)
+        elif len(fed.tokens) > 1:
+            self._scheduler.accept(response.entry)
+        return drawn
+
+    def _end(self, response: Response) -> None:
+        """Lets go of a request that has its `finish`."""
+        if response.entry.order >= 0:
+            self._scheduler.remove(response.entry, clean=response.finish in ("stop", "length"))
+        del self._responses[response.request.id]
+        group = self._groups[response.request.group]
+        group.remove(response)
+        if not group:
+            del self._groups[response.request.group]
+        response.trajectory = response.made(self.tokenizer)
+        self._records.finish(response.trajectory)
+        self._news[response] = None
+
+    def _abandon(self) -> None:
+        """Ends what is left of a call that was broken off."""
+        for id in list(self._responses):
+            self.cancel(id)
+        self._news.clear()

@@ -102,5 +102,36 @@ class Sampling(Settings):
     """Divides the logits before the softmax. 1.0 as in DeepSeek-R1's first stage."""
     max_new_tokens: PositiveInt = 1024
     """Longest response in tokens, its end token included; a longer one is cut and counts as unfinished."""
+    top_k: NonNegativeInt = 0
+    """The most likely tokens that may be drawn; 0: all."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Only the fewest most likely tokens whose probabilities sum up to this may be drawn."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Only tokens with at least this share of the most likely one's probability may be drawn."""
     draft: Draft = "off"
     """`mtp` lets the model's MTP block propose a token at each step. It changes the speed, never the responses."""
+
+
+class EngineSettings(Settings):
+    """What a rollout engine has room for, and what it writes down. Nothing here changes a response."""
+
+    max_batch: PositiveInt = 256
+    """Requests that decode at once; the others wait."""
+    prefill_tokens: PositiveInt = 8192
+    """Most tokens of prompts that a step computes beside the requests that decode."""
+    memory: PositiveInt | None = None
+    """Bytes of the cache; None: on a GPU four fifths of what is free beside the weights, on a CPU 256 MiB (our choice).
+    No more is taken than `max_batch` requests of `context` tokens need."""
+    context: PositiveInt | None = None
+    """Most tokens of a request, prompt and response; None: as many as the model is made for, or `memory` has room for.
+    """
+    swap: NonNegativeInt = 2**30
+    """Bytes of host memory for what is taken up again later: requests that gave way, prompts of groups."""
+    draft: Draft = "off"
+    """As `Sampling.draft`."""
+    experts: bool = True
+    """Write down the experts of every token."""
+    picks: bool = False
+    """Write down what V4's indexers chose for every token."""
+    sets: bool = False
+    """Write down which tokens each was drawn from: those that top_k, top_p, min_p and masks left."""

@@ -1,0 +1,71 @@
+"""What an engine writes to its journal: every token at the end of its step. Without a journal: nothing."""
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from .response import Decisions
+from .trajectory import Request, Trajectory
+
+_LOG = logging.getLogger(__name__)
+
+
+class Records:
+    """What `draw`, `feed` and `finish` say of a step is written by `flush`, at its end. A journal that fails (its disk
+    is full) is given up, with a line in the log: the engine goes on, and `lost` says so."""
+
+    def __init__(self, journal: Any):
+        self._journal, self.lost = journal, False
+        self._clear()
+
+    def begin(self, request: Request) -> None:
+        self._write(lambda journal: journal.begin(request))
+
+    def draw(self, request: int, token: int, logprob: float, version: int, among: np.ndarray | None) -> None:
+        if self._journal is not None:
+            self._drawn.append((request, token, logprob, version))
+            self._sets += [] if among is None else [among]
+
+    def feed(self, request: int, decided: Decisions) -> None:
+        """Decisions for further tokens of a response."""
+        if self._journal is not None and len(decided):
+            self._fed += [request] * len(decided)
+            self._decided.append(decided)
+
+    def finish(self, trajectory: Trajectory) -> None:
+        self._finished.append(trajectory)
+
+    def flush(self) -> None:
+        if self._drawn or self._fed:
+            columns = list(zip(*self._drawn, strict=True)) or [()] * 4
+            kinds = (np.int64, np.int32, np.float32, np.int32)
+            arrays = [np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
+            more: dict[str, Any] = {"fed": np.array(self._fed, np.int64), "sets": self._sets or None}
+            if self._decided:
+                experts = np.concatenate([decided.experts for decided in self._decided])
+                picks = [decided.picks for decided in self._decided if decided.picks is not None]
+                more |= {"experts": experts if experts.shape[1:] != (0, 0) else None}
+                more |= {"picks": np.concatenate(picks) if picks else None}
+            self._write(lambda journal: journal.append(*arrays, **more))
+        for trajectory in self._finished:
+            self._write(lambda journal, of=trajectory: journal.finish(of))
+        self._clear()
+
+    def _clear(self) -> None:
+        self._finished: list[Trajectory] = []
+        self._drawn: list[tuple[int, int, float, int]] = []
+        self._sets: list[np.ndarray] = []
+        self._fed: list[int] = []
+        self._decided: list[Decisions] = []
+
+    def _write(self, call: Any) -> None:
+        if self._journal is None:
+            return
+        from .journal import JournalError
+
+        try:
+            call(self._journal)
+        except JournalError as error:
+            _LOG.error("the engine goes on without its journal: %s", error)
+            self._journal, self.lost = None, True

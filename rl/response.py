@@ -1,0 +1,184 @@
+"""A request on its way through the engine: its tokens, and what was decided as they were drawn and fed."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .plan import Entry
+from .stop import StopText
+from .trajectory import Finish, Past, Request, Trajectory
+
+
+@dataclass(frozen=True, eq=False)
+class Decisions:
+    """Of n tokens, in order."""
+
+    experts: np.ndarray  # int16 [n, L, k]
+    picks: np.ndarray | None = None  # int32 [n, C, K]
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def __getitem__(self, rows: slice) -> "Decisions":
+        return Decisions(self.experts[rows], None if self.picks is None else self.picks[rows])
+
+
+class Rows:
+    """What was decided for each token fed, by position from `first` on. What is there stays: the first decision counts,
+    not what is computed when the token is prefilled again."""
+
+    def __init__(self, first: int):
+        self.first, self.count = first, 0
+        self.parts: list[Decisions] = []
+
+    def add(self, start: int, new: Decisions) -> Decisions:
+        """Rows of the tokens from `start` on; those before `first`, or there, are left out. Returns what was added."""
+        missing = self.first + self.count - start
+        if missing < 0:
+            raise ValueError(f"rows from {start} on, but there are {self.count} from {self.first} on")
+        new = new[missing:]
+        if len(new):
+            self.parts.append(new)
+            self.count += len(new)
+        return new
+
+
+class Prompt:
+    """A group's prompt, and what was decided for its tokens, once for all members."""
+
+    def __init__(self, ids: np.ndarray):
+        self.ids, self.rows = ids, Rows(0)
+
+
+class Response:
+    """`ends`: tokens that end it; `picks`: whether these are written down. `error` is set when it fails."""
+
+    def __init__(
+        self,
+        request: Request,
+        entry: Entry,
+        prompt: Prompt,
+        ends: frozenset[int],
+        stop: StopText | None = None,
+        picks: bool = False,
+    ):
+        past, first = request.past, len(request.prompt_ids)
+        self.request, self.entry, self.prompt = request, entry, prompt
+        self.finish: Finish | None = None
+        self.trajectory: Trajectory | None = None  # once it has ended
+        self.error, self.text = "", None
+        self.drafted = self.accepted = 0
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.versions: list[int] = []
+        self.sets: list[np.ndarray] = []
+        self.rows = Rows(first)
+        self._ends, self._stop = ends, stop
+        if past is not None:
+            sets = [None] * len(past.response_ids) if past.sets is None else past.sets
+            columns = (past.response_ids.tolist(), past.logprobs.tolist(), past.versions.tolist(), sets)
+            for token in zip(*columns, strict=True):
+                self.draw(*token)
+            self.rows.add(first, _decided(past, picks))
+        self._told, self._began = len(self.tokens), time.monotonic()
+
+    @property
+    def ends_with_token(self) -> bool:
+        return bool(self.tokens) and self.tokens[-1] in self._ends
+
+    def known(self, start: int, stop: int) -> np.ndarray:
+        """int64 tokens at positions `start` ... `stop` - 1 of prompt and response."""
+        size = len(self.prompt.ids)
+        response = self.tokens[max(start - size, 0) : max(stop - size, 0)]
+        return np.concatenate([self.prompt.ids[start:stop], np.array(response, np.int32)]).astype(np.int64)
+
+    def at(self, position: int) -> int | None:
+        """The token there; None if it is drawn, but has not come to the host."""
+        behind = position - len(self.prompt.ids)
+        if behind < 0:
+            return int(self.prompt.ids[position])
+        return self.tokens[behind] if behind < len(self.tokens) else None
+
+    def draw(self, token: int, logprob: float, version: int, among: np.ndarray | None) -> None:
+        """Its next token, of which it may be the end (`finish`)."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.versions.append(version)
+        if among is not None:
+            self.sets.append(among)
+        if self._stop is not None:
+            self.text = self._stop.add(token)
+        if self.ends_with_token or self.text is not None:
+            self.finish = "stop"
+        elif len(self.tokens) >= self.request.params.max_new_tokens:
+            self.finish = "length"
+
+    def feed(self, start: int, decided: Decisions) -> Decisions | None:
+        """What was decided for the tokens from position `start` on; returns what is new of it for the response's."""
+        prompt = max(len(self.prompt.ids) - start, 0)
+        if prompt:
+            self.prompt.rows.add(start, decided[:prompt])
+        if prompt < len(decided):
+            return self.rows.add(start + prompt, decided[prompt:])
+        return None
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was submitted."""
+        return time.monotonic() - self._began
+
+    def fail(self, error: str) -> None:
+        self.finish, self.error = "failed", error
+
+    def news(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens int32 and log-probs fp32 since the last call."""
+        start, self._told = self._told, len(self.tokens)
+        return np.array(self.tokens[start:], np.int32), np.array(self.logprobs[start:], np.float32)
+
+    def made(self, tokenizer: Any = None) -> Trajectory:
+        """What has become of it; `text` is empty without a tokenizer."""
+        assert self.finish is not None
+        text = self.text or ""
+        if self.text is None and tokenizer is not None:
+            shown = self.tokens[:-1] if self.finish == "stop" else self.tokens
+            text = tokenizer.decode(shown, skip_special_tokens=False)
+        picks = [p.picks for p in self.prompt.rows.parts + self.rows.parts if p.picks is not None]
+        return Trajectory(
+            request=self.request.id,
+            group=self.request.group,
+            prompt_ids=self.request.prompt_ids,
+            response_ids=np.array(self.tokens, np.int32),
+            logprobs=np.array(self.logprobs, np.float32),
+            experts=self._joined([part.experts for part in self.prompt.rows.parts + self.rows.parts]),
+            versions=np.array(self.versions, np.int32),
+            finish=self.finish,
+            text=text,
+            picks=self._joined(picks) if picks else None,
+            sets=self.sets if self.tokens and len(self.sets) == len(self.tokens) else None,
+            error=self.error,
+            drafted=self.drafted,
+            accepted=self.accepted,
+        )
+
+    def _joined(self, parts: list[np.ndarray]) -> np.ndarray:
+        """[P + R, ...]: -1 where nothing is known, and in the last row, which counts as never fed."""
+        like = parts[0] if parts else np.zeros((0, 0, 0), np.int16)
+        size, count = len(self.prompt.ids), len(self.prompt.ids) + len(self.tokens)
+        joined = np.full((count, *like.shape[1:]), -1, like.dtype)
+        known = len(self.prompt.rows.parts)
+        for start, some in ((0, parts[:known]), (size, parts[known:])):
+            if some:
+                rows = np.concatenate(some)[: count - 1 - start]
+                joined[start : start + len(rows)] = rows
+        return joined
+
+
+def _decided(past: Past, picks: bool) -> Decisions:
+    """Of the first tokens of a past: up to the last of which something is known, as the journal counts them."""
+    rows = past.picks if past.experts is None else past.experts
+    known = np.zeros(0) if rows is None else (rows >= 0).any((1, 2)).nonzero()[0]
+    count = 0 if not len(known) or picks and past.picks is None else int(known[-1]) + 1
+    experts = np.zeros((count, 0, 0), np.int16) if past.experts is None else past.experts[:count]
+    return Decisions(experts, past.picks[:count] if picks and past.picks is not None else None)
