@@ -204,7 +204,7 @@ def serve(
         int, typer.Option("--max-waiting", min=1, help="More requests that wait for their first token get a 429.")
     ] = 1024,
     request_seconds: Annotated[
-        float, typer.Option("--request-seconds", min=1, help="Longest time that a request may take.")
+        int, typer.Option("--request-seconds", min=1, help="Longest time that a request may take.")
     ] = 600,
     precision: PrecisionOption = "",
 ) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -40,44 +41,40 @@ def serve(
     token, source = _token(token_file)
     speaks = Speaker(checkpoint, parse_precision(precision))
     check_mode(speaks, mode)
-    engine = speaks.engine  # loads the weights before anyone can ask
-    asyncio.run(_serve(speaks, engine, checkpoint, host, port, (token, source), mode, max_waiting, request_seconds))
+    with _bound(host, port) as bound:
+        engine = speaks.engine  # loads the weights before anyone can ask
+        settings = {
+            "name": checkpoint,
+            "context": engine.context,
+            "token": token,
+            "mode": mode,
+            "local": ipaddress.ip_address(bound.getsockname()[0]).is_loopback,
+            "request_seconds": request_seconds,
+        }
+        asyncio.run(_serve(speaks, engine, bound, max_waiting, settings, source))
 
 
 async def _serve(
-    speaks: Speaker,
-    engine: Any,
-    name: str,
-    host: str,
-    port: int,
-    token: tuple[str, str],
-    mode: str,
-    max_waiting: int,
-    request_seconds: float,
+    speaks: Speaker, engine: Any, bound: socket.socket, max_waiting: int, settings: dict[str, Any], source: str
 ) -> None:
-    local = _is_local(host)
     running = Running(engine, max_waiting)
-    settings = {"name": name, "token": token[0], "mode": mode, "local": local, "request_seconds": request_seconds}
     server = Server(speaks, running, **settings)
     runner = web.AppRunner(server.app(), handler_cancellation=True, access_log=None, shutdown_timeout=5.0)
     await runner.setup()
-    site = web.TCPSite(runner, host, port)
-    try:
-        await site.start()
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from None
+    site = web.SockSite(runner, bound)
+    await site.start()
     stop = _signals()
-    _announce(runner.addresses[0], name, mode, speaks.device, token[1], local)
+    _announce(bound, settings, speaks.device, source)
     await asyncio.wait({running.broken, asyncio.ensure_future(stop.acquire())}, return_when="FIRST_COMPLETED")
     server.stopping = True
     await site.stop()
     if not running.broken.done():
-        typer.echo(f"stopping; {running.count} requests have {GRACE_SECONDS:g} s to end, or a second Ctrl-C")
+        typer.echo(f"stopping; {running.count} requests have {GRACE_SECONDS:g} s to end; a second Ctrl-C ends them")
         await _until_idle(running, stop)
     running.abort(ApiError(503, "the server is stopping"))
     await runner.cleanup()
     if running.broken.done():
-        await running.broken
+        await running.broken  # which raises what the engine did
     await asyncio.to_thread(running.close, _ENGINE_SECONDS)
 
 
@@ -95,12 +92,15 @@ def _signals() -> asyncio.Semaphore:
     return stop
 
 
-def _announce(address: Any, name: str, mode: str, device: str, source: str, local: bool) -> None:
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    typer.echo(f"{name}, mode {mode}, on {device}: http://{host}:{address[1]}/v1")
+def _announce(bound: socket.socket, settings: dict[str, Any], device: str, source: str) -> None:
+    host, port = bound.getsockname()[:2]
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    typer.echo(f"{settings['name']}, mode {settings['mode']}, on {device}: http://{where}/v1")
     typer.echo(f"token: {source}")
-    if not local:
-        typer.echo("others can reach it, and read what goes by: plain HTTP; put a proxy with TLS before it")
+    if not settings["local"]:
+        typer.echo(
+            "other machines reach it, by plain HTTP; put a proxy with TLS before it where they are not all yours"
+        )
 
 
 def _token(file: Path | None) -> tuple[str, str]:
@@ -120,10 +120,17 @@ def _token(file: Path | None) -> tuple[str, str]:
     return token, f"that of {source}"
 
 
-def _is_local(host: str) -> bool:
-    if host == "localhost":
-        return True
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at this address that does not listen yet. UserError where it cannot be had."""
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        made = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+        except OSError:
+            made.close()
+            raise
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
+    return made

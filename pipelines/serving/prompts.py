@@ -55,8 +55,11 @@ class Job:
         )
 
 
-def chat_job(speaks: Speaker, asked: ChatRequest, mode: str) -> Job:
-    """`mode`: the one without a reasoning_effort. ApiError for what cannot be answered."""
+def chat_job(speaks: Speaker, context: int, asked: ChatRequest, mode: str) -> Job:
+    """`context`: most tokens of prompt and answer. `mode`: the one without a reasoning_effort.
+
+    ApiError for what cannot be answered.
+    """
     mode = MODES[asked.reasoning_effort] if asked.reasoning_effort else mode
     if asked.max_tokens and asked.max_completion_tokens:
         raise _bad("max_tokens", "max_completion_tokens is given too; give one of them")
@@ -75,11 +78,12 @@ def chat_job(speaks: Speaker, asked: ChatRequest, mode: str) -> Job:
     except ValueError as error:
         raise ApiError(400, str(error), "reasoning_effort" if "mode" in str(error) else "messages") from None
     opening = _opening(speaks, choice, mode)
-    requests = _requests(speaks, asked, [np.append(ids, np.array(opening, np.int32))], asked.max_completion_tokens)
+    prompt = np.append(ids, np.array(opening, np.int32))
+    requests = _requests(asked, [prompt], context, asked.max_completion_tokens or asked.max_tokens)
     return Job(requests, thinks=mode != "chat", calls=bool(shown), opening=opening)
 
 
-def completion_job(speaks: Speaker, asked: CompletionRequest) -> Job:
+def completion_job(speaks: Speaker, context: int, asked: CompletionRequest) -> Job:
     """A text's special tokens count as such, and V4's BOS is put first where it is not. Ids are taken as they are."""
     given = asked.prompt
     single = isinstance(given, str) or (isinstance(given, list) and bool(given) and all(type(i) is int for i in given))
@@ -88,7 +92,8 @@ def completion_job(speaks: Speaker, asked: CompletionRequest) -> Job:
         raise _bad("prompt", "want a text, its token ids, or a list of texts or of lists of ids")
     if len(prompts) * (asked.n or 1) > MAX_CHOICES:
         raise _bad("prompt", f"{len(prompts)} prompts, n {asked.n or 1}: want at most {MAX_CHOICES} choices")
-    return Job(_requests(speaks, asked, [_prompt_ids(speaks, prompt) for prompt in prompts]), is_text=True)
+    ids = [_prompt_ids(speaks, prompt) for prompt in prompts]
+    return Job(_requests(asked, ids, context, asked.max_tokens), is_text=True)
 
 
 def _prompt_ids(speaks: Speaker, prompt: Any) -> np.ndarray:
@@ -104,14 +109,14 @@ def _prompt_ids(speaks: Speaker, prompt: Any) -> np.ndarray:
     return np.array(prompt, np.int32)
 
 
-def _requests(speaks: Speaker, asked: Sampled, prompts: list[np.ndarray], longest: int | None = None) -> list[Request]:
+def _requests(asked: Sampled, prompts: list[np.ndarray], context: int, longest: int | None) -> list[Request]:
     """`n` of each prompt. A choice's noise counter is its index, so with a seed its tokens depend on nothing else."""
     seed = asked.seed if asked.seed is not None else secrets.randbits(63)
     requests = []
     for prompt in prompts:
         params = SamplingParams(
             temperature=1.0 if asked.temperature is None else asked.temperature,
-            max_new_tokens=_limit(speaks, len(prompt), longest or asked.max_tokens),
+            max_new_tokens=_limit(context, len(prompt), longest),
             seed=seed,
             top_k=max(asked.top_k or 0, 0),
             top_p=1.0 if asked.top_p is None else asked.top_p,
@@ -124,19 +129,15 @@ def _requests(speaks: Speaker, asked: Sampled, prompts: list[np.ndarray], longes
     return requests
 
 
-def _limit(speaks: Speaker, prompt: int, wanted: int | None) -> int:
+def _limit(context: int, prompt: int, wanted: int | None) -> int:
     """Most new tokens after a prompt of so many."""
-    if speaks.context is None:
-        if wanted is None:
-            raise _bad("max_tokens", "missing; this model's config.json names no longest context")
-        return wanted
-    room = speaks.context - prompt
+    room = context - prompt
     if room < max(wanted or 1, 1):
         answer = f"max_tokens {wanted}" if wanted else "an answer"
         raise ApiError(
             400,
-            f"a prompt of {prompt} tokens and {answer} are more than the model's context, {speaks.context}",
-            "max_tokens" if wanted and room > 0 else "messages",
+            f"a prompt of {prompt} tokens and {answer} are more than a request may have here, {context}",
+            "max_tokens" if wanted and room > 0 else None,
             "context_length_exceeded",
         )
     return wanted or room

@@ -122,8 +122,11 @@ def _explain(wrong: Any, kind: type[Sampled]) -> str:
     if wrong["type"] == "extra_forbidden":
         known = kind.model_fields if len(wrong["loc"]) == 1 else StreamOptions.model_fields
         return f"unknown or not built; {suggest(str(wrong['loc'][-1]), known)}"
-    got = json.dumps(wrong["input"])
-    return f"{wrong['msg'][0].lower()}{wrong['msg'][1:]}, got {got if len(got) <= 60 else got[:57] + '...'}"
+    value = wrong["input"]
+    got = {dict: "an object", list: "a list"}.get(type(value)) or json.dumps(
+        value[:60] if isinstance(value, str) else value
+    )
+    return f"{wrong['msg'][0].lower()}{wrong['msg'][1:]}, got {got}"
 
 
 def _no_constant(name: str) -> NoReturn:

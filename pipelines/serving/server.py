@@ -7,6 +7,7 @@ are cancelled in the engine.
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import logging
 from collections import Counter
@@ -26,14 +27,15 @@ from .running import Running
 MAX_BODY = 16 * 2**20  # bytes
 METRICS_SECONDS = 30.0  # that the engine may take to come to the end of a step
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-_LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _log = logging.getLogger("amalgam.serve")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Server:
-    """`name`: the model's, to clients. `mode`: that of chats without a reasoning_effort. `local`: bound to loopback."""
+    """`name`: the model's, to clients. `context`: most tokens of a prompt and its answer. `mode`: that of chats without
+    a reasoning_effort. `local`: bound to loopback.
+    """
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class Server:
         running: Running,
         *,
         name: str,
+        context: int,
         token: str,
         mode: str,
         local: bool,
@@ -48,7 +51,7 @@ class Server:
     ) -> None:
         self._speaks, self._running = speaks, running
         self._name, self._token, self._mode, self._local = name, token.encode(), mode, local
-        self._seconds = request_seconds
+        self._context, self._seconds = context, request_seconds
         self._preparing = ThreadPoolExecutor(1, "prompts")  # a long prompt's tokenization must not hold up the others
         self._statuses = Counter[int]()
         self.stopping = False
@@ -80,8 +83,8 @@ class Server:
     def _check(self, request: web.Request) -> None:
         if "Origin" in request.headers:
             raise ApiError(403, "a web page asks, by its Origin header; browsers are not served")
-        if self._local and _host(request.headers.get("Host", "")) not in _LOCAL:
-            raise ApiError(403, f"the Host header is none of {', '.join(_LOCAL)}")
+        if self._local and not _is_here(request.headers.get("Host", "")):
+            raise ApiError(403, "the Host header is neither localhost nor an address")
         if request.path == "/health":
             return
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
@@ -128,11 +131,11 @@ class Server:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         asked = read(ChatRequest, await request.read())
-        return await self._answer(request, asked, lambda: chat_job(self._speaks, asked, self._mode))
+        return await self._answer(request, asked, lambda: chat_job(self._speaks, self._context, asked, self._mode))
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         asked = read(CompletionRequest, await request.read())
-        return await self._answer(request, asked, lambda: completion_job(self._speaks, asked))
+        return await self._answer(request, asked, lambda: completion_job(self._speaks, self._context, asked))
 
     async def _answer(
         self, request: web.Request, asked: ChatRequest | CompletionRequest, prepare: Callable[[], Job]
@@ -185,7 +188,7 @@ async def _whole(
             rows[place].add(update.token_ids, update.logprobs)
             if all(answer.finish for answer in answers):
                 break
-    return web.json_response(response.whole(answers, parts, rows), headers=_HEADERS)
+    return web.json_response(response.whole(answers, parts, rows), headers=_HEADERS, dumps=_dumps)
 
 
 async def _stream(
@@ -235,10 +238,18 @@ def _shaped(error: Exception) -> ApiError:
 
 
 def _event(body: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(body)}\n\n".encode()
+    return f"data: {_dumps(body)}\n\n".encode()
 
 
-def _host(header: str) -> str:
-    """The name of a Host header, without its port."""
+def _dumps(body: Any) -> str:
+    return json.dumps(body, ensure_ascii=False)
+
+
+def _is_here(header: str) -> bool:
+    """Whether a Host header has no name that somebody else could let lead here: localhost, or an address as it is."""
     name, colon, port = header.rpartition(":")
-    return name.lower() if colon and port.isdigit() else header.lower()
+    name = name if colon and port.isdigit() else header
+    try:
+        return name.lower() == "localhost" or bool(ipaddress.ip_address(name.removeprefix("[").removesuffix("]")))
+    except ValueError:
+        return False

@@ -90,7 +90,14 @@ class Served:
 
     def __init__(self, engine: Any, speaks: Speaker | None = None, **settings: Any) -> None:
         self.engine, self.speaks = engine, speaks or Speaker("tiny")
-        self._settings = {"name": "tiny", "token": TOKEN, "mode": "chat", "local": True, "request_seconds": 60.0}
+        self._settings = {
+            "name": "tiny",
+            "token": TOKEN,
+            "mode": "chat",
+            "local": True,
+            "request_seconds": 60.0,
+            "context": 4096,
+        }
         self._waiting = settings.pop("max_waiting", 1000)
         self._settings |= settings
 
