@@ -127,12 +127,7 @@ class Conversation:
         return new
 
     def _read(self, written: _Written) -> tuple[dict[str, Any], list[Event]]:
-        specials = {self.tokenizer.token_to_id(token) for token in SPECIALS}
-        runs = groupby(written.ids, key=specials.__contains__)
-        texts = [(special, self.tokenizer.decode(list(run), skip_special_tokens=False)) for special, run in runs]
-        hidden = "".join(text if special else _hide(text) for special, text in texts)
-        message, events = read_tolerant(hidden, written.thought)
-        return _shown(message) if hidden != "".join(text for _, text in texts) else message, events
+        return read_ids(self.tokenizer, written.ids, written.thought)
 
     def _kept(self, written: _Written, pieces: Sequence[Piece]) -> list[int]:
         """The model's ids of a turn, without its reasoning if `pieces`, its rendering, has none."""
@@ -157,6 +152,16 @@ class Conversation:
 
     def _render(self, messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
         return self.encoding.pieces(messages, self.mode, keep_reasoning=self.keep_reasoning)
+
+
+def read_ids(tokenizer: Tokenizer, ids: Sequence[int], thinks: bool) -> tuple[dict[str, Any], list[Event]]:
+    """`read_tolerant` of what the model wrote, in which a special token's string that others spell is text."""
+    specials = {tokenizer.token_to_id(token) for token in SPECIALS}
+    runs = groupby(ids, key=specials.__contains__)
+    texts = [(special, tokenizer.decode(list(run), skip_special_tokens=False)) for special, run in runs]
+    hidden = "".join(text if special else _hide(text) for special, text in texts)
+    message, events = read_tolerant(hidden, thinks)
+    return _shown(message) if hidden != "".join(text for _, text in texts) else message, events
 
 
 def _hide(text: str) -> str:

@@ -184,6 +184,42 @@ def generate(
 
 
 @app.command()
+def serve(
+    checkpoint: CheckpointArgument,
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Where to listen; the default is for this machine alone.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--token-file",
+            metavar="FILE",
+            help="A file with the token; else it is that of AMALGAM_SERVE_TOKEN, or made and printed.",
+            show_default=False,
+        ),
+    ] = None,
+    mode: Annotated[str, typer.Option("--mode", help="That of chats without a reasoning_effort.")] = "chat",
+    max_waiting: Annotated[
+        int, typer.Option("--max-waiting", min=1, help="More requests that wait for their first token get a 429.")
+    ] = 1024,
+    request_seconds: Annotated[
+        int, typer.Option("--request-seconds", min=1, help="Longest time that a request may take.")
+    ] = 600,
+    precision: PrecisionOption = "",
+) -> None:
+    """Serve a checkpoint over HTTP, in OpenAI's protocol.
+
+    Chats and completions, streamed or whole, with tools, log-probs and seeds, for evaluation harnesses and agents.
+    Every request needs the token. Ctrl-C or SIGTERM lets the open ones end first. docs/serve.md says what is built.
+    """
+    with _exit_codes():
+        from .serve import serve as start
+
+        start(checkpoint, host, port, token_file, mode, max_waiting, request_seconds, precision)
+
+
+@app.command()
 def convert(
     source: Annotated[
         str,

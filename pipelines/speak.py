@@ -31,7 +31,7 @@ class Speaker:
     def __init__(self, checkpoint: str, precision: Precision = FULL):
         self.folder, self.precision = resolve(checkpoint), precision
         check_weights(self.folder)
-        check_config(self.folder, precision)
+        self.vocabulary = check_config(self.folder, precision)
         self.encoding, self.tokenizer = speaker(self.folder)
         self.end_ids, self.context = end_ids(self.folder), context_length(self.folder)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -42,7 +42,7 @@ class Past:
 
 @dataclass
 class Request:
-    """One response to sample. `id` is its counter: with the seed and the position it decides the noise.
+    """One response to sample. `id` names it; its counter, with the seed and the position, decides the noise.
 
     Requests of equal `group` have equal prompts; the prompt is computed once for all of them.
     """
@@ -52,6 +52,11 @@ class Request:
     prompt_ids: np.ndarray  # int32 [P]
     params: SamplingParams = SamplingParams()
     past: Past | None = None
+    noise: int | None = None  # its counter, where that is not `id`: then tokens do not depend on the name either
+
+    @property
+    def counter(self) -> int:
+        return self.id if self.noise is None else self.noise
 
 
 @dataclass
