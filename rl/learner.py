@@ -1,5 +1,8 @@
 """The learner: DeepSpeed engines in Ray actors, one a rank. It knows batches and losses, and no algorithm."""
 
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +10,13 @@ import numpy as np
 
 from ..settings import FULL, Precision
 from .cluster import wait
-from .learner_worker import COMMON, LearnerWorker, Loss, add
+from .learner_worker import LearnerWorker
+from .losses import COMMON, Loss, add
 from .packing import Row, plan, stack
 from .settings import DEADLINE, Optimization
+from .transport import Place, Way, choose
 
+_log = logging.getLogger(__name__)
 _STRAGGLER_SECONDS = 10.0
 
 
@@ -36,6 +42,10 @@ class Learner:
     ):
         self._gpus, self._threads, self._precision, self._deadline = gpus_per_actor, threads, precision, deadline
         self.workers: list[Any] = []
+        self._places: list[Place] = []
+        self._way: Way | None = None
+        self._sending: list[Any] = []  # a broadcast's calls
+        self._offloaded = False
         try:
             self.load(path, optimization, total_steps, unfreeze)
         except BaseException:
@@ -59,6 +69,7 @@ class Learner:
         """
         from ..model.config import resolve
 
+        self._offloaded = False
         folder = str(resolve(path).absolute())
         if len(self.workers) != optimization.ranks:
             self.close()
@@ -91,11 +102,39 @@ class Learner:
         """The sums of the metrics that `step` would return, without a gradient."""
         return self._on_rows("evaluate", rows, loss, settings)
 
-    def weights(self, version: int) -> Any:
-        """A Ray reference to the `sync.Bundle` of the current weights, which stay in the object store."""
-        calls = [worker.weights.options(num_returns=2).remote(version) for worker in self.workers]
-        self._wait([done for done, _ in calls], f"the learner to pack version {version} of its weights")
+    def weights(self, version: int, receivers: Sequence[Place] = ()) -> Any:
+        """A Ray reference to the `transport.Handle` of the current weights.
+
+        With `receivers`, these take them by the fastest way there is between the learner and them, all at the same
+        time and before the learner's next call, which waits for it. Without, whoever has the reference does, at any
+        time: the weights stay in the object store.
+        """
+        import ray
+
+        self._settle()
+        what, way = f"the learner to publish version {version} of its weights", choose(self._places, receivers)
+        if receivers and way != self._way:
+            _log.info("weights go to %d workers by %s (rl/transport.py)", len(receivers), way)
+            self._way = way
+        calls = [w.weights.options(num_returns=2).remote(version, way, list(receivers)) for w in self.workers]
+        self._wait([done for done, _ in calls], what)
+        if way == "ipc":  # each rank has lent to those on its GPU
+            handles = [each for each in self._wait([handle for _, handle in calls], what) if each]
+            return ray.put(replace(handles[0], loans={k: v for each in handles for k, v in each.loans.items()}))
+        if way == "broadcast":
+            self._sending = [worker.send.remote() for worker in self.workers]
         return calls[0][1]
+
+    def offload(self) -> int:
+        """Hands the ranks' device memory over: weights, masters and moments go to the host's, until `reload`; the bytes
+        of all ranks. Only `load` and `reload` may follow."""
+        taken = sum(self._all("offload", "the learner to offload its memory"))
+        self._offloaded = True
+        return taken
+
+    def reload(self) -> None:
+        self._offloaded = False
+        self._all("reload", "the learner to take its memory back")
 
     def save_model(self, path: str | Path) -> None:
         """Writes a checkpoint for `amalgam.model.load`, of the weights in what they compute in; renamed into place."""
@@ -121,7 +160,7 @@ class Learner:
 
         for worker in self.workers:
             ray.kill(worker)
-        self.workers = []
+        self.workers, self._sending = [], []
 
     def _start(self, ranks: int) -> None:
         import ray
@@ -130,7 +169,8 @@ class Learner:
         actor = ray.remote(LearnerWorker).options(num_cpus=0, num_gpus=self._gpus)
         self.workers = [actor.remote(rank, ranks, device, self._threads) for rank in range(ranks)]
         try:
-            hosts = self._all("host", f"{ranks} learner processes to start")
+            self._places = self._all("place", f"{ranks} learner processes to start")
+            hosts = [place.host for place in self._places]
             listen = self.workers[0].listen.remote(hosts[0], self._deadline)
             (port,) = self._wait([listen], "the learner's first rank to open a port")
             place = (hosts[0], port, len(set(hosts)) == 1)
@@ -140,6 +180,7 @@ class Learner:
             raise
 
     def _on_rows(self, method: str, rows: list[Row], loss: str | Loss, settings: dict[str, Any]) -> dict[str, float]:
+        self._settle()
         lengths = [len(row["tokens"]) for row in rows]
         batches = plan(lengths, self._optimization.micro_batch_tokens, self._optimization.ranks)
         arguments = (stack([rows[int(np.argmin(lengths))]]), loss, settings)
@@ -156,7 +197,16 @@ class Learner:
         return totals
 
     def _all(self, method: str, what: str, *arguments: Any) -> list[Any]:
+        self._settle()
         return self._wait([getattr(worker, method).remote(*arguments) for worker in self.workers], what)
+
+    def _settle(self) -> None:
+        """Before a call: the broadcast under way has ended, in its own error if it failed; the memory is here."""
+        calls, self._sending = self._sending, []
+        if calls:
+            self._wait(calls, "the learner to broadcast its weights")
+        if self._offloaded:
+            raise RuntimeError("the learner's memory is offloaded; reload it first")
 
     def _wait(self, calls: list[Any], what: str) -> list[Any]:
         import ray

@@ -14,10 +14,9 @@ With one rank, and so at stage 0, a step of one micro-batch reads its gradients 
 """
 
 import gc
-import importlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -31,48 +30,19 @@ from ..errors import UserError
 from ..settings import Precision
 from .balance import Loads, figures
 from .cluster import log_to_stderr
+from .losses import Loss, add, named
 from .masters import Masters
 from .memory import Span
-from .optimizer import ADAMW, MUON, create_moments, new_optimizer
+from .offload import Offload, tensors_of
+from .optimizer import ADAMW, MUON, create_moments, lr_at, new_optimizer
 from .packing import Batch, tensors
 from .settings import Optimization
 from .stage_3 import Objective, detached, let_go
 from .state import Shapes, read_state, write_state
-from .sync import Bundle, pack
 from .training_graph import TrainingGraphs, why_not
+from .transport import Handle, Place, Sender, Way, here
 
-Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-"""loss(model, batch, shared, **settings) -> (scalar, metrics): see `Learner.step`."""
-
-COMMON = ("grad_norm", "lr", "load_max", "load_idle")
-"""Metrics of a step that are the same on all ranks; all others are sums."""
-
-_PACKAGE = __name__.partition(".")[0]
 _BUCKET_ELEMENTS = 50_000_000  # of one reduction; DeepSpeed's default would allocate 2 GB for it
-
-
-def lr_at(step: int, optimization: Optimization, total_steps: int) -> float:
-    """The learning rate of optimizer step `step` (from 0): a linear warm-up, and a decay over the others."""
-    o = optimization
-    if step < o.warmup_steps:
-        return o.lr * (step + 1) / o.warmup_steps
-    progress = min((step - o.warmup_steps) / max(total_steps - o.warmup_steps, 1), 1.0)
-    cosine = (1 + math.cos(math.pi * progress)) / 2
-    left = {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[o.decay]
-    return o.lr * (o.min_lr_ratio + (1 - o.min_lr_ratio) * left)
-
-
-def named(loss: str | Loss) -> Loss:
-    """The function `loss` of amalgam.rl.grpo for "rl.grpo:loss"; no name reaches outside the package."""
-    if not isinstance(loss, str):
-        return loss
-    module, _, name = loss.partition(":")
-    return getattr(importlib.import_module(f"{_PACKAGE}.{module}"), name)
-
-
-def add(totals: dict[str, Any], more: dict[str, Any]) -> None:
-    for name, value in more.items():
-        totals[name] = totals.get(name, 0.0) + value
 
 
 class LearnerWorker:
@@ -93,11 +63,12 @@ class LearnerWorker:
         self._biases: dict[str, Tensor] = {}
         self._loads: Any = None
         self._shared: dict[str, Tensor] = {}
+        self._sender: Any = None
+        self._handle: Any = None  # that was published last
+        self._offloaded: Offload | None = None
 
-    def host(self) -> str:
-        import ray
-
-        return ray.util.get_node_ip_address()
+    def place(self) -> Place:
+        return here(f"the learner's rank {self._rank}", self._device)
 
     def listen(self, host: str, seconds: float) -> int:
         """Opens the ranks' meeting point on rank 0, and returns its port."""
@@ -172,6 +143,8 @@ class LearnerWorker:
         create_moments(optimizer, self._engine.optimizer, self._stage, self._rank)
         if self._masters:
             self._masters.write()
+        with self._gathered():
+            self._sender = Sender(self._model, self.place())
 
     def _unload(self) -> None:
         """Lets go of the engine and its memory."""
@@ -179,6 +152,7 @@ class LearnerWorker:
             return
         self._engine.destroy()
         self._engine = self._model = self._masters = self._graphs = None
+        self._sender = self._handle = self._offloaded = None
         self._trained, self._moments, self._biases, self._loads, self._shared = {}, {}, {}, None, {}
         if self._stage == 3:
             let_go()
@@ -315,10 +289,37 @@ class LearnerWorker:
             add(totals, found if batch else {})
         return {name: float(total) for name, total in totals.items()}
 
-    def weights(self, version: int) -> tuple[None, Bundle | None]:
+    def weights(self, version: int, way: Way, receivers: list[Place]) -> tuple[None, Handle | None]:
         """Two results, so that the driver can wait for the first without fetching the second."""
+        own = [place for place in receivers if way != "ipc" or place.gpu == self.place().gpu]
         with self._gathered():
-            return None, pack(self._model, version) if self._rank == 0 else None
+            if self._rank and way != "ipc":
+                return None, None
+            self._handle = self._sender.publish(self._model, version, way, own)
+        return None, self._handle
+
+    def send(self) -> None:
+        """A broadcast that `weights` published: it ends when all receivers have it."""
+        with self._gathered():
+            if self._rank == 0:
+                self._sender.send(self._model, self._handle)
+
+    def offload(self) -> int:
+        """The device memory of weights, masters and moments goes to the host's, and graphs go; the bytes."""
+        if self._stage == 3:
+            raise UserError("optimizer.zero_stage: 3 keeps shards that are not offloaded; give 0, 1 or 2")
+        if self._graphs:
+            self._graphs.clear()
+        self._model.zero_grad()
+        if self._offloaded is None:
+            optimizer = self._engine.basic_optimizer
+            self._offloaded = Offload([*tensors_of(self._masters, self._model, optimizer), *self._shared.values()])
+        return self._offloaded.out()
+
+    def reload(self) -> None:
+        """What `offload` took is back, in the same tensors."""
+        if self._offloaded:
+            self._offloaded.back()
 
     def save_model(self, path: str) -> None:
         from ..model import save

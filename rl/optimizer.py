@@ -5,6 +5,7 @@ stage 1 on DeepSpeed clips, calls `step` on flat fp32 shards, and hands out mast
 it has other Newton-Schulz coefficients and updates of another size.)
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +23,17 @@ Trained = dict[str, nn.Parameter]
 
 ADAMW = MOMENTS
 MUON = ("momentum",)
+
+
+def lr_at(step: int, optimization: Optimization, total_steps: int) -> float:
+    """The learning rate of optimizer step `step` (from 0): a linear warm-up, and a decay over the others."""
+    o = optimization
+    if step < o.warmup_steps:
+        return o.lr * (step + 1) / o.warmup_steps
+    progress = min((step - o.warmup_steps) / max(total_steps - o.warmup_steps, 1), 1.0)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    left = {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[o.decay]
+    return o.lr * (o.min_lr_ratio + (1 - o.min_lr_ratio) * left)
 
 
 class AdamW(torch.optim.AdamW):

@@ -25,6 +25,8 @@ class RolloutWorker:
         torch.set_num_threads(threads)
         self.device, self.precision, self.version = device, precision, 0
         self.engine: Any = None
+        self.receiver: Any = None
+        self.offloaded: Any = None
 
     def load(self, path: str) -> None:
         """The policy of a checkpoint's folder, as version 0."""
@@ -33,19 +35,36 @@ class RolloutWorker:
         from ..model import end_ids, load
         from .engine import Engine
 
-        self.engine = None  # the policy before goes before the next one comes
+        self.engine = self.offloaded = None  # the policy before goes before the next one comes
         self.memory = Span()
         model = load(path, device=self.device, precision=self.precision, stored=True)
         self.tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
         self.engine = Engine(model, end_ids(Path(path)))
         self.version = 0
 
-    def update(self, bundle: Any) -> None:
-        """New weights for the loaded policy, checked by their checksums."""
-        from .sync import load
+    def place(self) -> Any:
+        """Of `Learner.weights`' receivers."""
+        from .transport import here
 
-        load(self.engine.model, bundle)
-        self.version = bundle.version
+        return here("a rollout worker", self.device)
+
+    def update(self, handle: Any) -> None:
+        """New weights for the loaded policy, in place, checked by their checksums (`Learner.weights`' handle)."""
+        from .transport import Receiver
+
+        self.receiver = self.receiver or Receiver(self.place())
+        self.receiver.receive(self.engine.model, handle)
+        self.version = handle.version
+
+    def offload(self) -> int:
+        """The device memory of the policy's weights goes to the host's, until `reload`; the bytes."""
+        from .offload import Offload, tensors_of
+
+        self.offloaded = self.offloaded or Offload(tensors_of(self.engine.model))
+        return self.offloaded.out()
+
+    def reload(self) -> None:
+        self.offloaded.back()
 
     def generate(
         self,
@@ -92,7 +111,7 @@ class Rollouts:
         self._each(lambda worker, _: worker.load.remote(self._path), f"rollout workers to load {path}")
 
     def sync(self, bundle: Any, version: int) -> None:
-        """Every worker takes the learner's weights (a Ray reference to a `sync.Bundle` of that version)."""
+        """Every worker takes the learner's weights (`Learner.weights`' reference, of that version)."""
         self._bundle, self._version = bundle, version
         self._each(lambda worker, _: worker.update.remote(bundle), f"rollout workers to take version {version}")
 

@@ -10,7 +10,7 @@ from ray import cloudpickle
 from transformers import DeepseekV4Config
 
 from amalgam.model import load
-from amalgam.rl import sync
+from amalgam.rl import transport
 from amalgam.rl.learner import Learner
 from amalgam.rl.settings import Optimization
 
@@ -76,16 +76,16 @@ def batches(count: int) -> list[list[dict[str, np.ndarray]]]:
     return result
 
 
-def sent(learner: Learner) -> sync.Bundle:
+def sent(learner: Learner) -> transport.InStore:
     bundle = ray.get(learner.weights(7))
-    assert isinstance(bundle, sync.Bundle)
+    assert isinstance(bundle, transport.InStore)
     assert bundle.version == 7
     return bundle
 
 
 def weights(learner: Learner, checkpoint: Path) -> dict[str, torch.Tensor]:
     model = load(checkpoint)
-    sync.load(model, sent(learner))
+    transport.receive(model, sent(learner))
     return model.state_dict()
 
 

@@ -16,12 +16,14 @@ from amalgam.errors import UserError
 from amalgam.model import DeepseekV4, initialize, load, save
 from amalgam.pipelines.sft import loss as sft_loss
 from amalgam.rl import learner as learner_module
-from amalgam.rl import sync
+from amalgam.rl import transport
 from amalgam.rl.cluster import wait
 from amalgam.rl.learner import Learner
-from amalgam.rl.learner_worker import lr_at, named
+from amalgam.rl.losses import named
+from amalgam.rl.optimizer import lr_at
 from amalgam.rl.packing import collate
 from amalgam.rl.settings import Optimization
+from amalgam.rl.weights import SyncError, describe
 
 from .small_learner import ENGINES, STEPS, assert_near, batches, nll, optimization, sent, weights
 
@@ -208,21 +210,42 @@ def test_states_that_are_not_whole_are_refused(learner, checkpoint, tmp_path):
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 3)])
 def test_weights_reach_another_model_twice(learner, checkpoint, tmp_path, ranks, stage):
+    """What is frozen does not travel, and is checked all the same."""
     ours, worker = learner(ranks, stage), load(checkpoint)
-    for buffer in worker.buffers():
-        buffer.zero_()
+    assert not sent(ours).data, "nothing has changed"
     versions = []
-    for version, rows in enumerate(batches(2)):
+    for rows in batches(2):
         ours.step(rows, nll, scale=1.0)
         bundle = sent(ours)
-        sync.load(worker, bundle)
-        assert sync.pack(worker, version).manifest == bundle.manifest
+        trained = {name for name, p in worker.named_parameters() if p.requires_grad}
+        assert {bundle.manifest[i].name for i in bundle.moved} == trained
+        transport.receive(worker, bundle)
+        assert describe(worker) == bundle.manifest
         versions.append(bundle.manifest)
     assert versions[0] != versions[1]
     ours.save_model(tmp_path / "saved")
-    assert sync.pack(load(tmp_path / "saved"), 0).manifest == versions[1]
+    assert describe(load(tmp_path / "saved")) == versions[1]
     table = "model.layers.0.mlp.gate.tid2eid"
     assert torch.equal(worker.state_dict()[table], load(checkpoint).state_dict()[table])
+    worker.state_dict()[table][3] += 1
+    with pytest.raises(SyncError, match=f"^{table}: checksum differs .* it was not sent"):
+        transport.receive(worker, bundle)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 2)])
+def test_a_learner_that_was_offloaded_goes_on_bit_equal(learner, ranks, stage):
+    manifests = []
+    for away in (False, True):
+        ours = learner(ranks, stage)
+        for rows in batches(2):
+            ours.step(rows, nll, scale=1.0)
+            if away:
+                assert ours.offload() > ranks * 4 * 40_000
+                with pytest.raises(RuntimeError, match="reload it first"):
+                    ours.weights(1)
+                ours.reload()
+        manifests.append(sent(ours).manifest)
+    assert manifests[0] == manifests[1]
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 2), (2, 3)])
@@ -354,7 +377,7 @@ def test_the_balance_rule_counts_the_whole_batch_and_resumes(learner, checkpoint
     expected = {n: b.clone() for n, b in load(checkpoint).named_buffers() if "layers" in n and n.endswith("_bias")}
     for data in (rows, rows[:1]):
         model = load(checkpoint)
-        sync.load(model, sent(ours))
+        transport.receive(model, sent(ours))
         batch = collate(data, "cpu")
         ids = model(batch["tokens"], batch["cu_seqlens"]).experts
         counts = [torch.bincount(ids[:, layer].flatten(), minlength=4).float() for layer in range(3)]

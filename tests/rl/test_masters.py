@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from amalgam.errors import UserError
 from amalgam.model import load
 from amalgam.model.config import PRESETS
-from amalgam.rl import sync
-from amalgam.rl.learner_worker import lr_at
+from amalgam.rl import transport
 from amalgam.rl.masters import Masters
+from amalgam.rl.optimizer import lr_at
 from amalgam.rl.packing import collate, plan
 from amalgam.rl.rollout import RolloutWorker
+from amalgam.rl.weights import describe
 from amalgam.settings import Precision
 
 from .. import other_models
@@ -68,7 +69,7 @@ def test_masters_are_stepped_and_weights_follow(learner, checkpoint, tmp_path, r
         ours.save_state(tmp_path / str(step))
         found = load_file(tmp_path / str(step) / "a.safetensors")
         assert_near({n: found[f"{n}/weight"] for n in masters}, dict(masters), 1e-5)
-        sync.load(model, sent(ours))  # a last bit of a master may turn one of a weight; go on from the same
+        transport.receive(model, sent(ours))  # a last bit of a master may turn one of a weight; go on from the same
         for name, master in masters.items():
             master.data.copy_(found[f"{name}/weight"])
             weight = model.get_parameter(name)
@@ -110,7 +111,7 @@ def test_worker_and_checkpoint_get_the_learners_weights(learner, tmp_path):
     ours.save_model(tmp_path / "trained")
     saved = load(tmp_path / "trained", precision=BF16)
     for model in (worker.engine.model, saved):
-        assert sync.pack(model, 7).manifest == bundle.manifest
+        assert describe(model) == bundle.manifest
         with torch.no_grad():
             metrics = nll(model, collate(rows, "cpu"), {}, scale=1.0)[1]
         assert ours.evaluate(rows, nll, scale=1.0) == {name: float(value) for name, value in metrics.items()}

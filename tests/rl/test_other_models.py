@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from amalgam.model import load
-from amalgam.rl import sync
 from amalgam.rl.learner import Learner
 from amalgam.rl.packing import Row
 from amalgam.rl.rollout import RolloutWorker
 from amalgam.rl.settings import Optimization
+from amalgam.rl.weights import describe
 
 from .. import other_models
 
@@ -74,4 +74,4 @@ def test_steps_are_torchs_and_reach_a_worker_and_the_disk(ray_session: None, che
             torch.testing.assert_close(parameters[name], wanted, rtol=1e-4, atol=1e-5)
         assert model.lm_head.weight is model.lm.model.embed_tokens.weight
     assert len(bundle.manifest) == len(expected), "the head travels as the embedding"
-    assert sync.pack(worker.engine.model, 3).manifest == bundle.manifest
+    assert describe(worker.engine.model) == bundle.manifest

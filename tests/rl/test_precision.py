@@ -8,7 +8,7 @@ import torch
 from amalgam.distill.teacher import Teachers
 from amalgam.model import DeepseekV4
 from amalgam.model.checkpoint import load
-from amalgam.rl import sync
+from amalgam.rl import transport
 from amalgam.rl.fleet import Fleet
 from amalgam.rl.packing import collate
 from amalgam.rl.settings import Optimization
@@ -58,10 +58,10 @@ def test_a_fleet_trains_samples_and_teaches_with_its_precision(tmp_path):
             optimizer.step()
             bundle = learner.weights(version)
             received = load(path)
-            sync.load(received, ray.get(bundle))
+            transport.receive(received, ray.get(bundle))
             for name, tensor in received.state_dict().items():
                 torch.testing.assert_close(plain.state_dict()[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
-            sync.load(plain, ray.get(bundle))  # a rounding may turn on the last bit; go on from the same masters
+            transport.receive(plain, ray.get(bundle))  # a rounding may turn on the last bit; go on from the same
             rollouts.sync(bundle, version)
         assert_logprobs_are_the_learners(plain, rollouts.generate(tiny.requests(5, 2), **LIMITS))
         document = np.arange(3, 60, dtype=np.int32)

@@ -18,11 +18,12 @@ from tokenizers import Tokenizer
 
 from amalgam.model import DeepseekV4
 from amalgam.model.checkpoint import load
-from amalgam.rl import sync
+from amalgam.rl import transport
 from amalgam.rl.cluster import usage, wait
 from amalgam.rl.engine import Engine
 from amalgam.rl.rollout import Rollouts, _shares
 from amalgam.rl.trajectory import Request, Trajectory
+from amalgam.rl.weights import SyncError
 
 from .. import tiny
 
@@ -128,7 +129,7 @@ def test_weights_of_two_updates_in_a_row_are_what_generate_uses(pool: Rollouts, 
     texts = [[t.text for t in pool.generate(requests(), **LIMITS)]]
     for version in (1, 2):
         model = tiny.model(version)
-        pool.sync(ray.put(sync.pack(model, version)), version)
+        pool.sync(ray.put(transport.publish(model, version)), version)
         found = pool.generate(requests(), **LIMITS)
         assert_same(found, locally(model, version))
         texts.append([t.text for t in found])
@@ -148,12 +149,12 @@ def test_the_peak_of_memory_counts_from_the_load(pool: Rollouts, checkpoint: Pat
 
 
 def test_another_version_is_refused(pool: Rollouts):
-    pool.sync(ray.put(sync.pack(tiny.model(0), 4)), 4)
+    pool.sync(ray.put(transport.publish(tiny.model(0), 4)), 4)
     call = pool.workers[0].generate.remote(requests(), 1.0, 5, 0, 3)
     with pytest.raises(RuntimeError, match="version 3 of the policy, but this worker has 4"):
         wait(call, "a refusal", 60.0)
-    call = pool.workers[1].update.remote(sync.pack(tiny.model(0, hidden_size=48), 5))
-    with pytest.raises(sync.SyncError):
+    call = pool.workers[1].update.remote(transport.publish(tiny.model(0, hidden_size=48), 5))
+    with pytest.raises(SyncError):
         wait(call, "a refusal", 60.0)
     assert pool.generate(requests()[:1], **LIMITS)[0].versions.tolist()[0] == 4
 
@@ -168,7 +169,7 @@ class Dying:
 
 def test_dead_workers_are_replaced_until_the_third(pool: Rollouts, monkeypatch: pytest.MonkeyPatch):
     """One killed while it samples; its replacement has the policy that was synced. Then one that cannot be replaced."""
-    pool.sync(ray.put(sync.pack(tiny.model(3), 6)), 6)
+    pool.sync(ray.put(transport.publish(tiny.model(3), 6)), 6)
     many = {**LIMITS, "max_new_tokens": 200}
     long = pool.generate(requests(), **many)
     died = killed_when_it_works(pool.workers[0])
