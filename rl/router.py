@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .trajectory import Request, Trajectory
+from .trajectory import Finish, Past, Request, Trajectory
 
 MAX_DEATHS = 3
-"""A worker that dies is replaced. One whose replacements die too, so many in a row without a token, ends the run."""
+"""A worker that dies is replaced. So many deaths in a row at one place, without a token between them, end the run."""
 
 
 class Router:
@@ -150,22 +150,20 @@ class _Load:
 class Settled(NamedTuple):
     """What a dead worker's requests come to."""
 
-    finished: list[Trajectory]  # that it could not deliver any more
     again: list[Request]  # that go on elsewhere, with their past
     tokens: int  # that it had sampled for them
 
 
-def settle(held: list[Request], unfinished: list[Request], finished: list[Trajectory]) -> Settled:
-    """`held`: what the worker had by our books. The other two: what its journal says.
+def settle(held: list[Request], journaled: list[Request]) -> Settled:
+    """`held`: what the worker had by our books. `journaled`: what its journal knows, also of what had finished.
 
-    A request that the journal lacks had not reached the engine, and goes on from where it was when it was sent. What
-    the journal knows beyond our books has been delivered.
+    A request that the journal lacks had not reached the engine, and goes on from where it was when it was sent. One
+    whose response was whole is not sampled again either: an engine ends it at once, and its prefill gives the records
+    of the prompt, which no journal has. What the journal knows beyond our books has been delivered.
     """
-    pasts, ended = {r.id: r.past for r in unfinished}, {t.request: t for t in finished}
-    done = [ended[r.id] for r in held if r.id in ended]
-    again = [replace(r, past=pasts.get(r.id) or r.past) for r in held if r.id not in ended]
-    before = sum(_length(r) for r in held)
-    return Settled(done, again, sum(len(t.response_ids) for t in done) + sum(map(_length, again)) - before)
+    pasts = {request.id: request.past for request in journaled}
+    again = [replace(request, past=pasts.get(request.id) or request.past) for request in held]
+    return Settled(again, sum(map(_length, again)) - sum(map(_length, held)))
 
 
 def _length(request: Request) -> int:
@@ -190,17 +188,25 @@ class Deaths:
 class Report:
     """What a worker says when it is asked: how it is now, and what came since it was asked before."""
 
-    version: int  # of its policy
-    steps: int  # the engine's, so far
-    stalled: float  # seconds since the last step ended, or since there was something to do; 0: nothing is to be done
+    version: int = 0  # of its policy
+    steps: int = 0  # of its engine, so far
+    stalled: float = 0.0  # seconds for which the present step has gone on
     finished: list[Trajectory] = field(default_factory=list)
     tokens: int = 0  # sampled
-    active: int = 0  # steps in which anything was fed, over which the next two are summed
+    active: int = 0  # steps, over which the next two are summed
     running: float = 0.0
     waiting: float = 0.0
     cache_use: float = 0.0  # the highest, as a share
     preemptions: float = 0.0
     first_tokens: list[float] = field(default_factory=list)  # seconds from submission, one for each request
+
+    def step(self, metrics: dict[str, float]) -> None:
+        """One more step of the engine, and its metrics after it."""
+        self.active += 1
+        self.running += metrics["running"]
+        self.waiting += metrics["waiting"]
+        self.cache_use = max(self.cache_use, metrics["cache_use"])
+        self.preemptions = metrics["preemptions"]
 
 
 class Meter:
@@ -229,3 +235,21 @@ class Meter:
             "rollout/time_to_first_token": float(np.median(first)) if first else 0.0,
             "rollout/deaths": float(deaths),
         }
+
+
+def unsampled(request: Request, finish: Finish, error: str = "") -> Trajectory:
+    """Of a request that ends without an engine: the tokens that it came with, if any, and no record of experts."""
+    none = np.zeros(0, np.int32)
+    past = request.past or Past(none, none.astype(np.float32), none)
+    return Trajectory(
+        request=request.id,
+        group=request.group,
+        prompt_ids=request.prompt_ids,
+        response_ids=past.response_ids,
+        logprobs=past.logprobs,
+        experts=np.zeros((0, 0, 0), np.int16),
+        versions=past.versions,
+        finish=finish,
+        text="",
+        error=error,
+    )

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from amalgam.rl.router import Deaths, Meter, Report, Router, settle
-from amalgam.rl.trajectory import Past, Request, SamplingParams, Trajectory
+from amalgam.rl.router import Deaths, Meter, Report, Router, settle, unsampled
+from amalgam.rl.trajectory import Past, Request, SamplingParams
 
 
 def request(id_: int, group: int, prompt: int = 3, limit: int = 10, past: int = 0) -> Request:
@@ -18,13 +18,6 @@ def request(id_: int, group: int, prompt: int = 3, limit: int = 10, past: int = 
 
 def group(number: int, members: int, **kinds) -> list[Request]:
     return [request(1000 * number + i, number, **kinds) for i in range(members)]
-
-
-def ended(of: Request, tokens: int) -> Trajectory:
-    ids = np.zeros(tokens, np.int32)
-    return Trajectory(
-        of.id, of.group, of.prompt_ids, ids, ids.astype(np.float32), np.zeros((0, 0, 0), np.int16), ids, "stop", ""
-    )
 
 
 def router(room: int, workers: int, *groups: list[Request]) -> Router:
@@ -136,15 +129,13 @@ def test_cancelled_while_they_wait():
 
 
 def test_settling_a_dead_workers_requests():
-    """What it had finished is delivered, what it had begun goes on from there, what never reached it from its past."""
+    """What it had begun or ended goes on from there, what never reached it from its past."""
     one, two, three, four = held = [request(1, 1, past=2), request(2, 1), request(3, 2, past=4), request(4, 2)]
-    journaled = [replace(one, past=request(1, 1, past=5).past), request(9, 9, past=3), request(4, 2)]
-    finished = [ended(two, 7), ended(request(8, 8), 5)]
-    found = settle(held, journaled, finished)
-    assert [t.request for t in found.finished] == [2]
-    assert [(r.id, len(r.past.response_ids) if r.past else 0) for r in found.again] == [(1, 5), (3, 4), (4, 0)]
-    assert found.again[1].past is three.past
-    assert found.again[2].params is four.params
+    found = settle(held, [replace(one, past=request(1, 1, past=5).past), request(9, 9, past=3), request(2, 1, past=7)])
+    assert [(r.id, len(r.past.response_ids) if r.past else 0) for r in found.again] == [(1, 5), (2, 7), (3, 4), (4, 0)]
+    assert found.again[2].past is three.past
+    assert found.again[1].params is two.params
+    assert found.again[3].prompt_ids is four.prompt_ids
     assert found.tokens == 3 + 7, "not those that it was given"
 
 
@@ -157,8 +148,8 @@ def test_deaths_count_in_a_row_without_a_token():
 
 def test_the_meter_sums_up_all_workers_between_two_looks():
     meter = Meter()
-    meter.add(Report(0, 10, 0.0, tokens=50, active=10, running=40, waiting=20, cache_use=0.5, first_tokens=[1.0, 2.0]))
-    meter.add(Report(0, 30, 0.0, tokens=30, active=30, running=80, cache_use=0.2, preemptions=2, first_tokens=[9.0]))
+    meter.add(Report(tokens=50, active=10, running=40, waiting=20, cache_use=0.5, first_tokens=[1.0, 2.0]))
+    meter.add(Report(tokens=30, active=30, running=80, cache_use=0.2, preemptions=2, first_tokens=[9.0]))
     assert meter.read(4.0, 1) == {
         "rollout/tokens_per_second": 20.0, "rollout/batch": 3.0, "rollout/queue": 0.5, "rollout/cache_use": 0.5,
         "rollout/preemptions": 2.0, "rollout/time_to_first_token": 2.0, "rollout/deaths": 1.0,
@@ -190,3 +181,9 @@ def test_a_whole_service_in_any_order():
                     assert made.finish(worker, each.id)
                     done.append(each.id)
         assert sorted(done) == sorted(r.id for members in groups for r in members)
+
+
+def test_what_ends_without_an_engine_keeps_its_past():
+    assert unsampled(request(1, 1, past=4), "cancelled").response_ids.tolist() == [0, 1, 2, 3]
+    bare = unsampled(request(1, 1), "failed", "too long")
+    assert (len(bare.response_ids), len(bare.logprobs), len(bare.versions), bare.error) == (0, 0, 0, "too long")
