@@ -207,6 +207,10 @@ class Rollouts:
         place.polled = False
         place.tokens += report.tokens
         self._meter.add(report)
+        if report.journal_lost and not place.unjournaled:
+            lost = "cannot be written (see its log): if it dies, requests go on from where that ends"
+            _LOG.error("the journal of rollout worker %d %s", place.index, lost)
+        place.unjournaled = report.journal_lost
         for trajectory in report.finished:
             if self._router.finish(place.worker, trajectory.request):
                 self._deliver(trajectory)
@@ -267,10 +271,12 @@ class Rollouts:
         self._router.again(settled.again)
         self.cancel([request.id for request in settled.again if request.id in self._cancelled])
         in_a_row = self._deaths.count(place.index, place.tokens + settled.tokens)
-        words = last_words(why) or str(why).partition("\n")[0]  # the first line of Ray's says that a process ended
+        words = last_words(why) or str(why)
         if in_a_row >= MAX_DEATHS:
             how_often = f"died {in_a_row} times in a row without a token between them"
             raise RuntimeError(f"rollout worker {place.index} {how_often}; the last: {words}") from why
+        if not last_words(why):
+            words = words.partition("\n")[0]  # Ray's text goes on about why a process might end
         _LOG.warning("rollout worker %d died; its %d requests go on: %s", place.index, len(held), words)
         self.workers[place.index] = self._start()
         self._prepare(place)
@@ -306,6 +312,7 @@ class _Place:
     serves: bool = False
     polled: bool = False  # has been asked what has finished, and not answered
     tokens: int = 0  # that it has told of
+    unjournaled: bool = False  # its journal was given up
 
 
 @dataclass(eq=False)

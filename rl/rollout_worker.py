@@ -4,6 +4,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class RolloutWorker:
 
         if self._thread is not None:
             self._thread.close(self.deadline)
-            self.engine.journal.close()
+            self._close_journal()
         self.engine = self._thread = None  # the policy before goes before the next one comes
         self.memory = Span()
         self._folder = Path(journal)
@@ -45,6 +46,7 @@ class RolloutWorker:
         self._report = Report()  # what came since the last poll
         self._began: dict[int, float] = {}  # of requests that have not ended: when they came, 0 after their first token
         self._error: BaseException | None = None
+        self._preemptions = 0.0  # so far
         self.engine = self.make_engine(path, settings)
         self._steps = _Steps(self.engine, self._stepped)
         self._thread = EngineThread(self._steps, self._deliver, self._fail)
@@ -58,12 +60,14 @@ class RolloutWorker:
 
         model = load(path, device=self.device, precision=self.precision, stored=True)
         tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
-        return Engine(model, end_ids(Path(path)), tokenizer=tokenizer, settings=settings, journal=self.new_journal())
+        journal = self.new_journal(**_recorded(model, settings))
+        return Engine(model, end_ids(Path(path)), tokenizer=tokenizer, settings=settings, journal=journal)
 
-    def new_journal(self) -> Any:
+    def new_journal(self, **recorded: Any) -> Any:
         from .journal import Journal
 
-        return Journal(self._folder, "tokens")
+        self._recorded, self._journal = recorded, Journal(self._folder, "tokens", **recorded)
+        return self._journal
 
     def submit(self, requests: list[Request]) -> None:
         """One that can never run ends at once with finish "failed", and says why."""
@@ -97,9 +101,9 @@ class RolloutWorker:
         """Nothing is unfinished, and all that had finished was taken in: the journal begins anew."""
 
         def swap(engine: Any) -> None:
-            engine.journal.close()
+            self._close_journal()
             shutil.rmtree(self._folder)
-            engine.journal = self.new_journal()
+            engine.record(self.new_journal(**self._recorded))
 
         self._call(swap)
 
@@ -123,9 +127,16 @@ class RolloutWorker:
         """do(engine) between two steps."""
         return self._thread.call(lambda steps: do(steps.engine)).result(self.deadline)
 
+    def _close_journal(self) -> None:
+        from .journal import JournalError
+
+        with suppress(JournalError):  # of one that was given up, which has been told
+            self._journal.close()
+
     def _stepped(self, metrics: dict[str, float]) -> None:
+        before, self._preemptions = self._preemptions, metrics["preemptions"]
         with self._told:
-            self._report.step(metrics)
+            self._report.step(metrics | {"preemptions": self._preemptions - before})
 
     def _deliver(self, updates: list[Any]) -> None:
         now = time.monotonic()
@@ -170,6 +181,18 @@ class _Steps:
         self.count += 1
         self._after(self.engine.metrics())
         return updates
+
+
+def _recorded(model: Any, settings: EngineSettings) -> dict[str, Any]:
+    """The shapes of what a journal has of each token."""
+    from ..model import DeepseekV4
+    from .batch import Picks
+
+    if not isinstance(model, DeepseekV4):
+        return {}
+    experts = (model.config.num_hidden_layers, model.config.num_experts_per_tok) if settings.experts else None
+    picks = Picks(model) if settings.picks else None
+    return {"experts": experts, "picks": (picks.layers, picks.topk) if picks else None, "sets": settings.sets}
 
 
 def _use_threads(count: int) -> None:

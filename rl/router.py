@@ -198,15 +198,17 @@ class Report:
     waiting: float = 0.0
     cache_use: float = 0.0  # the highest, as a share
     preemptions: float = 0.0
+    journal_lost: bool = False  # given up, as its disk is full
     first_tokens: list[float] = field(default_factory=list)  # seconds from submission, one for each request
 
     def step(self, metrics: dict[str, float]) -> None:
-        """One more step of the engine, and its metrics after it."""
+        """One more step of the engine, its metrics after it, and how many requests gave way in it."""
         self.active += 1
         self.running += metrics["running"]
         self.waiting += metrics["waiting"]
         self.cache_use = max(self.cache_use, metrics["cache_use"])
-        self.preemptions = metrics["preemptions"]
+        self.preemptions += metrics["preemptions"]
+        self.journal_lost = bool(metrics["journal_lost"])
 
 
 class Meter:

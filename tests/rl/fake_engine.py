@@ -70,6 +70,9 @@ class Engine:
         self.journal.begin(request)
         self._known[request.id] = (request, *columns)
 
+    def record(self, journal: Journal) -> None:
+        self.journal = journal
+
     def cancel(self, id: int) -> None:
         if id in self._known:
             self._cancelled.add(id)
@@ -80,7 +83,8 @@ class Engine:
     def metrics(self) -> dict[str, float]:
         running = min(len(self._known), self.max_batch)
         waiting = len(self._known) - running
-        return {"running": running, "waiting": waiting, "cache_use": running / self.max_batch, "preemptions": 0.0}
+        use = {"cache_use": running / self.max_batch, "preemptions": self.steps // 2, "journal_lost": 0.0}
+        return {"running": running, "waiting": waiting, **use}
 
     def step(self) -> list[Any]:
         time.sleep(self.seconds)

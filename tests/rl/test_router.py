@@ -157,6 +157,15 @@ def test_the_meter_sums_up_all_workers_between_two_looks():
     assert set(meter.read(0.0, 0).values()) == {0.0}
 
 
+def test_a_report_sums_up_steps():
+    report = Report()
+    for running, use, gave_way, lost in ((3, 0.5, 1, 0), (5, 0.2, 2, 1)):
+        metrics = {"running": running, "waiting": 2, "cache_use": use, "preemptions": gave_way, "journal_lost": lost}
+        report.step(metrics)
+    assert (report.active, report.running, report.waiting, report.cache_use) == (2, 8, 4, 0.5)
+    assert (report.preemptions, report.journal_lost) == (3, True)
+
+
 def test_a_whole_service_in_any_order():
     """Random groups, rooms, ends and deaths: all end once, no worker has more than its room."""
     for seed in range(50):

@@ -61,6 +61,7 @@ def test_all_come_in_order_and_nobody_has_more_than_its_room(pool: FakeRollouts,
     assert metrics["rollout/tokens_per_second"] > 0
     assert 0 < metrics["rollout/batch"] <= 4
     assert 0 < metrics["rollout/queue"] <= 4
+    assert metrics["rollout/preemptions"] >= 20, "each half step, as the fake one says"
     assert 0 < metrics["rollout/time_to_first_token"] < 60
     assert (metrics["rollout/cache_use"], metrics["rollout/deaths"]) == (1.0, 0.0)
     assert pool.metrics()["rollout/tokens_per_second"] == 0
