@@ -9,7 +9,7 @@ import time
 from ..distill.opd import rows
 from ..distill.teacher import Teachers
 from .recipe import Distill
-from .rollout import draw, length_metrics, sample, sampled_rate, shown, write_rollouts
+from .rollout import draw, length_metrics, sample, sampled_rate, sampling_params, shown, shown_service, write_rollouts
 from .stage import StageRun, speaker
 
 
@@ -17,12 +17,12 @@ def distill(stage: StageRun, settings: Distill) -> None:
     run, model = stage.run, stage.run.model(settings.from_)
     encoding, tokenizer = speaker(run, settings.from_)
     domains = [run.domains[name] for name in settings.domains]
-    limits = settings.sampling.model_dump()
+    params = sampling_params(settings.sampling, run.seed(stage.name))
     terms = {"indexer_weight": settings.indexer.weight}
     paths = [run.model(settings.teachers[name]) for name in settings.domains]
     with (
         stage.learner(model, settings.optimizer, unfreeze=settings.indexer.unfreeze) as learner,
-        stage.rollouts(model, settings.rollout_workers) as rollouts,
+        stage.rollouts(model, settings.rollout_workers, settings.sampling.draft) as rollouts,
         Teachers(paths, **run.fleet.place) as teachers,
         stage.metered([teachers.worker]),
     ):
@@ -33,17 +33,19 @@ def distill(stage: StageRun, settings: Distill) -> None:
             problems = draw(domains, "train", step, settings.prompts)
             trajectories = sample(
                 rollouts, encoding, tokenizer, problems,
-                first=step * settings.prompts, group_size=1, **limits, seed=run.seed(stage.name),
+                first=step * settings.prompts, group_size=1, params=params,
             )  # fmt: skip
             teacher = [settings.domains.index(t.domain) for t in trajectories]
             documents = [t.row()["tokens"] for t in trajectories]
             hidden = teachers.hidden(documents, teacher, settings.optimizer.micro_batch_tokens)
             metrics = learner.step(rows(trajectories, hidden, teacher), "distill.opd:loss", **terms)
             metrics["kl"] = metrics.pop("loss")
-            metrics |= length_metrics(trajectories)
+            metrics |= length_metrics(trajectories) | rollouts.metrics()
             write_rollouts(stage.folder / "rollouts", step + 1, trajectories)
             stage.log.samples(step + 1, [shown(t) for t in trajectories[:16]])
             metrics["tokens_per_second"] = sampled_rate(trajectories, began)
-            stage.commit(learner, metrics, {name: metrics[name] for name in ("kl", "tokens_per_second")})
+            show: dict[str, float | str] = {name: metrics[name] for name in ("kl", "tokens_per_second")}
+            show["rollout"] = shown_service(metrics)
+            stage.commit(learner, metrics, show)
         learner.save_model(stage.folder / "checkpoint")
     stage.finish(f"reverse KL {stage.facts['metrics']['kl']:.4f}")

@@ -1,10 +1,11 @@
 """Evaluation: every model answers the same held-out problems of every domain, greedily."""
 
+import shutil
 import time
 from collections import Counter
 from typing import Any
 
-from ..rl.engine import MAX_BATCH
+from ..rl.trajectory import SamplingParams
 from .recipe import BASE
 from .rollout import sample, score
 from .stage import Run, speaker, write_json
@@ -14,19 +15,21 @@ def evaluate(run: Run, model: str) -> list[dict[str, Any]]:
     """Writes evaluations/MODEL.json and returns its rows {"model", "domain", "correct", "total"}.
 
     What it took is evaluations/times/MODEL.json, so that equal models have equal evaluations. Raises Interrupted, and
-    writes nothing, if the run is asked to stop: between two batches of the engine.
+    writes nothing, if the run is asked to stop meanwhile.
     """
     began = time.monotonic()
     settings = run.recipe.evaluate
     encoding, tokenizer = speaker(run, model)
     problems = [(d, p) for d in run.domains.values() for p in d.problems("heldout", 0, settings.problems)]
-    limits = {"temperature": 0.0, "max_new_tokens": settings.max_new_tokens}
-    with run.fleet.rollouts(run.model(model), 1) as rollouts, run.fleet.lend("grader", run.new_grader) as grader:
-        trajectories = []
-        for first in range(0, len(problems), MAX_BATCH):  # the engine would cut all of them into the same batches
-            run.check(f"the evaluation of {model}")
-            batch = problems[first : first + MAX_BATCH]
-            trajectories += sample(rollouts, encoding, tokenizer, batch, first=first, group_size=1, **limits, seed=0)
+    params = SamplingParams(temperature=0.0, max_new_tokens=settings.max_new_tokens)
+    folder = run.folder / "evaluations"
+    journal = folder / f"{model}.journal"
+    lent = run.fleet.rollouts(run.model(model), 1, journal)
+    with lent as rollouts, run.fleet.lend("grader", run.new_grader) as grader:
+        trajectories = sample(
+            rollouts, encoding, tokenizer, problems,
+            first=0, group_size=1, params=params, check=lambda: run.check(f"the evaluation of {model}"),
+        )  # fmt: skip
         before = Counter(grader.failures)
         score(grader, trajectories)
         failures = dict(Counter(grader.failures) - before)
@@ -50,10 +53,10 @@ def evaluate(run: Run, model: str) -> list[dict[str, Any]]:
         {"model": model, "domain": name, "correct": sum(o["correct"] for o in found), "total": len(found)}
         for name, found in outcomes.items()
     ]
-    folder = run.folder / "evaluations"
     (folder / "times").mkdir(parents=True, exist_ok=True)
     write_json(folder / "times" / f"{model}.json", {"wall_seconds": time.monotonic() - began})
     write_json(folder / f"{model}.json", {"model": model, "rows": rows, "failures": failures, "domains": outcomes})
+    shutil.rmtree(journal)
     return rows
 
 

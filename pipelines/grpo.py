@@ -12,7 +12,17 @@ import numpy as np
 from ..rl.grpo import group_advantages, rows
 from ..rl.trajectory import Trajectory
 from .recipe import Grpo
-from .rollout import draw, length_metrics, sample, sampled_rate, score, shown, write_rollouts
+from .rollout import (
+    draw,
+    length_metrics,
+    sample,
+    sampled_rate,
+    sampling_params,
+    score,
+    shown,
+    shown_service,
+    write_rollouts,
+)
 from .stage import StageRun, speaker
 
 
@@ -20,14 +30,14 @@ def grpo(stage: StageRun, settings: Grpo) -> None:
     run, model = stage.run, stage.run.model(settings.from_)
     encoding, tokenizer = speaker(run, settings.from_)
     domains = [run.domains[name] for name in settings.domains]
-    limits = settings.sampling.model_dump()
+    params = sampling_params(settings.sampling, run.seed(stage.name))
     loss = {
-        "clip_low": settings.clip_low, "clip_high": settings.clip_high, "temperature": limits["temperature"],
+        "clip_low": settings.clip_low, "clip_high": settings.clip_high, "temperature": params.temperature,
         "indexer_weight": settings.indexer.weight,
     }  # fmt: skip
     with (
         stage.learner(model, settings.optimizer, settings.updates, settings.indexer.unfreeze) as learner,
-        stage.rollouts(model, settings.rollout_workers) as rollouts,
+        stage.rollouts(model, settings.rollout_workers, settings.sampling.draft) as rollouts,
         stage.grader() as grader,
     ):
         while stage.step < stage.steps:
@@ -36,18 +46,19 @@ def grpo(stage: StageRun, settings: Grpo) -> None:
             problems = draw(domains, "train", step, settings.prompts)
             trajectories = sample(
                 rollouts, encoding, tokenizer, problems,
-                first=step * settings.prompts, group_size=settings.group_size, **limits, seed=run.seed(stage.name),
+                first=step * settings.prompts, group_size=settings.group_size, params=params,
             )  # fmt: skip
             graded = score(grader, trajectories)
             kept, dropped = group_advantages(trajectories)
-            metrics = reward_metrics(trajectories) | length_metrics(trajectories)
+            metrics = reward_metrics(trajectories) | length_metrics(trajectories) | rollouts.metrics()
             metrics |= {"dropped_groups": dropped, "grades_per_second": graded}
             parts = [part for part in np.array_split(np.arange(len(kept)), settings.updates) if len(part)]
             metrics |= means([learner.step(rows([kept[i] for i in part]), "rl.grpo:loss", **loss) for part in parts])
             write_rollouts(stage.folder / "rollouts", step + 1, trajectories)
             stage.log.samples(step + 1, [shown(t) for t in trajectories[:: settings.group_size]])
             metrics["tokens_per_second"] = sampled_rate(trajectories, began)
-            show = {name: metrics[name] for name in ("reward", "correct", "tokens_per_second")}
+            show: dict[str, float | str] = {name: metrics[name] for name in ("reward", "correct", "tokens_per_second")}
+            show["rollout"] = shown_service(metrics)
             stage.commit(learner, metrics, show)
         learner.save_model(stage.folder / "checkpoint")
     stage.finish(f"reward {stage.facts['metrics']['reward']:.3f}")

@@ -254,8 +254,8 @@ class ResourceSettings(Settings):
     threads: PositiveInt = 1
     """CPU threads."""
     deadline: PositiveFloat = DEADLINE
-    """Seconds that one call of an actor may take (starting it, a step, the samples of a step) before the run stops;
-    it may be another when the run goes on."""
+    """Seconds that one call of an actor may take (starting it, a step), or one step of a rollout worker's engine. Then
+    the run stops, but for a rollout worker, which is replaced. It may be another when the run goes on."""
 
 
 class Recipe(Settings):
@@ -348,6 +348,11 @@ class Recipe(Settings):
             yield ("mtp", "weight"), f"the stage's model has no MTP block; {_NO_MTP}"
         if isinstance(stage, Grpo | Distill) and stage.sampling.draft == "mtp" and not self._has_mtp(stage):
             yield ("sampling", "draft"), f"the stage's model has no MTP block; {_NO_MTP}"
+        if isinstance(stage, Grpo | Distill):
+            for key in ("top_k", "top_p", "min_p"):
+                if getattr(stage.sampling, key) != Sampling.model_fields[key].default:
+                    problem = "the loss would need the sets that tokens were drawn from (not built yet)"
+                    yield ("sampling", key), f"{problem}; leave the key out"
         if isinstance(stage, Distill):
             for domain in stage.domains:
                 if domain not in stage.teachers:

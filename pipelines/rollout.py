@@ -1,6 +1,7 @@
 """From problems to scored trajectories: what GRPO, distillation and evaluation have in common."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from ..rewards.domains import Split
 from ..rewards.grader import Grader
 from ..rewards.problem import Problem
 from ..rl.rollout import Rollouts
-from ..rl.settings import Draft
-from ..rl.trajectory import Request, Trajectory
+from ..rl.settings import Sampling
+from ..rl.trajectory import Request, SamplingParams, Trajectory
 
 
 def draw(domains: list[Problems], split: Split, step: int, count: int) -> list[tuple[Problems, Problem]]:
@@ -36,21 +37,29 @@ def sample(
     *,
     first: int,
     group_size: int,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-    draft: Draft = "off",
+    params: SamplingParams,
+    check: Callable[[], None] = lambda: None,
 ) -> list[Trajectory]:
-    """`group_size` responses to each problem; groups and requests are numbered from `first` * (their size) on."""
+    """`group_size` responses to each problem; groups and requests are numbered from `first` * (their size) on.
+
+    `check` is called as they come, and may raise. RuntimeError, which says why, if one could not be sampled.
+    """
     requests = []
     for i, (domain, problem) in enumerate(problems, start=first):
         prompt = np.array(encoding.prompt_ids(tokenizer, domain.messages(problem), domain.mode), np.int32)
-        requests += [Request(i * group_size + j, i, prompt) for j in range(group_size)]
-    limits = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-    trajectories = rollouts.generate(requests, **limits, seed=seed, draft=draft)
+        requests += [Request(i * group_size + j, i, prompt, params) for j in range(group_size)]
+    trajectories = rollouts.generate(requests, check)
+    if failed := [t for t in trajectories if t.finish == "failed"]:
+        first = f"the first is request {failed[0].request}: {failed[0].error}"
+        raise RuntimeError(f"{len(failed)} of {len(trajectories)} responses could not be sampled; {first}")
     for trajectory, (domain, problem) in zip(trajectories, _repeated(problems, group_size), strict=True):
         trajectory.domain, trajectory.mode, trajectory.problem = domain.name, domain.mode, problem
     return trajectories
+
+
+def sampling_params(settings: Sampling, seed: int) -> SamplingParams:
+    """A stage's, of all its requests."""
+    return SamplingParams(**settings.model_dump(exclude={"draft"}), seed=seed)
 
 
 def score(grader: Grader, trajectories: list[Trajectory]) -> float:
@@ -110,6 +119,16 @@ def length_metrics(trajectories: list[Trajectory]) -> dict[str, float]:
         "unfinished": float(np.mean([t.finish == "length" for t in trajectories])),
         **({"draft_acceptance": accepted / drafted} if drafted else {}),
     }
+
+
+def shown_service(metrics: dict[str, float]) -> str:
+    """How the rollout workers did in a step (`Rollouts.metrics`), in a few words; what is as it should be is left out.
+
+    Tokens a second while they sampled, and the requests that one of them decoded at once.
+    """
+    words = f"{metrics['rollout/tokens_per_second']:,.0f} tok/s in batches of {metrics['rollout/batch']:.3g}"
+    counts = {"queued": metrics["rollout/queue"], **{n: metrics[f"rollout/{n}"] for n in ("preemptions", "deaths")}}
+    return ", ".join([words, *(f"{name} {round(count)}" for name, count in counts.items() if count >= 0.5)])
 
 
 def sampled_rate(trajectories: list[Trajectory], began: float) -> float:

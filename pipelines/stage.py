@@ -25,7 +25,7 @@ from ..rl.fleet import Fleet
 from ..rl.learner import Learner
 from ..rl.memory import Span
 from ..rl.rollout import Rollouts
-from ..rl.settings import Optimization
+from ..rl.settings import Draft, Optimization
 from ..rl.state import rewind
 from .console import Console, StageLine
 from .recipe import BASE, Recipe
@@ -118,8 +118,10 @@ class StageRun:
                 yield learner
 
     @contextmanager
-    def rollouts(self, model: Path, workers: int) -> Iterator[Rollouts]:
-        with self.run.fleet.rollouts(model, workers) as rollouts, self.metered(rollouts.workers):
+    def rollouts(self, model: Path, workers: int, draft: Draft) -> Iterator[Rollouts]:
+        """Their journals are in the stage's folder until it is done."""
+        lent = self.run.fleet.rollouts(model, workers, self.folder / "journal", draft)
+        with lent as rollouts, self.metered(rollouts.workers):
             yield rollouts
 
     @contextmanager
@@ -227,7 +229,7 @@ class StageRun:
                 **self.spent(),
             },
         )
-        for name in ("state", *scratch):
+        for name in ("state", "journal", *scratch):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self.line.done(summary)
 

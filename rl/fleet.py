@@ -13,7 +13,7 @@ from typing import Any
 from ..settings import FULL, Precision
 from .learner import Learner
 from .rollout import Rollouts
-from .settings import DEADLINE, Optimization
+from .settings import DEADLINE, Draft, EngineSettings, Optimization
 
 
 class Fleet:
@@ -45,10 +45,10 @@ class Fleet:
             yield learner
 
     @contextmanager
-    def rollouts(self, path: Path, workers: int) -> Iterator[Rollouts]:
-        """`workers` rollout workers with the model at `path`."""
+    def rollouts(self, path: Path, workers: int, journal: Path, draft: Draft = "off") -> Iterator[Rollouts]:
+        """`workers` rollout workers with the model at `path`, and their journals in the folder `journal`."""
         with self.lend(("rollouts", workers), lambda: Rollouts(workers, **self.place)) as rollouts:
-            rollouts.load(path)
+            rollouts.load(path, journal=journal, settings=EngineSettings(draft=draft))
             yield rollouts
 
     @contextmanager

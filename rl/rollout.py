@@ -1,94 +1,42 @@
-"""Rollout workers: Ray actors in their own processes that sample from the policy, and the pool that drives them."""
+"""The rollout service, the driver's side: workers that sample from one policy, each in a process of its own.
 
-from collections.abc import Callable
-from itertools import groupby
+Requests are sent as rl/router.py decides. Every token is in its worker's journal, in a folder that the driver can read,
+before anybody sees it. When a worker dies, what it had begun goes on from its last token with the living workers, while
+another one starts.
+"""
+
+import logging
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..settings import FULL, Precision
-from .cluster import last_words, log_to_stderr, wait
-from .memory import Span
-from .settings import DEADLINE, Draft
+from .cluster import last_words, wait
+from .rollout_worker import CALLS, RolloutWorker
+from .router import MAX_DEATHS, Deaths, Meter, Report, Router, settle, unsampled
+from .settings import DEADLINE, EngineSettings
 from .trajectory import Request, Trajectory
 
-MAX_DEATHS = 3
-"""A pool replaces a dead worker and samples its requests again; with this many deaths in one stage the run stops."""
-
-
-class RolloutWorker:
-    """The actor: one model replica and its engine."""
-
-    def __init__(self, device: str, threads: int, precision: Precision = FULL):
-        import torch
-
-        log_to_stderr()
-        torch.set_num_threads(threads)
-        self.device, self.precision, self.version = device, precision, 0
-        self.engine: Any = None
-        self.receiver: Any = None
-        self.offloaded: Any = None
-
-    def load(self, path: str) -> None:
-        """The policy of a checkpoint's folder, as version 0."""
-        from tokenizers import Tokenizer
-
-        from ..model import end_ids, load
-        from .engine import Engine
-
-        self.engine = self.offloaded = None  # the policy before goes before the next one comes
-        self.memory = Span()
-        model = load(path, device=self.device, precision=self.precision, stored=True)
-        self.tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
-        self.engine = Engine(model, end_ids(Path(path)))
-        self.version = 0
-
-    def place(self) -> Any:
-        """Of `Learner.weights`' receivers."""
-        from .transport import here
-
-        return here("a rollout worker", self.device)
-
-    def update(self, handle: Any) -> None:
-        """New weights for the loaded policy, in place, checked by their checksums (`Learner.weights`' handle)."""
-        from .transport import Receiver
-
-        self.receiver = self.receiver or Receiver(self.place())
-        self.receiver.receive(self.engine.model, handle)
-        self.version = handle.version
-
-    def offload(self) -> int:
-        """The device memory of the policy's weights goes to the host's, until `reload`; the bytes."""
-        from .offload import Offload, tensors_of
-
-        self.offloaded = self.offloaded or Offload(tensors_of(self.engine.model))
-        return self.offloaded.out()
-
-    def reload(self) -> None:
-        self.offloaded.back()
-
-    def generate(
-        self,
-        requests: list[Request],
-        temperature: float,
-        max_new_tokens: int,
-        seed: int,
-        version: int,
-        draft: Draft = "off",
-    ) -> list[Trajectory]:
-        if version != self.version:
-            raise RuntimeError(
-                f"asked to sample with version {version} of the policy, but this worker has {self.version}"
-            )
-        limits = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-        trajectories = self.engine.generate(requests, **limits, seed=seed, version=version, draft=draft)
-        for t in trajectories:
-            ids = t.response_ids[:-1] if t.finish == "stop" else t.response_ids
-            t.text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-        return trajectories
+_LOG = logging.getLogger(__name__)
+_POLL_SECONDS = 1.0  # after which a worker that has nothing to tell says so
+_NO_END = float("inf")
+_ENGINE = EngineSettings()
 
 
 class Rollouts:
-    """The driver's side: `workers` replicas of one policy. Every wait has a deadline and says what it waits for."""
+    """`workers` replicas of one policy. For one thread.
+
+    Every wait has a deadline: a call that a worker does not answer within `deadline` seconds, or a step of its engine
+    that takes longer, counts as its death. RuntimeError, with the last one's words, after MAX_DEATHS deaths in a row at
+    one place without a token between them. What an engine's step raises is raised here.
+    """
+
+    kind = RolloutWorker
 
     def __init__(
         self,
@@ -100,84 +48,292 @@ class Rollouts:
         deadline: float = DEADLINE,
     ):
         self._gpus, self._threads, self._precision, self._deadline = gpus_per_actor, threads, precision, deadline
-        self.workers = [self._start() for _ in range(workers)]
-        self.deaths = 0
+        self._calls: dict[Any, _Call] = {}  # by Ray's reference: what has not been answered
+        self._places = [_Place(i) for i in range(workers)]
+        self.workers = [self._start() for _ in self._places]  # the actors, by place
+        self._loads = 0  # so far
+        self._router = Router(0)
+        self._scratch: Any = None  # a temporary folder, where nobody gives one
 
-    def load(self, path: str | Path) -> None:
-        """Every worker takes the policy of this checkpoint's folder, or preset, as version 0."""
+    def load(self, path: str | Path, *, journal: Path | None = None, settings: EngineSettings = _ENGINE) -> None:
+        """Every worker takes the policy of this checkpoint's folder, or preset, as version 0.
+
+        `journal`: a folder for this policy's requests alone, on a disk that workers and driver share. What it holds is
+        removed.
+        """
         from ..model.config import resolve
 
-        self._path, self._bundle, self._version, self.deaths = str(resolve(path).absolute()), None, 0, 0
-        self._each(lambda worker, _: worker.load.remote(self._path), f"rollout workers to load {path}")
+        if len(self._router):
+            raise RuntimeError(f"{len(self._router)} requests have not ended: no other policy can be loaded yet")
+        self._until(lambda: not any(place.starts for place in self._places))  # of a worker only one load at a time
+        self._path, self._settings = str(resolve(path).absolute()), settings
+        self._bundle, self._version, self._cache = None, 0, "keep"
+        self._router, self._deaths, self._meter = Router(2 * settings.max_batch), Deaths(), Meter()
+        self._ended: deque[Trajectory] = deque()  # to be handed out
+        self._cancelled: set[int] = set()
+        self._journals_used = False
+        self._busy_since, self._busy_seconds, self._deaths_told = 0.0, 0.0, 0
+        self._folder = journal or self._scratch_folder()
+        if self._folder.is_dir():
+            shutil.rmtree(self._folder)
+        for place in self._places:
+            self._prepare(place)
+        self._until(lambda: all(place.serves for place in self._places))
 
-    def sync(self, bundle: Any, version: int) -> None:
-        """Every worker takes the learner's weights (`Learner.weights`' reference, of that version)."""
-        self._bundle, self._version = bundle, version
-        self._each(lambda worker, _: worker.update.remote(bundle), f"rollout workers to take version {version}")
+    def sync(self, bundle: Any, version: int, cache: str = "keep") -> None:
+        """Every worker takes the learner's weights (a Ray reference to a `sync.Bundle` of that version).
 
-    def generate(
-        self, requests: list[Request], *, temperature: float, max_new_tokens: int, seed: int, draft: Draft = "off"
-    ) -> list[Trajectory]:
-        """A trajectory for each request, in order. Whole groups go to a worker; tokens do not depend on which."""
-        parts = _shares(requests, len(self.workers))
-        results = self._each(
-            lambda worker, i: worker.generate.remote(parts[i], temperature, max_new_tokens, seed, self._version, draft),
-            f"rollout workers to sample {len(requests)} responses",
-        )
-        return [trajectory for part in results for trajectory in part]
+        Requests in flight go on between two steps; `cache` "rebuild" computes anew what is cached for them. A worker
+        that is starting takes them before it serves.
+        """
+        self._bundle, self._version, self._cache = bundle, version, cache
+        for place in self._places:
+            if place.serves:
+                self._catch_up(place)
+        self._until(lambda: self._is_synced(version))
+
+    def submit(self, requests: list[Request]) -> None:
+        """Puts them on their way; `results` has what becomes of them. ValueError for an id that is on its way."""
+        if not len(self._router):
+            self._forget()
+            self._busy_since = time.monotonic()
+        self._router.add(requests)
+        self._dispatch()
+
+    def results(self, seconds: float = _NO_END) -> Iterator[Trajectory]:
+        """What finishes within so many seconds, as it comes; ends when nothing is unfinished."""
+        until = time.monotonic() + seconds
+        while True:
+            while self._ended:
+                yield self._ended.popleft()
+            left = until - time.monotonic()
+            if not len(self._router) or left <= 0:
+                return
+            self._turn(left)
+
+    def generate(self, requests: list[Request], check: Callable[[], None] = lambda: None) -> list[Trajectory]:
+        """A trajectory for each request, in order. `check` is called as they come; what it raises is raised."""
+        self.submit(requests)
+        found = {}
+        for trajectory in self.results():
+            found[trajectory.request] = trajectory
+            check()
+        return [found[request.id] for request in requests]
+
+    def cancel(self, ids: list[int]) -> None:
+        """Those of them that have not ended come out with finish "cancelled"."""
+        for request in self._router.take_back(ids):
+            self._deliver(unsampled(request, "cancelled"))
+        for place in self._places:
+            held = {r.id for r in self._router.holds(place.worker)}.intersection(ids) if place.serves else set()
+            if held:
+                self._cancelled |= held
+                self._call(place, f"cancel {len(held)} requests", self._actor(place).cancel.remote(list(held)))
+
+    @property
+    def deaths(self) -> int:
+        """Since the policy was loaded."""
+        return self._deaths.total
+
+    def metrics(self) -> dict[str, float]:
+        """Of what was done since they were asked for before; rl/router.py says what they are."""
+        seconds, self._busy_seconds = self._busy_seconds, 0.0
+        if len(self._router):
+            now = time.monotonic()
+            seconds, self._busy_since = seconds + now - self._busy_since, now
+        deaths, self._deaths_told = self.deaths - self._deaths_told, self.deaths
+        return self._meter.read(seconds, deaths)
 
     def close(self) -> None:
         import ray
 
         for worker in self.workers:
             ray.kill(worker)
-        self.workers = []
+        self.workers, self._calls = [], {}
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    # --- a turn: what can be sent is sent, and what was answered is taken in
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        while not done():
+            self._turn(_NO_END)
+
+    def _turn(self, seconds: float) -> None:
+        import ray
+
+        self._dispatch()
+        refs = list(self._calls)
+        ray.wait(refs, num_returns=1, timeout=min(seconds, _POLL_SECONDS))
+        answered, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        for ref in answered:
+            if ref in self._calls:  # its worker has not died meanwhile
+                self._take_in(ref, self._calls.pop(ref))
+        now = time.monotonic()
+        late = [call for call in self._calls.values() if now - call.began > self._deadline]
+        for call in {call.place.index: call for call in reversed(late)}.values():  # of each worker the first
+            self._died(call.place, TimeoutError(f"{call.what}: not done after {self._deadline:g} s"))
+
+    def _take_in(self, ref: Any, call: "_Call") -> None:
+        from ray.exceptions import RayActorError
+
+        try:
+            answer = wait(ref, call.what, self._deadline)
+        except RayActorError as death:
+            self._died(call.place, death)
+        else:
+            if call.then is not None:
+                call.then(answer)
+
+    def _call(self, place: "_Place", what: str, ref: Any, then: Callable[[Any], None] | None = None) -> Any:
+        self._calls[ref] = _Call(place, f"rollout worker {place.index} to {what}", then, time.monotonic())
+        return ref
+
+    def _dispatch(self) -> None:
+        for worker, requests in self._router.assign().items():
+            self._journals_used = True
+            place = next(place for place in self._places if place.worker == worker)
+            self._call(place, f"take {len(requests)} requests", self._actor(place).submit.remote(requests))
+            if not place.polled:
+                self._poll(place)
+
+    def _poll(self, place: "_Place") -> None:
+        """Asks the worker what has finished, again and again while it has requests."""
+        place.polled = True
+        ref = self._actor(place).poll.remote(_POLL_SECONDS)
+        self._call(place, "say what has finished", ref, lambda report: self._polled(place, report))
+
+    def _polled(self, place: "_Place", report: Report) -> None:
+        place.polled = False
+        place.tokens += report.tokens
+        self._meter.add(report)
+        if report.journal_lost and not place.unjournaled:
+            lost = "cannot be written (see its log): if it dies, requests go on from where that ends"
+            _LOG.error("the journal of rollout worker %d %s", place.index, lost)
+        place.unjournaled = report.journal_lost
+        for trajectory in report.finished:
+            if self._router.finish(place.worker, trajectory.request):
+                self._deliver(trajectory)
+        if report.stalled > self._deadline:
+            what = f"the engine of rollout worker {place.index} to end its step {report.steps + 1}"
+            self._died(place, TimeoutError(f"{what}: not done after {report.stalled:.3g} s"))
+        elif self._router.holds(place.worker):
+            self._poll(place)
+
+    def _deliver(self, trajectory: Trajectory) -> None:
+        self._ended.append(trajectory)
+        self._cancelled.discard(trajectory.request)
+        if not len(self._router):
+            self._busy_seconds += time.monotonic() - self._busy_since
+
+    # --- workers come and go
 
     def _start(self) -> Any:
         import ray
 
-        actor = ray.remote(RolloutWorker).options(num_cpus=0, num_gpus=self._gpus)
-        return actor.remote("cuda" if self._gpus else "cpu", self._threads, self._precision)
+        actor = ray.remote(self.kind).options(num_cpus=0, num_gpus=self._gpus, max_concurrency=CALLS)
+        return actor.remote("cuda" if self._gpus else "cpu", self._threads, self._precision, self._deadline)
 
-    def _each(self, call: Callable[[Any, int], Any], what: str) -> list[Any]:
-        """The results of call(worker, index) on all workers at once; the part of one that dies is called again."""
-        from ray.exceptions import RayActorError
+    def _prepare(self, place: "_Place") -> None:
+        """Its worker loads the policy, and serves as soon as it has the last version."""
+        place.worker, self._loads = self._loads, self._loads + 1
+        place.version, place.starts, place.serves, place.polled, place.tokens = 0, True, False, False, 0
+        place.folder = self._folder / f"worker-{place.index}-{place.worker}"
+        ref = self._actor(place).load.remote(self._path, str(place.folder), self._settings)
+        self._call(place, f"load {self._path}", ref, lambda _: self._catch_up(place))
 
-        calls = [call(worker, i) for i, worker in enumerate(self.workers)]
-        results = []
-        for i in range(len(calls)):
-            while True:
-                try:
-                    results.append(wait(calls[i], what, self._deadline))
-                    break
-                except RayActorError as death:
-                    self._replace(i, death)
-                    calls[i] = call(self.workers[i], i)
-        return results
+    def _catch_up(self, place: "_Place") -> None:
+        if place.version != self._version:
+            version = self._version
+            ref = self._actor(place).update.remote(self._bundle, self._cache)
+            self._call(place, f"take version {version}", ref, lambda _: self._has(place, version))
+        elif not place.serves:
+            place.starts, place.serves = False, True
+            self._router.join(place.worker)
 
-    def _replace(self, index: int, death: Exception) -> None:
-        """A new worker with the current policy in place of one that died; the third death in a stage is raised."""
-        from ray.exceptions import RayActorError
+    def _has(self, place: "_Place", version: int) -> None:
+        place.version = version
+        self._catch_up(place)
 
-        self.deaths += 1
-        if self.deaths >= MAX_DEATHS:
-            why = last_words(death) or death  # Ray's text, which is that a process ended
-            raise RuntimeError(f"rollout workers died {self.deaths} times in this stage; the last: {why}") from death
-        worker = self.workers[index] = self._start()
-        try:
-            wait(worker.load.remote(self._path), f"a new rollout worker to load {self._path}", self._deadline)
-            if self._bundle is not None:
-                wait(worker.update.remote(self._bundle), f"it to take version {self._version}", self._deadline)
-        except RayActorError as next_death:
-            self._replace(index, next_death)
+    def _is_synced(self, version: int) -> bool:
+        """Whether those that serve have it, and one does."""
+        serving = [place.version == version for place in self._places if place.serves]
+        return bool(serving) and all(serving)
+
+    def _died(self, place: "_Place", why: Exception) -> None:
+        """What its worker had goes on elsewhere, and another worker starts."""
+        import ray
+
+        ray.kill(self._actor(place))  # which may only hang
+        self._calls = {ref: call for ref, call in self._calls.items() if call.place is not place}
+        held, place.serves = self._router.leave(place.worker) if place.serves else [], False
+        settled = settle(held, _journaled(place.folder) if held else [])
+        self._router.again(settled.again)
+        self.cancel([request.id for request in settled.again if request.id in self._cancelled])
+        in_a_row = self._deaths.count(place.index, place.tokens + settled.tokens)
+        words = last_words(why) or str(why)
+        if in_a_row >= MAX_DEATHS:
+            how_often = f"died {in_a_row} times in a row without a token between them"
+            raise RuntimeError(f"rollout worker {place.index} {how_often}; the last: {words}") from why
+        if not last_words(why):
+            words = words.partition("\n")[0]  # Ray's text goes on about why a process might end
+        _LOG.warning("rollout worker %d died; its %d requests go on: %s", place.index, len(held), words)
+        self.workers[place.index] = self._start()
+        self._prepare(place)
+
+    def _forget(self) -> None:
+        """All has been delivered: journals begin anew, and what the dead left is removed."""
+        if not self._journals_used:
+            return
+        serving = [place for place in self._places if place.serves]
+        refs = [self._call(place, "begin a new journal", self._actor(place).forget.remote()) for place in serving]
+        self._until(lambda: not any(ref in self._calls for ref in refs))
+        for folder in set(self._folder.iterdir()) - {place.folder for place in self._places}:
+            shutil.rmtree(folder)
+        self._journals_used = False
+
+    def _scratch_folder(self) -> Path:
+        self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="amalgam-journal-")
+        return Path(self._scratch.name) / "journal"
+
+    def _actor(self, place: "_Place") -> Any:
+        return self.workers[place.index]
 
 
-def _shares(requests: list[Request], count: int) -> list[list[Request]]:
-    """`requests` in `count` runs of nearly equal length that cut no group."""
-    shares: list[list[Request]] = [[] for _ in range(count)]
-    done = 0
-    for _, members in groupby(requests, key=lambda request: request.group):
-        group = list(members)
-        shares[done * count // len(requests)] += group
-        done += len(group)
-    return shares
+@dataclass(eq=False)
+class _Place:
+    """Where a worker is, and another one after its death."""
+
+    index: int
+    worker: int = -1  # the router's number of the one that is there
+    folder: Path = Path()  # of its journal
+    version: int = 0  # of its policy
+    starts: bool = False
+    serves: bool = False
+    polled: bool = False  # has been asked what has finished, and not answered
+    tokens: int = 0  # that it has told of
+    unjournaled: bool = False  # its journal was given up
+
+
+@dataclass(eq=False)
+class _Call:
+    """What a worker was asked to do, and when."""
+
+    place: _Place
+    what: str
+    then: Callable[[Any], None] | None  # with the answer
+    began: float
+
+
+def _journaled(folder: Path) -> list[Request]:
+    """What a worker's journal knows of its requests, ended or not, as they were at their last token.
+
+    RuntimeError where the driver does not see it: a request must not silently begin anew.
+    """
+    from .journal.reading import read_all
+
+    if not folder.is_dir():
+        raise RuntimeError(f"{folder}: the journal of a worker that died is not there; is that a disk that all share?")
+    files = read_all(folder, keep_finished=True)
+    lives = [(life, file.recorded) for file in files for life in [*file.finished, *file.unfinished]]
+    return [replace(life.request, past=life.past(recorded)) for life, recorded in lives]

@@ -1,8 +1,9 @@
-"""Evaluation, with a sampler that writes the answers down: its batches, its file, and that it stops between batches."""
+"""Evaluation, with a sampler that writes the answers down: its requests, its file, and that it stops on the way."""
 
 import json
 import threading
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,15 +23,18 @@ PROBLEMS = 5
 
 
 class Sampler:
-    """Ten problems in batches of four; asks the run to stop in the middle of batch `stop_in`."""
+    """Asks the run to stop when as many as `stop_after` have come."""
 
-    def __init__(self, run: Run, stop_in: int):
-        self.run, self.stop_in, self.ids = run, stop_in, []
+    def __init__(self, run: Run, stop_after: int):
+        self.run, self.stop_after, self.ids, self.came = run, stop_after, [], 0
 
-    def generate(self, requests: list[Request], **_: Any) -> list[Trajectory]:
-        self.ids.append([(request.id, request.group) for request in requests])
-        if len(self.ids) == self.stop_in:
-            self.run.stop.set()
+    def generate(self, requests: list[Request], check: Callable[[], None]) -> list[Trajectory]:
+        self.ids += [(request.id, request.group) for request in requests]
+        for _ in requests:
+            self.came += 1
+            if self.came == self.stop_after:
+                self.run.stop.set()
+            check()
         ids, empty = np.zeros(1, np.int32), np.empty(0)
         return [Trajectory(r.id, r.group, r.prompt_ids, ids, empty, empty, empty, "stop", "7") for r in requests]
 
@@ -43,8 +47,7 @@ class Grades:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(module, "MAX_BATCH", 4)
+def run(tmp_path: Path) -> Any:
     domains = {
         name: Domain(name, "chat", {task: {}}, 1, PROBLEMS, 0)
         for name, task in (("numbers", "chain_sum"), ("words", "spell_backward"))
@@ -53,18 +56,22 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return Run(recipe, tmp_path, None, None, None, domains, threading.Event())  # pyright: ignore[reportArgumentType]
 
 
-def evaluated(run: Any, stop_in: int = 0) -> tuple[Sampler, Any]:
-    sampler = Sampler(run, stop_in)
-    run.fleet = SimpleNamespace(rollouts=lambda *_: nullcontext(sampler), lend=lambda *_: nullcontext(Grades()))
+def evaluated(run: Any, stop_after: int = 0) -> tuple[Sampler, Any]:
+    def rollouts(_path: Path, _workers: int, journal: Path) -> Any:
+        journal.mkdir(parents=True, exist_ok=True)
+        return nullcontext(sampler)
+
+    sampler = Sampler(run, stop_after)
+    run.fleet = SimpleNamespace(rollouts=rollouts, lend=lambda *_: nullcontext(Grades()))
     try:
         return sampler, module.evaluate(run, "base")
     except Interrupted as error:
         return sampler, str(error)
 
 
-def test_requests_are_numbered_through_the_batches_and_rows_count_by_domain(run: Any):
+def test_requests_are_numbered_and_rows_count_by_domain(run: Any):
     sampler, rows = evaluated(run)
-    assert sampler.ids == [[(i, i) for i in part] for part in (range(4), range(4, 8), range(8, 10))]
+    assert sampler.ids == [(i, i) for i in range(10)]
     assert [(r["model"], r["domain"], r["correct"], r["total"]) for r in rows] == [
         ("base", "numbers", 1, PROBLEMS),
         ("base", "words", 0, PROBLEMS),
@@ -77,9 +84,10 @@ def test_requests_are_numbered_through_the_batches_and_rows_count_by_domain(run:
     ]
 
 
-def test_an_evaluation_stops_after_its_batch_and_is_done_again(run: Any):
-    sampler, said = evaluated(run, stop_in=2)
-    assert (len(sampler.ids), said) == (2, "the evaluation of base")
-    assert not (run.folder / "evaluations").exists()
+def test_an_evaluation_stops_on_the_way_and_is_done_again(run: Any):
+    sampler, said = evaluated(run, stop_after=4)
+    assert (sampler.came, said) == (4, "the evaluation of base")
+    assert not (run.folder / "evaluations" / "base.json").exists()
     run.stop.clear()
-    assert len(evaluated(run)[0].ids) == 3
+    assert evaluated(run)[0].came == 10
+    assert sorted(file.name for file in (run.folder / "evaluations").iterdir()) == ["base.json", "times"]

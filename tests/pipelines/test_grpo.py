@@ -11,8 +11,9 @@ import pytest
 
 from amalgam.pipelines import grpo as module
 from amalgam.pipelines.report import _rollout_samples
-from amalgam.pipelines.rollout import length_metrics, sampled_rate, write_rollouts
+from amalgam.pipelines.rollout import length_metrics, sampled_rate, shown_service, write_rollouts
 from amalgam.rewards.problem import Score
+from amalgam.rl.router import Meter
 from amalgam.rl.settings import IndexerLoss, Sampling
 from amalgam.rl.trajectory import Trajectory
 
@@ -45,7 +46,7 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, updates: int, groups: 
         run=SimpleNamespace(model=lambda _: None, domains={}, seed=lambda _: 0),
         log=SimpleNamespace(samples=lambda *_: None),
         learner=lambda *_: nullcontext(SimpleNamespace(step=learn, weights=lambda _: None, save_model=lambda _: None)),
-        rollouts=lambda *_: nullcontext(SimpleNamespace(sync=lambda *_: None)),
+        rollouts=lambda *_: nullcontext(SimpleNamespace(sync=lambda *_: None, metrics=lambda: Meter().read(1.0, 0))),
         grader=lambda: nullcontext(None),
     )  # fmt: skip
     settings: Any = SimpleNamespace(
@@ -84,6 +85,13 @@ def test_drafts_are_counted_over_all_tokens():
     drafted = [replace(trajectory(i, 0), drafted=10 * i, accepted=i) for i in range(3)]
     assert length_metrics(drafted)["draft_acceptance"] == pytest.approx(0.1)
     assert "draft_acceptance" not in length_metrics([trajectory(0, 0)])
+
+
+def test_the_line_names_what_is_not_as_it_should_be():
+    metrics = Meter().read(1.0, 0) | {"rollout/tokens_per_second": 1234.4, "rollout/batch": 3.1415}
+    assert shown_service(metrics) == "1,234 tok/s in batches of 3.14"
+    metrics |= {"rollout/queue": 7.6, "rollout/preemptions": 2.0, "rollout/deaths": 1.0}
+    assert shown_service(metrics) == "1,234 tok/s in batches of 3.14, queued 8, preemptions 2, deaths 1"
 
 
 def test_each_domain_may_have_parts_of_its_own(tmp_path: Path):

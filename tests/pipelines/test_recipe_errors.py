@@ -352,6 +352,14 @@ def test_what_needs_the_mtp_block_is_refused_for_a_model_without_one():
     assert stage(recipe, "grpo-strings", Grpo).sampling.draft == "mtp"
 
 
+def test_sampling_from_sets_is_refused_where_the_loss_would_need_them():
+    wanted = {"grpo-{domain}.sampling.top_k": 5, "grpo-{domain}.sampling.min_p": 0.1, "merged.sampling.top_p": 0.9}
+    problem = "the loss would need the sets that tokens were drawn from (not built yet); leave the key out"
+    found = errors(SMALL, *(f"stages.{key}={value}" for key, value in wanted.items()))
+    assert found == [f"--set stages.{key}: {problem}" for key in wanted]
+    load(SMALL, "stages.merged.sampling.top_p=1", "stages.merged.sampling.top_k=0")
+
+
 @pytest.mark.parametrize("kind", ["sft", "grpo", "merged"])
 def test_the_weight_of_the_indexers_loss(kind: str):
     name, made = (kind, kind) if kind == "merged" else (f"{kind}-{{domain}}", f"{kind}-strings")

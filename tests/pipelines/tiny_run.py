@@ -106,7 +106,8 @@ def metrics(run: Path) -> dict[str, list[dict[str, Any]]]:
 
 def outcome(run: Path) -> dict[str, Any]:
     """All that a run found out, without what the clock wrote: equal if and only if the runs are bit-equal."""
-    clock = ("time", "tokens_per_second", "grades_per_second")
+    clock = ("time", "tokens_per_second", "grades_per_second", "rollout/tokens_per_second")
+    clock += ("rollout/time_to_first_token",)
     files = [*run.glob("stages/*/checkpoint/*"), *run.glob("evaluations/*.json"), run / "results.json"]
     found: dict[str, Any] = {str(f.relative_to(run)): f.read_bytes() for f in files}
     for file in run.glob("stages/*/rollouts/*.parquet"):
