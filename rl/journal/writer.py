@@ -89,6 +89,9 @@ class Journal:
         count, known = (0, 0) if past is None else (len(past.response_ids), _known(past, self.recorded))
         frames = [format.begin_frame(request)]
         if past is not None:
+            for name in ("experts", "picks", "sets"):
+                if (rows := getattr(past, name)) is not None and len(rows) != count:
+                    raise ValueError(f"past: request {request.id} has {count} tokens, and {name} of {len(rows)}")
             steps = (self._past_step(request.id, past, start, known) for start in range(0, count, _PAST_ROWS))
             frames += map(format.step_frame, steps)
         self._write(b"".join(frames))
@@ -124,7 +127,9 @@ class Journal:
         step = self._step(
             ids, tokens, logprobs, versions, sets, np.zeros(0, np.int64) if fed is None else fed, experts, picks
         )
-        count, known = self._tokens + self._rows(step.ids), self._fed + self._rows(step.fed)
+        drawn = self._rows(step.ids)
+        same = np.array_equal(step.fed, step.ids)  # as a decoding step has it
+        count, known = self._tokens + drawn, self._fed + (drawn if same else self._rows(step.fed))
         if (known > count).any():
             raise ValueError(f"request {self._ids[known > count][0]}: decisions of a token that it does not have")
         if len(step.ids) or len(step.fed):

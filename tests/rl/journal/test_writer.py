@@ -86,6 +86,8 @@ def test_wrong_requests_and_names_are_refused(tmp_path, journal):
     for past in (Past(*ONE[1:]), Past(*ONE[1:], sets=[np.zeros(2, np.int64)])):
         with pytest.raises(ValueError, match="sets"):
             journal.begin(Request(3, 0, np.ones(2, I32), past=past))
+    with pytest.raises(ValueError, match="past: request 3 has 1 tokens, and experts of 2"):
+        journal.begin(Request(3, 0, np.ones(2, I32), past=Past(*ONE[1:], experts=np.ones((2, 3, 2), np.int16))))
     with pytest.raises(ValueError, match="request 3 is not open"):
         journal.finish(trajectory(Request(3, 0, np.ones(2, I32)), [], "stop"))
     with pytest.raises(ValueError, match="request 1: a response of 2 tokens, of which 0"):
