@@ -4,10 +4,12 @@ import time
 from collections import Counter
 from typing import Any
 
-from ..rl.engine import MAX_BATCH
 from .recipe import BASE
 from .rollout import sample, score
 from .stage import Run, speaker, write_json
+
+MAX_BATCH = 512
+"""Problems between two moments at which a run can be stopped."""
 
 
 def evaluate(run: Run, model: str) -> list[dict[str, Any]]:
@@ -23,7 +25,7 @@ def evaluate(run: Run, model: str) -> list[dict[str, Any]]:
     limits = {"temperature": 0.0, "max_new_tokens": settings.max_new_tokens}
     with run.fleet.rollouts(run.model(model), 1) as rollouts, run.fleet.lend("grader", run.new_grader) as grader:
         trajectories = []
-        for first in range(0, len(problems), MAX_BATCH):  # the engine would cut all of them into the same batches
+        for first in range(0, len(problems), MAX_BATCH):
             run.check(f"the evaluation of {model}")
             batch = problems[first : first + MAX_BATCH]
             trajectories += sample(rollouts, encoding, tokenizer, batch, first=first, group_size=1, **limits, seed=0)

@@ -1,6 +1,7 @@
 """Rollout workers: Ray actors in their own processes that sample from the policy, and the pool that drives them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,8 @@ from typing import Any
 from ..settings import FULL, Precision
 from .cluster import last_words, log_to_stderr, wait
 from .memory import Span
-from .settings import DEADLINE, Draft
-from .trajectory import Request, Trajectory
+from .settings import DEADLINE, Draft, EngineSettings
+from .trajectory import Request, SamplingParams, Trajectory
 
 MAX_DEATHS = 3
 """A pool replaces a dead worker and samples its requests again; with this many deaths in one stage the run stops."""
@@ -39,7 +40,8 @@ class RolloutWorker:
         self.memory = Span()
         model = load(path, device=self.device, precision=self.precision, stored=True)
         self.tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
-        self.engine = Engine(model, end_ids(Path(path)))
+        self.end_ids = end_ids(Path(path))
+        self.engine = Engine(model, self.end_ids, tokenizer=self.tokenizer)
         self.version = 0
 
     def place(self) -> Any:
@@ -79,12 +81,13 @@ class RolloutWorker:
             raise RuntimeError(
                 f"asked to sample with version {version} of the policy, but this worker has {self.version}"
             )
-        limits = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-        trajectories = self.engine.generate(requests, **limits, seed=seed, version=version, draft=draft)
-        for t in trajectories:
-            ids = t.response_ids[:-1] if t.finish == "stop" else t.response_ids
-            t.text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-        return trajectories
+        if draft != self.engine.settings.draft:
+            from .engine import Engine
+
+            settings = EngineSettings(draft=draft)
+            self.engine = Engine(self.engine.model, self.end_ids, tokenizer=self.tokenizer, settings=settings)
+        params = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+        return self.engine.generate([replace(request, params=params) for request in requests], version)
 
 
 class Rollouts:

@@ -57,7 +57,7 @@ def requests() -> list[Request]:
 
 
 def locally(model: DeepseekV4, version: int) -> list[Trajectory]:
-    return Engine(model, [tiny.END]).generate(requests(), **LIMITS, version=version)
+    return Engine(model, [tiny.END]).generate(tiny.asked(requests(), **LIMITS), version)
 
 
 def assert_same(ours: list[Trajectory], theirs: list[Trajectory]) -> None:
