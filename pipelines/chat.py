@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..model.conversation import Conversation
 from ..model.template import TemplateConversation, converse
 from ..model.tokenizer import DSML, END_THINK
-from ..rl.trajectory import Request
+from ..rl.trajectory import Request, SamplingParams
 from .speak import Speaker, check_mode, check_temperature, parse_precision
 
 Talk = Conversation | TemplateConversation
@@ -64,11 +64,12 @@ def _ask(speaks: Speaker, talk: Talk | None, line: str, mode: str) -> Talk:
 def _answer(speaks: Speaker, talk: Talk, turn: int, temperature: float, max_new_tokens: int, seed: int) -> None:
     """Prints the answer while it is sampled, then what there is to say about it. Ctrl-C ends the answer."""
     room = max_new_tokens if speaks.context is None else min(max_new_tokens, speaks.context - len(talk.ids))
-    request = Request(turn, turn, np.array(talk.ids, np.int32))
+    params = SamplingParams(temperature=temperature, max_new_tokens=room, seed=seed)
+    request = Request(turn, turn, np.array(talk.ids, np.int32), params)
     screen, ids, note = Screen(reasons=talk.mode != "chat"), np.zeros(0, np.int32), ""
     began = time.monotonic()
     try:
-        for new in speaks.engine.stream(request, temperature=temperature, max_new_tokens=room, seed=seed):
+        for new in speaks.engine.stream(request):
             ids = np.concatenate([ids, new])
             screen.show(speaks.text(ids))
         if ids[-1] not in speaks.end_ids:

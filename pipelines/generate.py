@@ -13,7 +13,7 @@ import typer
 from ..errors import UserError
 from ..model.auto import read_object
 from ..model.shards import write_text
-from ..rl.trajectory import Request, Trajectory
+from ..rl.trajectory import Request, SamplingParams, Trajectory
 from .speak import ROWS_AT_ONCE, Speaker, check_mode, check_temperature, parse_precision
 
 _OWN = ("response", "finish", "tokens")  # the keys of an answer
@@ -40,7 +40,8 @@ def generate(
     rows = _rows(prompts)
     speaks = Speaker(checkpoint, parse_precision(precision))
     check_mode(speaks, mode)
-    requests = [_request(speaks, number, *row, prompts, mode, max_new_tokens) for number, row in enumerate(rows)]
+    params = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+    requests = [_request(speaks, number, *row, prompts, mode, params) for number, row in enumerate(rows)]
     settings = {
         "checkpoint": checkpoint,
         "files": _digest(speaks.folder),
@@ -55,8 +56,7 @@ def generate(
     try:
         for start in range(done, len(rows), ROWS_AT_ONCE):
             began, batch = time.monotonic(), requests[start : start + ROWS_AT_ONCE]
-            limits = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-            found = speaks.engine.generate(batch, **limits, version=0)
+            found = speaks.engine.generate(batch)
             with out.open("a", encoding="utf-8") as stream:
                 stream.writelines(_answer(speaks, t, row) for t, (_, row) in zip(found, rows[start:], strict=False))
             rate = sum(len(t.response_ids) for t in found) / (time.monotonic() - began)
@@ -111,19 +111,19 @@ def _lines(file: Path, data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _request(
-    speaks: Speaker, number: int, line: int, row: dict[str, Any], file: Path, mode: str, max_new_tokens: int
+    speaks: Speaker, number: int, line: int, row: dict[str, Any], file: Path, mode: str, params: SamplingParams
 ) -> Request:
     messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
     try:
         prompt = speaks.prompt(messages, mode)
     except ValueError as error:
         raise UserError(f"{file}:{line}: {error}") from None
-    if speaks.context is not None and len(prompt) + max_new_tokens > speaks.context:
+    if speaks.context is not None and len(prompt) + params.max_new_tokens > speaks.context:
         raise UserError(
-            f"{file}:{line}: a prompt of {len(prompt)} tokens and --max-new-tokens {max_new_tokens} are more than the "
-            f"model's context, {speaks.context}"
+            f"{file}:{line}: a prompt of {len(prompt)} tokens and --max-new-tokens {params.max_new_tokens} are more "
+            f"than the model's context, {speaks.context}"
         )
-    return Request(number, number, prompt)
+    return Request(number, number, prompt, params)
 
 
 def _resumed(out: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) -> int:

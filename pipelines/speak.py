@@ -15,6 +15,7 @@ from ..model.checkpoint import check_weights
 from ..model.config import resolve
 from ..model.template import speaker
 from ..rl.engine import Engine
+from ..rl.settings import EngineSettings
 from ..settings import FULL, Precision
 from .recipe_errors import explain, message
 from .yaml_lines import Document, Origin
@@ -39,7 +40,7 @@ class Speaker:
     @cached_property
     def engine(self) -> Engine:
         model = load(self.folder, device=self.device, precision=self.precision, stored=True)
-        return Engine(model, self.end_ids, ROWS_AT_ONCE)
+        return Engine(model, self.end_ids, settings=EngineSettings(max_batch=ROWS_AT_ONCE))
 
     def prompt(self, messages: list[dict[str, Any]], mode: str) -> np.ndarray:
         return np.array(self.encoding.prompt_ids(self.tokenizer, messages, mode), np.int32)

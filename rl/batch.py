@@ -5,7 +5,7 @@ so a step can be launched before the tokens of the last one are read. S slots; o
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,7 +144,7 @@ class Batch:
     def prefill(self, chunks: list[Chunk], responses: Mapping[int, Response]) -> Forward:
         mine = [responses[chunk.entry.id] for chunk in chunks]
         host = np.concatenate([r.known(c.start, c.stop) for r, c in zip(mine, chunks, strict=True)])
-        tokens, slots = self.to_device(host), self.to_device([_slot(c.entry) for c in chunks])
+        tokens, slots = self.to_device(host), self.to_device(slots_of(c.entry for c in chunks))
         sizes = [c.stop - c.start for c in chunks]
         cu_seqlens = torch.tensor([0, *np.cumsum(sizes)])
         output = self.model.extend(tokens, cu_seqlens.to(self.device), self.cache, slots)
@@ -164,7 +164,7 @@ class Batch:
 
     def decode(self, decodes: list[tuple[Entry, int]], responses: Mapping[int, Response]) -> Forward:
         mine = [responses[entry.id] for entry, _ in decodes]
-        slots = self.to_device([_slot(entry) for entry, _ in decodes])
+        slots = self.to_device(slots_of(entry for entry, _ in decodes))
         output = self.model.decode(self.tokens(decodes, responses, slots), self.cache, slots)
         positions = [position for _, position in decodes]
         drawn, logprobs = self.draw(output.hidden, mine, [p + 1 for p in positions])
@@ -252,6 +252,5 @@ def fed(forward: Forward) -> list[Fed]:
     return results
 
 
-def _slot(entry: Entry) -> int:
-    assert entry.slot is not None
-    return entry.slot
+def slots_of(entries: Iterable[Entry]) -> list[int]:
+    return [entry.slot for entry in entries if entry.slot is not None]

@@ -51,9 +51,9 @@ class Engine:
     """Samples from one model replica. Each of `end_ids` ends a response. Calls have to come from one thread.
 
     `tokenizer` (a `tokenizers.Tokenizer`) gives trajectories their text, and is needed for stop strings. A `journal`
-    (rl/journal) gets every token at the end of its step. `lag`: steps that are launched before the first of them is
-    read; `page`: tokens of a page; both are the engine's own choice if None. ValueError for a cache without room for
-    one request, and for a draft without an MTP block.
+    (rl/journal) gets every token at the end of its step. `lag`: whether a step is launched before the one before is
+    read; `page`: tokens of a page; None: what is best. ValueError for a cache without room for one request, and for
+    drafts without an MTP block.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Engine:
         tokenizer: Any = None,
         settings: EngineSettings | None = None,
         journal: Any = None,
-        lag: int | None = None,
+        lag: bool | None = None,
         page: int | None = None,
     ):
         settings = settings or EngineSettings()
@@ -88,7 +88,7 @@ class Engine:
             swap=settings.swap,
         )
         # A drafted step's outcome decides what the next one feeds.
-        self._lag = 0 if kind.stride > 1 else int(self._batch.device.type == "cuda") if lag is None else lag
+        self._lag = kind.stride == 1 and (self._batch.device.type == "cuda" if lag is None else lag)
         self._responses: dict[int, Response] = {}
         self._groups: dict[int, list[Response]] = {}
         self._flights: deque[Flight] = deque()
@@ -150,7 +150,7 @@ class Engine:
     def update(
         self, load: Callable[[LanguageModel], None], version: int, cache: Literal["keep", "rebuild"] = "keep"
     ) -> None:
-        """New weights between two steps: `load` puts them into the model, in place. Tokens are of `version` from now on.
+        """New weights between two steps: `load` puts them into the model, in place. Later tokens are of `version`.
 
         Requests go on, with the cache that the old weights made, or with one that is rebuilt by prefill.
         """
@@ -212,7 +212,7 @@ class Engine:
         forwards = self._batch.run(plan, self._responses)
         if forwards:
             self._flights.append(Flight(forwards, sum(chunk.stop - chunk.start for chunk in plan.chunks)))
-        self._land(self._lag if forwards else 0)
+        self._land(int(self._lag) if forwards else 0)
 
     def _land(self, most: int) -> None:
         """Reads the steps in flight until `most` are left."""

@@ -1,11 +1,9 @@
 """How many requests of how many tokens an engine has room for, from its settings and the model's cache."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from ..model import LanguageModel
-from ..model.cache import probe
 from .settings import EngineSettings
 
 _CPU_BYTES = 2**28
@@ -22,25 +20,27 @@ class Room(NamedTuple):
 
 
 @torch.no_grad()
-def room(model: LanguageModel, settings: EngineSettings, slack: int, extra: int, page: int | None = None) -> Room:
-    """Slots take at most half of the memory, pages the rest. `extra`: bytes of a slot beside the cache's.
+def room(model: Any, settings: EngineSettings, slack: int, extra: int, page: int | None = None) -> Room:
+    """`max_batch` slots, and pages of what they leave; fewer slots where pages would get less than one request of
+    `context` tokens takes, or than half of the memory if there is no `context`. `extra`: bytes of a slot beside the
+    cache's. ValueError if not even one request fits."""
+    from ..model.cache import probe
 
-    ValueError if not even one request of `context` tokens fits."""
     state, each = probe(model, slack, page)
-    state, tokens = state + extra, model.new_cache(1, 1, slack, page=page).page  # pyright: ignore
+    state, page = state + extra, model.new_cache(1, 1, slack, page=page).page
     memory = settings.memory or _memory(model.lm_head.weight.device)
-    slots = max(min(settings.max_batch, memory // 2 // max(state, 1) - 1), 1)
-    pages = (memory - (slots + 1) * state) // max(each, 1) - 1
-    longest = settings.context or getattr(model.config, "max_position_embeddings", None) or pages * tokens
-    if settings.context is None:
-        longest = min(longest, max(pages * tokens, tokens))
-    need = -(-longest // tokens)
+    need = -(-(settings.context or 1) // page)
+    reserved = (need + 1) * each if settings.context else memory // 2
+    slots = max(min(settings.max_batch, (memory - reserved) // max(state, 1) - 1), 1)  # one more is nobody's
+    pages = (memory - (slots + 1) * state) // each - 1
     if pages < need:
         raise ValueError(
-            f"a cache of {memory} bytes has no room for a request of {longest} tokens: "
+            f"a cache of {memory} bytes has no room for a request of {settings.context or page} tokens: "
             f"that takes {2 * state + (need + 1) * each} bytes"
         )
-    return Room(slots, min(pages, slots * need), tokens, longest, state, each)
+    longest = settings.context or getattr(model.config, "max_position_embeddings", None) or pages * page
+    longest = min(longest, pages * page)
+    return Room(slots, min(pages, slots * -(-longest // page)), page, longest, state, each)
 
 
 def _memory(device: torch.device) -> int:

@@ -1,6 +1,7 @@
 """Tiny random models: every kind of layer, every tensor random, and the tiny preset's tokenizer beside them."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from transformers import DeepseekV4Config
 
 from amalgam.model import DeepseekV4, initialize, save
 from amalgam.model.config import PRESETS
-from amalgam.rl.trajectory import Request
+from amalgam.rl.trajectory import Request, SamplingParams
 
 SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 # What the Triton kernels take.
@@ -50,6 +51,11 @@ def model(seed: int, **changes) -> DeepseekV4:
 def checkpoint(folder: Path, seed: int, **changes) -> Path:
     save(model(seed, **changes), folder)
     return folder
+
+
+def asked(requests: list[Request], **params) -> list[Request]:
+    """The same, to be sampled so."""
+    return [replace(request, params=SamplingParams(**params)) for request in requests]
 
 
 def requests(groups: int, members: int, vocabulary: int = 512, seed: int = 0) -> list[Request]:

@@ -81,8 +81,8 @@ def teachers() -> list[DeepseekV4]:
 
 @pytest.fixture(scope="module")
 def trajectories(student: DeepseekV4) -> list[Trajectory]:
-    settings = {"temperature": 1.0, "max_new_tokens": 15, "seed": 1, "version": 0}
-    return Engine(student, [tiny.END]).generate(tiny.requests(7, 1, VOCABULARY), **settings)
+    requests = tiny.asked(tiny.requests(7, 1, VOCABULARY), max_new_tokens=15, seed=1)
+    return Engine(student, [tiny.END]).generate(requests)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from amalgam.model.auto import check_config
 from amalgam.model.tensors import distinct
 from amalgam.rl.engine import Engine
 from amalgam.rl.packing import collate
+from amalgam.rl.settings import EngineSettings
 
 from .. import other_models, tiny
 from ..other_models import END_IDS
@@ -132,9 +133,9 @@ def test_saved_as_it_was_and_transformers_loads_it(served: tuple[Path, LanguageM
 @pytest.mark.parametrize("kind", ["qwen3", "llama, tied"])
 def test_sampled_logprobs_are_the_learners_and_either_end_token_ends(kind: str, tmp_path: Path):
     model = load(other_models.checkpoint(tmp_path / "m", kind))
-    settings = {"temperature": 0.8, "max_new_tokens": 120, "seed": 5, "version": 0}
-    requests = tiny.requests(6, 4, other_models.VOCABULARY)
-    found = Engine(model, END_IDS).generate(requests, **settings)
+    params = {"temperature": 0.8, "max_new_tokens": 120, "seed": 5}
+    requests = tiny.asked(tiny.requests(6, 4, other_models.VOCABULARY), **params)
+    found = Engine(model, END_IDS).generate(requests)
     assert {int(t.response_ids[-1]) for t in found if t.finish == "stop"} == set(END_IDS)
     assert not any(set(END_IDS) & set(t.response_ids[:-1].tolist()) for t in found)
     batch = collate([t.row() | {"experts": t.experts} for t in found], "cpu")
@@ -144,9 +145,9 @@ def test_sampled_logprobs_are_the_learners_and_either_end_token_ends(kind: str, 
         logprobs = model.logprobs(batch["tokens"], batch["cu_seqlens"], replay=replay, temperature=0.8)
     sampled = torch.cat([torch.from_numpy(t.logprobs) for t in found])
     torch.testing.assert_close(logprobs[batch["response"] > 0], sampled, rtol=0, atol=2e-5)
-    alone = Engine(model, END_IDS).generate(requests[5:6], **settings)[0]
+    alone = Engine(model, END_IDS).generate(requests[5:6])[0]
     assert alone.response_ids.tolist() == found[5].response_ids.tolist()
-    streamed = list(Engine(model, END_IDS).stream(requests[5], temperature=0.8, max_new_tokens=120, seed=5))
+    streamed = list(Engine(model, END_IDS).stream(requests[5]))
     assert [int(i) for new in streamed for i in new] == alone.response_ids.tolist()
 
 
@@ -156,9 +157,8 @@ def test_what_only_v4_has_is_refused(tmp_path: Path):
         model.logprobs(torch.arange(4), torch.tensor([0, 4]), replay=torch.zeros(4, 2, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"^the indexer's loss is DeepSeek-V4's alone; qwen3 has no indexer$"):
         model(torch.arange(4), torch.tensor([0, 4]), index_loss=True)
-    limits: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 2, "seed": 0, "version": 0}
     with pytest.raises(ValueError, match="^the MTP block is DeepSeek-V4's alone$"):
-        Engine(model, END_IDS).generate(tiny.requests(1, 1), **limits, draft="mtp")
+        Engine(model, END_IDS, settings=EngineSettings(draft="mtp"))
     with pytest.raises(UserError, match="numerics: 'transformers' is DeepSeek-V4's alone"):
         load(tmp_path / "m", numerics="transformers")
 

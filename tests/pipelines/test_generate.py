@@ -16,7 +16,7 @@ from amalgam.model.template import speaker
 from amalgam.pipelines import generate
 from amalgam.pipelines.cli import app
 from amalgam.rl.engine import Engine
-from amalgam.rl.trajectory import Request
+from amalgam.rl.trajectory import Request, SamplingParams
 from amalgam.settings import Precision
 
 from .. import other_models
@@ -44,8 +44,9 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def expected(checkpoint: Path, messages: list[dict[str, Any]], number: int, **limits: Any) -> str:
     encoding, tokenizer = speaker(checkpoint)
-    request = Request(number, number, np.array(encoding.prompt_ids(tokenizer, messages), "int32"))
-    (t,) = Engine(load(checkpoint), end_ids(checkpoint)).generate([request], **limits, version=0)
+    prompt = np.array(encoding.prompt_ids(tokenizer, messages), "int32")
+    request = Request(number, number, prompt, SamplingParams(**limits))
+    (t,) = Engine(load(checkpoint), end_ids(checkpoint)).generate([request])
     return tokenizer.decode(t.response_ids[: -1 if t.finish == "stop" else None].tolist(), skip_special_tokens=False)
 
 
@@ -210,8 +211,8 @@ def test_more_prompts_go_on_and_low_precision_answers_differ(answered: Path, tmp
     store_weights(model)
     encoding, tokenizer = speaker(PRESETS / "tiny")
     prompt = np.array(encoding.prompt_ids(tokenizer, [{"role": "user", "content": "c"}]), "int32")
-    limits = {"temperature": 1.0, "max_new_tokens": 3, "seed": 5, "version": 0}
-    (t,) = Engine(model, end_ids(PRESETS / "tiny")).generate([Request(2, 2, prompt)], **limits)
+    request = Request(2, 2, prompt, SamplingParams(temperature=1.0, max_new_tokens=3, seed=5))
+    (t,) = Engine(model, end_ids(PRESETS / "tiny")).generate([request])
     assert read(folder / "low")[2]["response"] == tokenizer.decode(t.response_ids.tolist(), skip_special_tokens=False)
 
 

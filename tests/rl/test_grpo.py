@@ -125,8 +125,8 @@ def model() -> DeepseekV4:
 
 def sampled(model: DeepseekV4, temperature: float) -> list[tuple[Trajectory, float]]:
     """Fresh trajectories of 5 groups with made-up rewards, and their advantages."""
-    settings = {"temperature": temperature, "max_new_tokens": 20, "seed": 3, "version": 0}
-    trajectories = Engine(model, [tiny.END]).generate(tiny.requests(5, 3, 40), **settings)
+    requests = tiny.asked(tiny.requests(5, 3, 40), temperature=temperature, max_new_tokens=20, seed=3)
+    trajectories = Engine(model, [tiny.END]).generate(requests)
     for i, t in enumerate(trajectories):
         t.score = Score((i * i % 7) / 7, False, {})
     kept, _ = group_advantages(trajectories)
