@@ -53,7 +53,7 @@ def through(model: DeepseekV4, x: Tensor, chunk: Chunk, cache: Cache) -> Tensor:
     """Further tokens x [T, d] through the attention of every layer; updates `cache`."""
     for block, kept in zip(_blocks(model), cache.layers, strict=True):
         x = x + block.self_attn.extend(block.input_layernorm(x), chunk, kept)[0]
-    cache.advance(chunk.lengths, chunk.most)
+    cache.advance(None, chunk.lengths, chunk.most)
     return x
 
 
