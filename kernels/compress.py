@@ -1,6 +1,7 @@
 """Compression of a window of tokens into one entry: a softmax over its tokens, for each channel on its own."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from .fake_quantize import fake_fp4, fake_fp8
 from .hadamard import hadamard
 from .norm import rms_norm
 from .places import Windows
+from .project import few
 from .rope import apply_rope
 from .upcast import upcast
 
@@ -40,6 +42,32 @@ def compress(
 
         return Compress.apply(values, scores, bias, weight, windows, eps, dtype, storage)  # pyright: ignore
     return reference_compress(values, scores, bias, weight, windows, eps, dtype, storage)
+
+
+class Pooling(NamedTuple):
+    """One kind of entries of `compress_each`: as `compress` has it, but for rows of rings, and where entries go."""
+
+    values: Tensor
+    scores: Tensor
+    bias: Tensor
+    weight: Tensor
+    eps: float
+    pool: Tensor  # [rows, D]
+    storage: Storage = "full"
+
+
+def compress_each(poolings: Sequence[Pooling], windows: Windows, rows: Tensor) -> None:
+    """Writes the entries of `windows` into rows int64 [N] of each pool, of kinds with the same ratio and overlap.
+
+    No gradient; few entries are one launch."""
+    if rows.numel() and windows.slots and few(rows):
+        from .fused.compress import compress_each as launch
+
+        launch(poolings, windows, rows)
+        return
+    for values, scores, bias, weight, eps, pool, storage in poolings:
+        made = compress(values, scores, bias, weight, windows, eps, pool.dtype, storage)
+        pool.index_copy_(0, rows, made)
 
 
 def reference_compress(

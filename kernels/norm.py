@@ -1,10 +1,14 @@
 """RMSNorm over the last dimension, in fp32, alone or with the RoPE that follows it."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import fused
+from .project import Into, few
 from .rope import apply_rope
 from .upcast import upcast
 
@@ -35,3 +39,31 @@ def norm_rope(x: Tensor, weight: Tensor | None, rotation: Tensor, eps: float) ->
 
         return NormRope.apply(x, weight, rotation, eps, False)  # pyright: ignore[reportReturnType]
     return apply_rope(rms_norm(x, weight, eps), rotation)
+
+
+class Norm(NamedTuple):
+    """One of `norm_each`: `rms_norm` of x [T, ..., D] if there is an `eps`, then RoPE if there is a `rotation`."""
+
+    x: Tensor
+    weight: Tensor | None = None
+    rotation: Tensor | None = None
+    eps: float | None = None
+    into: Into | None = None
+
+
+def norm_each(norms: Sequence[Norm]) -> list[Tensor]:
+    """The result of each, or the rows that it was written into. No gradient; few rows are one launch."""
+    if norms[0].x.shape[0] and few(norms[0].x):
+        from .fused.norm import norm_each as launch
+
+        return launch(norms)
+    return [_alone(*each) for each in norms]
+
+
+def _alone(x: Tensor, weight: Tensor | None, rotation: Tensor | None, eps: float | None, into: Into | None) -> Tensor:
+    if eps is None:
+        assert rotation is not None
+        made = apply_rope(x, rotation)
+    else:
+        made = rms_norm(x, weight, eps) if rotation is None else norm_rope(x, weight, rotation, eps)
+    return made if into is None else into.write(made)

@@ -1,5 +1,8 @@
 """Products with a weight, in which a row's result does not depend on how many other rows there are."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,6 +11,7 @@ from .dispatch import fused
 from .upcast import upcast
 
 FEW = 4
+MANY = 512  # rows from which launches do not matter
 LANES = 16  # fp32 numbers of the widest vector registers: an elementwise loop may treat a rest in another way
 
 
@@ -47,6 +51,45 @@ def project_groups(x: Tensor, weight: Tensor) -> Tensor:
         return Linear.apply(x.flatten(1), weight, groups, False).unflatten(1, (groups, -1))  # pyright: ignore
     blocks = weight.unflatten(0, (x.shape[1], -1))
     return torch.bmm(filled(x).transpose(0, 1), blocks.transpose(1, 2)).transpose(0, 1)[: x.shape[0]]
+
+
+class Into(NamedTuple):
+    """Where the rows of a result are written: row r to row `at[r]` of `rows`, or to row r where there is no `at`."""
+
+    rows: Tensor  # [R, C], or so many columns of a wider tensor
+    at: Tensor | None = None  # int64 [T]
+
+    def write(self, new: Tensor) -> Tensor:
+        """Returns `rows`."""
+        return self.rows.copy_(new) if self.at is None else self.rows.index_copy_(0, self.at, new)
+
+
+class Product(NamedTuple):
+    """One of `project_each`, with this weight [o, i]; as that of `project_wide`, if `wide`."""
+
+    weight: Tensor
+    wide: bool = False
+    scale: float | None = None  # what `project` gives, then in fp32, is multiplied by it
+    into: Into | None = None
+
+
+def few(x: Tensor) -> bool:
+    """Whether operations on x [T, ...] are kernels that take less time than their launches, and have no gradient."""
+    return x.shape[0] <= MANY and not torch.is_grad_enabled() and fused(x)
+
+
+def project_each(x: Tensor, products: Sequence[Product]) -> list[Tensor]:
+    """x [T, i] times each weight: what `project` or `project_wide` gives, or the rows that it was written into.
+
+    No gradient. Few rows are one launch.
+    """
+    if x.shape[0] and few(x):
+        from .fused.linear_each import multiply_each
+
+        return multiply_each(x, products)
+    made = [(project_wide if p.wide else project)(x, p.weight) for p in products]
+    made = [y if p.scale is None else upcast(y) * p.scale for y, p in zip(made, products, strict=True)]
+    return [y if p.into is None else p.into.write(y) for y, p in zip(made, products, strict=True)]
 
 
 def reference_project(x: Tensor, weight: Tensor) -> Tensor:

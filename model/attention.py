@@ -3,19 +3,20 @@
 Module and parameter names are transformers'. Shapes: T tokens, H heads, D head dimension, C a compressor's channels.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
 from ..kernels.attention import attend, head_mass
-from ..kernels.compress import Storage, compress, stored
+from ..kernels.compress import Pooling, Storage, compress, compress_each, stored
 from ..kernels.indexer import index_kl, index_scores, select
 from ..kernels.low_precision import linear_fp8, linear_qat, rounded_weight
-from ..kernels.norm import norm_rope, rms_norm
+from ..kernels.norm import Norm, norm_each, norm_rope, rms_norm
 from ..kernels.places import Seen, Windows
-from ..kernels.project import project, project_groups, project_wide
+from ..kernels.project import Into, Product, project, project_each, project_groups, project_wide
 from ..kernels.rope import apply_rope
 from ..kernels.upcast import upcast
 from .cache import LayerCache
@@ -42,6 +43,22 @@ class Linear(nn.Linear):
         if isinstance(self.weight, StoredFp8):
             return linear_fp8(input, self.weight.matrix())
         return linear_qat(input, self.weight)
+
+
+class Wanted(NamedTuple):
+    """What a linear layer gives, as a `Product` says."""
+
+    linear: Linear
+    wide: bool = False
+    scale: float | None = None
+    into: Into | None = None
+
+
+def linear_each(x: Tensor, wanted: Sequence[Wanted]) -> list[Tensor]:
+    """What linear layers give for x [T, d], without gradient: those at full precision together."""
+    together = [Product(w.linear.weight, *w[1:]) for w in wanted if w.linear.precision == "full"]
+    made = iter(project_each(x, together))
+    return [next(made) if w.linear.precision == "full" else w.linear(x) for w in wanted]
 
 
 def linear(size_in: int, size_out: int) -> Linear:
@@ -79,17 +96,18 @@ class Compressor(nn.Module):
         dtype, norm = self.kv_proj.weight.dtype, self.kv_norm
         return compress(values, scores, self.position_bias, norm.weight, windows, norm.eps, dtype, self.storage)
 
-    def extend(self, x: Tensor, chunk: Chunk, cache: LayerCache, prefix: str, name: str) -> Tensor:
-        """Adds a chunk's tokens to `cache`, and to `name` there the entries complete with them: the pool [N, dim]."""
-        tokens = self.tokens
-        values, scores = (
-            chunk.remember(chunk.cache.ring(cache, prefix + part, new, tokens + chunk.slack), new, tokens)
-            for part, new in zip(("values", "scores"), self(x), strict=True)
-        )
-        done = chunk.finished[self.ratio, tokens]
-        made = self.entries(values, scores, done.windows)
-        entries = chunk.cache.pool(cache, name, made, self.ratio)
-        return entries.index_copy_(0, done.row, made)
+    def rings(self, x: Tensor, chunk: Chunk, cache: LayerCache, prefix: str) -> list[Tensor]:
+        """Those of values and scores in `cache`, each [slots, tokens + slack, C]."""
+        new = x.new_empty(0, self.position_bias.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+        size = self.tokens + chunk.slack
+        return [chunk.cache.ring(cache, prefix + part, new, size) for part in ("values", "scores")]
+
+    def pooling(self, values: Tensor, scores: Tensor, chunk: Chunk, cache: LayerCache, name: str) -> Pooling:
+        """How what the tokens of a chunk complete goes to the pool `name` of `cache`."""
+        weight = self.kv_proj.weight
+        pool = chunk.cache.pool(cache, name, weight.new_empty(0, self.dim), self.ratio)
+        norm = self.kv_norm
+        return Pooling(values, scores, self.position_bias, norm.weight, norm.eps, pool, self.storage)
 
 
 class IndexerScorer(nn.Module):
@@ -198,20 +216,35 @@ class Attention(nn.Module):
     def extend(self, x: Tensor, chunk: Chunk, cache: LayerCache) -> tuple[Tensor, Tensor | None]:
         """x [T, d], further tokens of each request -> [T, d], and what an indexer chose, if it had to: int32 [T, K].
 
-        Updates `cache` in place."""
+        Updates `cache` in place. For few tokens, what has the same input is one launch."""
         rotation, seen = chunk.rotation[self.rope], chunk.seen(self.ratio)
-        latent, q, new = self._project(x, rotation)
-        ring = chunk.cache.ring(cache, "rows", new, self.window + chunk.slack)
-        rows = chunk.remember(ring, new, self.window - 1)
-        entries = chosen = None
-        if self.compressor is not None:
-            entries = self.compressor.extend(x, chunk, cache, "", "entries")
-        if isinstance(self.compressor, CSACompressor):
-            indexer = self.compressor.indexer
-            keys = indexer.extend(x, chunk, cache, "index_", "index_keys")
-            if seen.most > indexer.topk:
-                queries = indexer.queries(x, latent, rotation)
-                chosen = select(*queries, keys, seen, indexer.topk, indexer.score_dtype)
+        compressor = self.compressor
+        indexer = compressor.indexer if isinstance(compressor, CSACompressor) else None
+        kinds = [c for c in (compressor, indexer) if c is not None]
+        rings = [ring for c, p in zip(kinds, ("", "index_"), strict=False) for ring in c.rings(x, chunk, cache, p)]
+        wanted = [Wanted(self.q_a_proj), Wanted(self.kv_proj)]
+        parts = [linear for c in kinds for linear in (c.kv_proj, c.gate_proj)]
+        wanted += [Wanted(linear, True, into=chunk.into(ring)) for linear, ring in zip(parts, rings, strict=True)]
+        if indexer is not None and seen.most <= indexer.topk:
+            indexer = None  # whatever it would choose is all
+        if indexer is not None:
+            wanted.append(Wanted(indexer.scorer.weights_proj, scale=indexer.scorer.scale))
+        latent, row, *others = linear_each(x, wanted)
+        latent, rows = self._kept(latent, row, rotation, chunk, cache)
+
+        entries = chosen = index_keys = None
+        if compressor is not None:
+            made = [chunk.remember(ring, new, compressor.tokens) for ring, new in zip(rings, others, strict=False)]
+            names = ("entries", "index_keys")
+            pairs = zip(kinds, made[::2], made[1::2], names, strict=False)
+            poolings = [c.pooling(values, scores, chunk, cache, name) for c, values, scores, name in pairs]
+            done = chunk.finished[self.ratio, compressor.tokens]
+            compress_each(poolings, done.windows, done.row)
+            entries, index_keys = poolings[0].pool, poolings[-1].pool
+        q, of_index = self._queries(latent, rotation, indexer)
+        if indexer is not None:
+            assert of_index is not None and index_keys is not None
+            chosen = select(of_index, others[-1], index_keys, seen, indexer.topk, indexer.score_dtype)
         return self._output(self._attend(q, rows, entries, seen, chosen, rotation)[0]), chosen
 
     def _project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,6 +253,30 @@ class Attention(nn.Module):
         q = norm_rope(self.q_b_proj(latent).unflatten(-1, (self.heads, self.dim)), None, rotation, self.eps)
         row = norm_rope(self.kv_proj(x), self.kv_norm.weight, rotation, self.eps)
         return latent, q, stored(row, rotation, self.storage)
+
+    def _kept(
+        self, latent: Tensor, row: Tensor, rotation: Tensor, chunk: Chunk, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        """The latent [T, q_lora_rank], normed, and the rows [R, D] in which a chunk's queries find theirs."""
+        ring = chunk.cache.ring(cache, "rows", row, self.window + chunk.slack)
+        into = chunk.into(ring)
+        last = Norm(row, self.kv_norm.weight, rotation, self.eps, into if self.storage == "full" else None)
+        latent, row = norm_each([Norm(latent, self.q_a_norm.weight, None, self.eps), last])
+        if self.storage != "full":
+            row = stored(row, rotation, self.storage)
+            row = row if into is None else into.write(row)
+        return latent, chunk.remember(ring, row, self.window - 1)
+
+    def _queries(self, latent: Tensor, rotation: Tensor, indexer: Indexer | None) -> tuple[Tensor, Tensor | None]:
+        """Queries [T, H, D], and an indexer's [T, Hi, Di]."""
+        layers = [Wanted(self.q_b_proj)] + ([] if indexer is None else [Wanted(indexer.q_b_proj)])
+        q, *index = linear_each(latent, layers)
+        norms = [Norm(q.unflatten(-1, (self.heads, self.dim)), None, rotation, self.eps)]
+        if indexer is None:
+            return norm_each(norms)[0], None
+        norms.append(Norm(index[0].unflatten(-1, (indexer.heads, indexer.dim)), None, rotation))
+        q, of_index = norm_each(norms)
+        return q, stored(of_index, rotation, indexer.storage)
 
     def _attend(
         self, q: Tensor, rows: Tensor, entries: Tensor | None, seen: Seen, chosen: Tensor | None, rotation: Tensor

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.places import Seen, Windows
+from ..kernels.project import Into
 from ..kernels.rope import rotations
 from .cache import Cache
 
@@ -207,13 +208,19 @@ class Chunk:
 
     # --- rings of a request's last tokens
 
+    def into(self, ring: Tensor) -> Into | None:
+        """Where in `ring` [slots, size, C] the rows of the chunk's tokens are kept, if it is short: then they may be
+        written there at once."""
+        return Into(ring.flatten(0, 1), self._in_ring(ring.shape[1])) if self.short else None
+
     def remember(self, ring: Tensor, new: Tensor, last: int) -> Tensor:
-        """Writes rows `new` [T, C] into `ring` [slots, size, C]; returns the rows in which `first` finds a token, and
-        the `last` ones before it: [R, C]."""
+        """Writes rows `new` [T, C] into `ring` [slots, size, C], if the chunk is long; a short one's are there.
+
+        Returns the rows in which `first` finds a token, and the `last` ones before it: [R, C]."""
         size, flat = ring.shape[1], ring.flatten(0, 1)
-        to = self._in_ring(size)
         if self.short:
-            return flat.index_copy_(0, to, new)
+            return flat
+        to = self._in_ring(size)
         rows = new.new_empty(self.tokens + self.past.numel() * last, *new.shape[1:])
         before = torch.arange(last, device=new.device)
         starts = self.first(size, last)[0] + self.past  # of the chunks

@@ -6,6 +6,7 @@ tiles that begin at the window's first, so that an entry has the same bits from 
 Legend: T tokens, N entries, D an entry's channels, C those of a token (2 D with overlap, else D).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..compress import Storage
+from ..compress import Pooling, Storage
 from ..places import Windows
 from .launch import SAME_BITS, check_dtypes, check_width
 from .norm import PROGRAMS, turn
@@ -116,29 +117,61 @@ def _pooled(
 
 
 @triton.jit
+def _entry(
+    values, scores, bias, weight, rotation, out, e, to, first, number, slots, eps,
+    RATIO: tl.constexpr, C: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr,
+    OVERLAP: tl.constexpr, RING: tl.constexpr, ROUNDING: tl.constexpr,
+):  # fmt: skip
+    """Entry e, to row `to` of `out`."""
+    d = tl.arange(0, D)
+    at = out + to.to(tl.int64) * D + d
+    n = tl.load(number + e)
+    if n < 0:  # no entry: zeros, as attention may multiply what stands there with a weight of 0
+        tl.store(at, tl.zeros([D], out.dtype.element_ty))
+    else:
+        x, _ = _pooled(values, scores, bias, tl.load(first + e), n, slots, RATIO, C, D, STEP, OVERLAP, RING)
+        # Rounded where the reference rounds: pooled, normed, rotated, transformed.
+        x = x.to(out.dtype.element_ty).to(tl.float32)
+        x *= tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+        x = (x * tl.load(weight + d).to(tl.float32)).to(out.dtype.element_ty).to(tl.float32)
+        x = turn(x[None, :], rotation, e + tl.zeros([1], tl.int32), D, PAIRS, 1, D, False)
+        x = x.to(out.dtype.element_ty).to(tl.float32)
+        if ROUNDING == 8:
+            x = round_fp8(x, D - 2 * PAIRS, 1, D, 64 if D >= 64 else D)
+        if ROUNDING == 4:
+            x = hadamard(x, 1, D).to(out.dtype.element_ty).to(tl.float32)
+            x = round_fp4(x, 1, D, 32 if D >= 32 else D)
+        tl.store(at, tl.reshape(x, [D]))
+
+
+@triton.jit
 def _forward(
     values, scores, bias, weight, rotation, out, first, number, slots, eps,
     RATIO: tl.constexpr, C: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr,
     OVERLAP: tl.constexpr, RING: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
-    e, d = tl.program_id(0), tl.arange(0, D)
-    n = tl.load(number + e)
-    if n < 0:  # no entry: zeros, as attention may multiply what stands there with a weight of 0
-        tl.store(out + e.to(tl.int64) * D + d, tl.zeros([D], out.dtype.element_ty))
-        return
-    x, _ = _pooled(values, scores, bias, tl.load(first + e), n, slots, RATIO, C, D, STEP, OVERLAP, RING)
-    # Rounded where the reference rounds: pooled, normed, rotated, transformed.
-    x = x.to(out.dtype.element_ty).to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x, 0) / D + eps)
-    x = (x * tl.load(weight + d).to(tl.float32)).to(out.dtype.element_ty).to(tl.float32)
-    x = turn(x[None, :], rotation, e + tl.zeros([1], tl.int32), D, PAIRS, 1, D, False)
-    x = x.to(out.dtype.element_ty).to(tl.float32)
-    if ROUNDING == 8:
-        x = round_fp8(x, D - 2 * PAIRS, 1, D, 64 if D >= 64 else D)
-    if ROUNDING == 4:
-        x = hadamard(x, 1, D).to(out.dtype.element_ty).to(tl.float32)
-        x = round_fp4(x, 1, D, 32 if D >= 32 else D)
-    tl.store(out + e.to(tl.int64) * D + d, tl.reshape(x, [D]))
+    e = tl.program_id(0)
+    _entry(
+        values, scores, bias, weight, rotation, out, e, e, first, number, slots, eps,
+        RATIO, C, D, STEP, PAIRS, OVERLAP, RING, ROUNDING,
+    )  # fmt: skip
+
+
+@triton.jit
+def _compress_each(
+    values, scores, biases, weights, rotation, outs, rows, first, number, slots, eps,
+    RATIO: tl.constexpr, C: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, PAIRS: tl.constexpr,
+    OVERLAP: tl.constexpr, ROUNDING: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """An entry of each kind, of which each program of the second axis has one, to a row of its pool."""
+    e = tl.program_id(0)
+    to = tl.load(rows + e)
+    for i in tl.static_range(COUNT):
+        if tl.program_id(1) == i:
+            _entry(
+                values[i], scores[i], biases[i], weights[i], rotation, outs[i], e, to, first, number, slots, eps[i],
+                RATIO, C[i], D[i], STEP[i], PAIRS, OVERLAP, True, ROUNDING[i],
+            )  # fmt: skip
 
 
 @triton.jit
@@ -199,6 +232,20 @@ def _shape(bias: Tensor, width: int) -> dict[str, Any]:
         "RATIO": bias.shape[0], "C": bias.shape[1], "D": width, "STEP": 1 << (step.bit_length() - 1),
         "OVERLAP": bias.shape[1] > width,
     }  # fmt: skip
+
+
+def compress_each(poolings: Sequence[Pooling], windows: Windows, rows: Tensor) -> None:
+    """`kernels.compress.compress_each` of at least one entry from rings, in one launch."""
+    shapes = [_shape(each.bias, each.weight.shape[0]) for each in poolings]
+    rotation = torch.view_as_real(windows.rotation.contiguous())
+    of = {name: tuple(shape[name] for shape in shapes) for name in ("C", "D", "STEP")}
+    _compress_each[(windows.number.shape[0], len(poolings))](
+        *(tuple(part) for part in zip(*((p.values, p.scores, p.bias, p.weight) for p in poolings), strict=True)),
+        rotation, tuple(each.pool for each in poolings), rows, windows.first, windows.number, windows.slots,
+        tuple(each.eps for each in poolings), RATIO=shapes[0]["RATIO"], OVERLAP=shapes[0]["OVERLAP"], **of,
+        PAIRS=rotation.shape[1], ROUNDING=tuple(ROUNDING[each.storage] for each in poolings), COUNT=len(poolings),
+        num_warps=4, **SAME_BITS,
+    )  # fmt: skip
 
 
 class Compress(torch.autograd.Function):

@@ -4,6 +4,8 @@ A row is one head of a token, or a token. Its sum of squares is one reduction ov
 depends on the width alone. What the norm gives is rounded to x's dtype before it is rotated, as in the reference.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..norm import Norm
 from .launch import SAME_BITS, check_dtypes, next_power
 
 TILE = 8192  # numbers of a tile
@@ -31,11 +34,13 @@ def turn(x_RD, rotation, token_R, width, PAIRS: tl.constexpr, R: tl.constexpr, D
 
 
 @triton.jit
-def _forward(
-    x, weight, rotation, y, scales, rows, heads, width, eps,
-    R: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, BACK: tl.constexpr,
+def _tile(
+    x, weight, rotation, scales, tile, rows, heads, width, eps, TO: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
+    SCALES: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    r, d = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, D)
+    """R rows, normed and rotated, for a result of type TO; their scales are stored if SCALES."""
+    r, d = tile.to(tl.int64) * R + tl.arange(0, R), tl.arange(0, D)
     at, real = r[:, None] * width + d[None, :], (r < rows)[:, None] & (d < width)[None, :]
     x_RD = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
     if NORM:
@@ -43,12 +48,46 @@ def _forward(
         x_RD *= scale[:, None]
         if WEIGHT:
             x_RD *= tl.load(weight + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
-        else:
+        if SCALES:
             tl.store(scales + r, scale, mask=r < rows)
     if PAIRS > 0:
-        x_RD = x_RD.to(y.dtype.element_ty).to(tl.float32)
+        x_RD = x_RD.to(TO).to(tl.float32)
         x_RD = turn(x_RD, rotation, tl.where(r < rows, r // heads, -1), width, PAIRS, R, D, BACK)
+    return x_RD, r, at, real
+
+
+@triton.jit
+def _forward(
+    x, weight, rotation, y, scales, rows, heads, width, eps,
+    R: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    x_RD, _, at, real = _tile(
+        x, weight, rotation, scales, tl.program_id(0), rows, heads, width, eps, y.dtype.element_ty,
+        R, D, PAIRS, NORM, WEIGHT, NORM and not WEIGHT, BACK,
+    )  # fmt: skip
     tl.store(y + at, x_RD, mask=real)
+
+
+@triton.jit
+def _norm_each(
+    xs, weights, rotations, ys, places, rows, heads, widths, eps, ends,
+    R: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
+    PLACED: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """A tile of one of some tensors, of which number i has the programs up to ends[i]; its rows go to those at
+    places[i], if PLACED."""
+    start = 0
+    for i in tl.static_range(COUNT):
+        if (tl.program_id(0) >= start) & (tl.program_id(0) < ends[i]):
+            x_RD, r, at, real = _tile(
+                xs[i], weights[i], rotations[i], xs[i], tl.program_id(0) - start, rows[i], heads[i], widths[i], eps[i],
+                ys[i].dtype.element_ty, R[i], D[i], PAIRS[i], NORM[i], WEIGHT[i], False, False,
+            )  # fmt: skip
+            if PLACED[i]:
+                to = tl.load(places[i] + r, mask=r < rows[i], other=0)
+                at = to[:, None] * widths[i] + tl.arange(0, D[i])[None, :]
+            tl.store(ys[i] + at, x_RD, mask=real)
+        start = ends[i]
 
 
 @triton.jit
@@ -109,6 +148,34 @@ def rope_in_place(x: Tensor, rotation: Tensor, back: bool) -> None:
         _in_place[(triton.cdiv(rows, tile),)](
             x, table, rows, x.shape[1], width, R=tile, C=channels, PAIRS=pairs, BACK=back, num_warps=8, **SAME_BITS
         )
+
+
+def norm_each(norms: Sequence[Norm]) -> list[Tensor]:
+    """`kernels.norm.norm_each` of at least one row, in one launch."""
+    xs = [each.x.contiguous() for each in norms]
+    check_dtypes(**{f"x{i}": x for i, x in enumerate(xs)})
+    ys = [torch.empty_like(x) if each.into is None else each.into.rows for each, x in zip(norms, xs, strict=True)]
+    turns = [angles(each.rotation, x) for each, x in zip(norms, xs, strict=True)]
+    widths = [x.shape[-1] for x in xs]
+    rows = [x.numel() // width for x, width in zip(xs, widths, strict=True)]
+    heads = [n // x.shape[0] for x, n in zip(xs, rows, strict=True)]
+    sizes = [next_power(width) for width in widths]
+    tiles = [max(TILE // size, 1) for size in sizes]
+    places = [None if each.into is None else each.into.at for each in norms]
+    for x, y, each in zip(xs, ys, norms, strict=True):
+        if each.into is not None and (y.dtype != x.dtype or not y.is_contiguous() or y.shape[1:] != x.shape[1:]):
+            raise ValueError(f"normed {list(x.shape)} in {x.dtype} cannot go to rows {list(y.shape)} in {y.dtype}")
+    ends = tuple(accumulate(triton.cdiv(n, tile) for n, tile in zip(rows, tiles, strict=True)))
+    _norm_each[(ends[-1],)](
+        tuple(xs), tuple(x if each.weight is None else each.weight for x, each in zip(xs, norms, strict=True)),
+        tuple(table for table, _ in turns), tuple(ys),
+        tuple(y if at is None else at for y, at in zip(ys, places, strict=True)), tuple(rows), tuple(heads),
+        tuple(widths), tuple(each.eps or 0.0 for each in norms), ends,
+        R=tuple(tiles), D=tuple(sizes), PAIRS=tuple(pairs for _, pairs in turns),
+        NORM=tuple(each.eps is not None for each in norms), WEIGHT=tuple(each.weight is not None for each in norms),
+        PLACED=tuple(at is not None for at in places), COUNT=len(norms), num_warps=8, **SAME_BITS,
+    )  # fmt: skip
+    return ys
 
 
 class NormRope(torch.autograd.Function):

@@ -22,11 +22,12 @@ import triton
 import triton.backends.nvidia
 from compile_caches import CASES as OF_CACHES
 from compile_cases import CASES as OF_OTHERS
+from compile_decoding import CASES as OF_STEPS
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-CASES = {**OF_OTHERS, **OF_CACHES}
+CASES = {**OF_OTHERS, **OF_CACHES, **OF_STEPS}
 CUOBJDUMP = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
 
 
