@@ -191,6 +191,12 @@ class Engine:
         finally:
             self._abandon()
 
+    def record(self, journal: Any) -> None:
+        """What comes from now on is written to another journal. ValueError while a request is under way."""
+        if self.busy:
+            raise ValueError("record() while requests are under way: they are in the journal that they began in")
+        self._records = Records(journal)
+
     def metrics(self) -> dict[str, float]:
         """Now: requests `running` and `waiting`, the share of the cache's pages that is in use. Since the engine was
         made: counts. Since the last call: rates, and mean seconds to a request's first token."""

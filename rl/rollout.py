@@ -67,7 +67,7 @@ class Rollouts:
             raise RuntimeError(f"{len(self._router)} requests have not ended: no other policy can be loaded yet")
         self._until(lambda: not any(place.starts for place in self._places))  # of a worker only one load at a time
         self._path, self._settings = str(resolve(path).absolute()), settings
-        self._bundle, self._version, self._cache = None, 0, "keep"
+        self._handle, self._version, self._cache = None, 0, "keep"
         self._router, self._deaths, self._meter = Router(2 * settings.max_batch), Deaths(), Meter()
         self._ended: deque[Trajectory] = deque()  # to be handed out
         self._cancelled: set[int] = set()
@@ -80,13 +80,13 @@ class Rollouts:
             self._prepare(place)
         self._until(lambda: all(place.serves for place in self._places))
 
-    def sync(self, bundle: Any, version: int, cache: str = "keep") -> None:
-        """Every worker takes the learner's weights (a Ray reference to a `sync.Bundle` of that version).
+    def sync(self, handle: Any, version: int, cache: str = "keep") -> None:
+        """Every worker takes the learner's weights (`Learner.weights`' reference, of that version, from the store).
 
         Requests in flight go on between two steps; `cache` "rebuild" computes anew what is cached for them. A worker
         that is starting takes them before it serves.
         """
-        self._bundle, self._version, self._cache = bundle, version, cache
+        self._handle, self._version, self._cache = handle, version, cache
         for place in self._places:
             if place.serves:
                 self._catch_up(place)
@@ -245,7 +245,7 @@ class Rollouts:
     def _catch_up(self, place: "_Place") -> None:
         if place.version != self._version:
             version = self._version
-            ref = self._actor(place).update.remote(self._bundle, self._cache)
+            ref = self._actor(place).update.remote(self._handle, self._cache)
             self._call(place, f"take version {version}", ref, lambda _: self._has(place, version))
         elif not place.serves:
             place.starts, place.serves = False, True

@@ -31,6 +31,8 @@ class RolloutWorker:
         self.memory = Span()
         self.engine: Any = None
         self._thread: Any = None
+        self._receiver: Any = None
+        self._offloaded: Any = None
 
     def load(self, path: str, journal: str, settings: EngineSettings) -> None:
         """The policy of a checkpoint's folder, as version 0. Its tokens go to a new journal in the folder `journal`."""
@@ -39,7 +41,7 @@ class RolloutWorker:
         if self._thread is not None:
             self._thread.close(self.deadline)
             self._close_journal()
-        self.engine = self._thread = None  # the policy before goes before the next one comes
+        self.engine = self._thread = self._offloaded = None  # the policy before goes before the next one comes
         self.memory = Span()
         self._folder = Path(journal)
         self._told = threading.Condition()  # guards the next three, and tells of what has finished
@@ -88,14 +90,35 @@ class RolloutWorker:
         """They end with finish "cancelled"."""
         self._call(lambda engine: [engine.cancel(each) for each in ids])
 
-    def update(self, bundle: Any, cache: str = "keep") -> None:
-        """New weights, checked by their checksums. Requests in flight go on with them.
+    def place(self) -> Any:
+        """Of `Learner.weights`' receivers."""
+        from .transport import here
+
+        return here("a rollout worker", self.device)
+
+    def update(self, handle: Any, cache: str = "keep") -> None:
+        """New weights in place, checked by their checksums (`Learner.weights`' handle). Requests go on with them.
 
         `cache` "rebuild" computes anew what is cached for them, "keep" does not.
         """
-        from .sync import load
+        from .transport import Receiver
 
-        self._call(lambda engine: engine.update(lambda model: load(model, bundle), bundle.version, cache))
+        self._receiver = self._receiver or Receiver(self.place())
+        receive = self._receiver.receive
+        self._call(lambda engine: engine.update(lambda model: receive(model, handle), handle.version, cache))
+
+    def offload(self) -> int:
+        """The device memory of the policy's weights goes to the host's, until `reload`; the bytes."""
+        from .offload import Offload, tensors_of
+
+        def out(engine: Any) -> int:
+            self._offloaded = self._offloaded or Offload(tensors_of(engine.model))
+            return self._offloaded.out()
+
+        return self._call(out)
+
+    def reload(self) -> None:
+        self._call(lambda _: self._offloaded.back())
 
     def forget(self) -> None:
         """Nothing is unfinished, and all that had finished was taken in: the journal begins anew."""

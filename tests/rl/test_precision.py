@@ -1,5 +1,7 @@
 """Quantization-aware training across processes: the learner, the rollout workers and the teachers compute the same."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import ray
@@ -12,13 +14,17 @@ from amalgam.rl import transport
 from amalgam.rl.fleet import Fleet
 from amalgam.rl.packing import collate
 from amalgam.rl.settings import Optimization
-from amalgam.rl.trajectory import Trajectory
+from amalgam.rl.trajectory import Request, SamplingParams, Trajectory
 from amalgam.settings import Precision
 
 from .. import tiny
 
 V4 = Precision(experts="fp4", indexer="fp4", kv="fp8")
-LIMITS = {"temperature": 1.0, "max_new_tokens": 40, "seed": 5}
+LIMITS = SamplingParams(max_new_tokens=40, seed=5)
+
+
+def requests() -> list[Request]:
+    return [replace(request, params=LIMITS) for request in tiny.requests(5, 2)]
 
 
 @torch.no_grad()
@@ -44,11 +50,11 @@ def test_a_fleet_trains_samples_and_teaches_with_its_precision(tmp_path):
     with (
         Fleet(precision=V4) as fleet,
         fleet.learner(path, optimization, 2) as learner,
-        fleet.rollouts(path, 1) as rollouts,
+        fleet.rollouts(path, 1, tmp_path / "journal") as rollouts,
         Teachers([path], **fleet.place) as teachers,
     ):
         for version in (1, 2):
-            found = rollouts.generate(tiny.requests(5, 2), **LIMITS)
+            found = rollouts.generate(requests())
             assert_logprobs_are_the_learners(plain, found)
             rows = [{"tokens": t.row()["tokens"], "weight": np.full(len(t), 1e-2, np.float32)} for t in found]
             learner.step(rows, "pipelines.sft:loss")
@@ -63,7 +69,7 @@ def test_a_fleet_trains_samples_and_teaches_with_its_precision(tmp_path):
                 torch.testing.assert_close(plain.state_dict()[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
             transport.receive(plain, ray.get(bundle))  # a rounding may turn on the last bit; go on from the same
             rollouts.sync(bundle, version)
-        assert_logprobs_are_the_learners(plain, rollouts.generate(tiny.requests(5, 2), **LIMITS))
+        assert_logprobs_are_the_learners(plain, rollouts.generate(requests()))
         document = np.arange(3, 60, dtype=np.int32)
         (states,) = teachers.hidden([document], [0], 100)
     with torch.no_grad():

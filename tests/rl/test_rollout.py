@@ -14,13 +14,14 @@ from tokenizers import Tokenizer
 
 from amalgam.model import DeepseekV4
 from amalgam.model.checkpoint import load
-from amalgam.rl import sync
+from amalgam.rl import transport
 from amalgam.rl.cluster import usage, wait
 from amalgam.rl.engine import Engine
 from amalgam.rl.journal.reading import read_all
 from amalgam.rl.rollout import Rollouts
 from amalgam.rl.settings import EngineSettings
 from amalgam.rl.trajectory import Request, SamplingParams, Trajectory
+from amalgam.rl.weights import SyncError
 
 from .. import tiny
 
@@ -91,7 +92,7 @@ def test_weights_of_two_updates_in_a_row_are_what_generate_uses(pool: Rollouts, 
     texts = [[t.text for t in pool.generate(requests())]]
     for version in (1, 2):
         model = tiny.model(version)
-        pool.sync(ray.put(sync.pack(model, version)), version)
+        pool.sync(ray.put(transport.publish(model, version)), version)
         found = pool.generate(requests())
         assert_same(found, locally(model, version))
         texts.append([t.text for t in found])
@@ -111,8 +112,8 @@ def test_the_peak_of_memory_counts_from_the_load(pool: Rollouts, checkpoint: Pat
 
 
 def test_weights_of_another_model_are_refused(pool: Rollouts):
-    call = pool.workers[1].update.remote(sync.pack(tiny.model(0, hidden_size=48), 5))
-    with pytest.raises(sync.SyncError):
+    call = pool.workers[1].update.remote(transport.publish(tiny.model(0, hidden_size=48), 5))
+    with pytest.raises(SyncError):
         wait(call, "a refusal", 60.0)
     assert pool.generate(requests()[:1])[0].versions.tolist()[0] == 0
 
@@ -120,7 +121,7 @@ def test_weights_of_another_model_are_refused(pool: Rollouts):
 def test_a_dead_workers_requests_go_on_from_their_last_token(pool: Rollouts, checkpoint: Path, tmp_path: Path):
     """With the policy that was synced; no token is in two journals. Experts are known but of what was not fed again."""
     model = tiny.model(3)
-    pool.sync(ray.put(sync.pack(model, 6)), 6)
+    pool.sync(ray.put(transport.publish(model, 6)), 6)
     wanted = requests(200)
     expected = locally(model, 6, 200)
     pool.submit(wanted)
