@@ -38,6 +38,7 @@ from amalgam.model import DeepseekV4, initialize
 from amalgam.model.precision import set_precision, store_weights
 from amalgam.rl.engine import Engine
 from amalgam.rl.journal import Journal
+from amalgam.rl.records import recorded
 from amalgam.rl.settings import EngineSettings
 from amalgam.rl.trajectory import Request, SamplingParams
 from amalgam.settings import Precision
@@ -207,14 +208,14 @@ def records(setting: Setting) -> Rows:
     }
     for name, (flags, params) in kinds.items():
         yield decoded(setting, name, model, most, engine=replace_settings(setting.engine, **flags), **params)
-    with new_journal() as journal:
+    with new_journal(model, setting.engine) as journal:
         yield decoded(setting, "experts, in a journal", model, most, journal=journal)
 
 
 @contextmanager
-def new_journal() -> Iterator[Journal]:
+def new_journal(model: DeepseekV4, settings: EngineSettings) -> Iterator[Journal]:
     with tempfile.TemporaryDirectory() as folder:
-        journal = Journal(Path(folder), "engine")
+        journal = Journal(Path(folder), "engine", **recorded(model, settings))
         yield journal
         journal.close()
 

@@ -31,6 +31,7 @@ from amalgam.kernels.sampling import gumbel
 from amalgam.model import LanguageModel, initialize, load
 from amalgam.rl.engine import Engine
 from amalgam.rl.journal import Journal, recover
+from amalgam.rl.records import recorded
 from amalgam.rl.settings import EngineSettings
 from amalgam.rl.trajectory import Request, SamplingParams, Trajectory
 
@@ -83,7 +84,8 @@ class Worker:
     def __init__(self, model: LanguageModel, folder: Path, settings: EngineSettings, page: int | None):
         self.folder = folder
         folder.mkdir()
-        self.engine = Engine(model, (1,), settings=settings, journal=Journal(folder, "worker"), page=page)
+        journal = Journal(folder, "worker", **recorded(model, settings))
+        self.engine = Engine(model, (1,), settings=settings, journal=journal, page=page)
 
 
 def in_trouble(

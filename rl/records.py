@@ -5,10 +5,22 @@ from typing import Any
 
 import numpy as np
 
+from ..model import DeepseekV4, LanguageModel
+from .batch import Picks
 from .response import Decisions
+from .settings import EngineSettings
 from .trajectory import Request, Trajectory
 
 _LOG = logging.getLogger(__name__)
+
+
+def recorded(model: LanguageModel, settings: EngineSettings) -> dict[str, Any]:
+    """What a journal of such an engine is told: the shapes of what it has of each token."""
+    if not isinstance(model, DeepseekV4):
+        return {}
+    experts = (model.config.num_hidden_layers, model.config.num_experts_per_tok) if settings.experts else None
+    picks = Picks(model) if settings.picks else None
+    return {"experts": experts, "picks": (picks.layers, picks.topk) if picks else None, "sets": settings.sets}
 
 
 class Records:

@@ -59,10 +59,11 @@ class RolloutWorker:
 
         from ..model import end_ids, load
         from .engine import Engine
+        from .records import recorded
 
         model = load(path, device=self.device, precision=self.precision, stored=True)
         tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
-        journal = self.new_journal(**_recorded(model, settings))
+        journal = self.new_journal(**recorded(model, settings))
         return Engine(model, end_ids(Path(path)), tokenizer=tokenizer, settings=settings, journal=journal)
 
     def new_journal(self, **recorded: Any) -> Any:
@@ -204,18 +205,6 @@ class _Steps:
         self.count += 1
         self._after(self.engine.metrics())
         return updates
-
-
-def _recorded(model: Any, settings: EngineSettings) -> dict[str, Any]:
-    """The shapes of what a journal has of each token."""
-    from ..model import DeepseekV4
-    from .batch import Picks
-
-    if not isinstance(model, DeepseekV4):
-        return {}
-    experts = (model.config.num_hidden_layers, model.config.num_experts_per_tok) if settings.experts else None
-    picks = Picks(model) if settings.picks else None
-    return {"experts": experts, "picks": (picks.layers, picks.topk) if picks else None, "sets": settings.sets}
 
 
 def _use_threads(count: int) -> None:
