@@ -215,11 +215,11 @@ def holds(found: Found, exact: bool) -> bool:
     return found.differing == 0 and found.largest <= (0.0 if exact else BOUND)
 
 
-def small(model: LanguageModel, pages: int, slots: int) -> EngineSettings:
+def small(model: LanguageModel, pages: int, slots: int, page: int | None) -> EngineSettings:
     """A cache of so many pages and slots."""
     from amalgam.rl.room import room
 
-    one = room(model, EngineSettings(memory=2**40, max_batch=1, context=1), 0, 0)
+    one = room(model, EngineSettings(memory=2**40, max_batch=1, context=1), 0, 0, page)
     memory = (slots + 1) * one.state_bytes + (pages + 1) * one.page_bytes
     return EngineSettings(max_batch=slots, prefill_tokens=96, memory=memory, swap=2**26)
 
@@ -236,12 +236,12 @@ def main() -> int:
     exact = options.device != "cpu"
     if exact:
         model: LanguageModel = initialize(model_config(), seed=0).to(options.device, torch.bfloat16).eval()
-        sizes, pages, slots = (2_500, 700), 60, 48
+        sizes, pages, slots, page = (2_500, 700), 60, 48, None
     else:
         torch.set_num_threads(1)
-        model, sizes, pages, slots = load("tiny"), (500, 160), 24, 24
+        model, sizes, pages, slots, page = load("tiny"), (500, 160), 28, 24, 32
     requests = random_requests(options.requests, model.lm_head.weight.shape[0], *sizes, seed=0)
-    found, counts = measure(model, requests, small(model, pages, slots), exact)
+    found, counts = measure(model, requests, small(model, pages, slots, page), exact, page)
     table = [
         [way, *(f"{v:.1e}" if isinstance(v, float) else f"{v:,}" for v in asdict(f).values())]
         for way, f in found.items()
