@@ -163,8 +163,8 @@ def gap(model: LanguageModel, request: Request, before: np.ndarray, one: int, ot
     scores = model.logits(model(tokens, torch.tensor([0, len(tokens)])).hidden[-1:])
     if request.params.temperature:
         at = torch.tensor([len(tokens)], device=tokens.device)
-        id = torch.tensor([request.id], device=tokens.device)
-        scores = scores / request.params.temperature + gumbel(request.params.seed, id, at, scores.shape[1])
+        id, seed = (torch.tensor([x], device=tokens.device) for x in (request.id, request.params.seed))
+        scores = scores / request.params.temperature + gumbel(seed, id, at, scores.shape[1])
     return abs(float(scores[0, one] - scores[0, other]))
 
 

@@ -165,23 +165,27 @@ def _border(
     logits, allowed, gathered, ids, count, few, most, scale, lowest, last, need,
     BY_MASS: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The order of the lowest logit, and the last id there, of the first tokens that count for `need`: of those above
-    the border that is given, `lowest` and `last`."""
-    # As unsigned numbers, so that bits go from the highest to the lowest.
-    border, bit = tl.full([], 0, tl.uint32), 31
-    while bit >= 0:
+    """The order of the lowest logit, or one below it and above the next, and the last id there, of the first tokens
+    that count for `need`: of those above the border that is given, `lowest` and `last`."""
+    # As unsigned numbers, so that bits go from the highest to the lowest, until the border parts the right tokens.
+    border, bit, parted = tl.full([], 0, tl.uint32), 31, tl.full([], 0, tl.int1)
+    while (bit >= 0) & (parted == 0):
         higher = border | (tl.full([], 1, tl.uint32) << bit)
         signed = (higher ^ 0x80000000).to(tl.int32, bitcast=True)
-        reached = tl.zeros([TILE], tl.int64)
+        shares, least = tl.zeros([TILE], tl.int64), tl.full([TILE], BROKEN, tl.int64)
         for start in range(0, count, TILE):
             token, x, there = _tile(logits, allowed, gathered, ids, start, count, few, MASKED, TILE)
             order = _order(x)
             there = there & ((order > lowest) | ((order == lowest) & (token <= last))) & (order >= signed)
-            reached += _shares(x, most, scale, there, BY_MASS)
-        if tl.sum(reached) >= need:
-            border = higher
+            each = _shares(x, most, scale, there, BY_MASS)
+            shares += each
+            least = tl.minimum(least, tl.where(there, each, BROKEN))
+        reached = tl.sum(shares)
+        if reached >= need:
+            border, parted = higher, reached - tl.min(least) < need
         bit -= 1
-    signed = (border ^ 0x80000000).to(tl.int32, bitcast=True)
+    # What parts the right tokens may be below the border that was given, which holds on.
+    signed = tl.maximum((border ^ 0x80000000).to(tl.int32, bitcast=True), lowest)
     above, level = tl.zeros([TILE], tl.int64), tl.zeros([TILE], tl.int32)
     for start in range(0, count, TILE):
         token, x, there = _tile(logits, allowed, gathered, ids, start, count, few, MASKED, TILE)
@@ -193,7 +197,6 @@ def _border(
     if BY_MASS:
         one = tl.maximum(_weights((_unordered(signed) - most) * scale), 1)
     room = (need - tl.sum(above) + one - 1) // one
-    # Below a border that was given nothing counts, whichever ids have room there.
     end = tl.where(signed == lowest, last, LAST)
     if room < tl.sum(level):
         seen, end = 0, -1

@@ -14,7 +14,7 @@ from amalgam.kernels.fused import sampling as fused
 from amalgam.kernels.sampling import Draw, DrawSettings, sample, set_ids
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-V = 300
+V = 160
 WORD = 2**32 - 1
 
 
@@ -27,9 +27,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def use(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With several blocks and tiles of a row, and rows that are gathered and such that are not."""
     monkeypatch.setenv("AMALGAM_KERNELS", "triton" if way == "kernels" else "reference")
-    monkeypatch.setattr(fused, "BLOCK", 128)
-    monkeypatch.setattr(fused, "TILE", 128)
-    monkeypatch.setattr(fused, "ROOM", 60)
+    monkeypatch.setattr(fused, "BLOCK", 64)
+    monkeypatch.setattr(fused, "TILE", 64)
+    monkeypatch.setattr(fused, "ROOM", 40)
 
 
 def settings(rows: list[tuple]) -> DrawSettings:
@@ -100,7 +100,7 @@ ROWS = [
     (1.0, 2, 1, 1.0, 0.0),
     (1.5, 3, V, 1.0, 0.0),
     (1.5, 3, V + 9, 1.0, 0.0),
-    (2.0, -5, 290, 0.95, 0.0),
+    (2.0, -5, 150, 0.95, 0.0),
     (0.8, 4, 0, 0.9, 0.0),
     (1.0, 4, 0, 1e-7, 0.0),
     (1.0, 4, 0, 0.0, 0.0),
@@ -111,11 +111,11 @@ ROWS = [
     (0.0, 8, 7, 0.6, 0.0),
     (30.0, 9, 100, 0.7, 0.9),
     (0.05, 9, 70, 0.999, 0.0),
+    (1.0, 9, 5, 0.99999, 0.0),
 ]
 
 
-@pytest.mark.parametrize("steps", [0, 4])  # many ties, or none
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("steps", "masked"), [(0, True), (4, False)])  # no ties, or many
 def test_rows_of_all_kinds(steps: int, masked: bool, way: str):
     logits = torch.randn(len(ROWS), V) * 4
     if steps:
@@ -145,8 +145,10 @@ def test_rows_of_all_kinds(steps: int, masked: bool, way: str):
 @interpreted
 def test_kernels_choose_what_the_definition_chooses(monkeypatch: pytest.MonkeyPatch):
     """Bit for bit, whether a row's candidates are gathered or not."""
-    rows = [(1.0, 0, k, p, m) for k, p, m in ((0, 0.5, 0.0), (0, 0.97, 0.0), (35, 0.9, 0.0), (200, 0.99, 0.0))] * 2
-    logits = torch.randn(len(rows), V) * torch.tensor([[3.0]] * 4 + [[0.01]] * 4)
+    cuts = [(0, 0.5, 0.0), (0, 0.97, 0.0), (35, 0.9, 0.0), (150, 0.99, 0.0), (5, 0.99999, 0.0), (0, 0.9, 0.2)]
+    rows = [(1.0, 0, *cut) for cut in cuts] * 2
+    logits = torch.randn(len(rows), V) * torch.tensor([[3.0]] * len(cuts) + [[0.01]] * len(cuts))
+    logits[::3] = (logits[::3] * 2).round() / 2
     counter, draws = torch.arange(len(rows)), []
     for way, room in (("definition", 0), ("kernels", 8), ("kernels", 1000)):
         use(way, monkeypatch)
@@ -190,16 +192,15 @@ def test_ties_at_a_border_go_to_the_lowest_ids(way: str):
 def test_broken_rows_are_their_own(way: str):
     """NaN, +inf, nothing allowed, nothing but -inf; and the rows between them as if they were alone."""
     logits = torch.randn(9, V)
-    logits[1, 200], logits[3, 0], logits[7] = math.nan, math.inf, -math.inf
+    logits[1, 140], logits[3, 0], logits[7] = math.nan, math.inf, -math.inf
     allowed = torch.rand(9, V) < 0.5
     allowed[5], allowed[4] = False, torch.arange(V) == 123
-    allowed[1, 200] = False  # a NaN is one even so
+    allowed[1, 140] = False  # a NaN is one even so
     counter = torch.arange(9)
     mask = losses.packed_mask(allowed)
     for at in (
         DrawSettings.alike(9, 1.0, 3, logits.device),
-        settings([(1.0, 3, 20, 0.9, 0.01)] * 9),
-        settings([(0.0, 3, 0, 0.9, 0.0)] * 9),
+        settings([(1.0, 3, 20, 0.9, 0.01)] * 4 + [(0.0, 3, 0, 0.9, 0.0)] * 5),
     ):
         draw = sample(logits, counter, counter, at, mask, sets=True)
         assert draw.finite.tolist() == [True, False, True, False, True, False, True, False, True]
@@ -208,16 +209,16 @@ def test_broken_rows_are_their_own(way: str):
         sets = set_ids(draw.allowed)  # pyright: ignore[reportArgumentType]
         assert [len(sets[i]) == 0 for i in range(9)] == bad.tolist()
         assert sets[4].tolist() == [123] and int(draw.tokens[4]) == 123 and float(draw.logprobs[4]) == 0.0
-        good = [0, 2, 4, 6, 8]
+        few = [2, 4]
         alone = sample(
-            logits[good], counter[good], counter[good],
-            DrawSettings(*(None if x is None else x[good] for x in at)), mask[good],  # pyright: ignore
+            logits[few], counter[few], counter[few],
+            DrawSettings(*(None if x is None else x[few] for x in at)), mask[few],  # pyright: ignore
         )  # fmt: skip
-        assert torch.equal(alone.tokens, draw.tokens[good]) and torch.equal(alone.logprobs, draw.logprobs[good])
+        assert torch.equal(alone.tokens, draw.tokens[few]) and torch.equal(alone.logprobs, draw.logprobs[few])
 
 
 def test_tokens_are_what_they_were(way: str):
-    """As they were drawn before tokens could be left out."""
+    """As they were drawn before tokens could be left out; so are they where a cut leaves all of them."""
     logits = torch.arange(40.0).mul(0.7).sin().mul(3).repeat(6, 1)
     request = torch.tensor([0, 1, 7, 123456789, 2**33 + 5, 2**40])
     position = torch.tensor([0, 5, 1000, 17, 3, 99999])
@@ -227,7 +228,8 @@ def test_tokens_are_what_they_were(way: str):
     ):
         whole = DrawSettings.alike(6, temperature, seed, logits.device)
         assert sample(logits, request, position, whole).tokens.tolist() == tokens
-        all_of = whole._replace(top_k=torch.zeros(6).int(), top_p=torch.ones(6), min_p=torch.zeros(6))
+        top_k = torch.tensor([0, 40, 41, 0, 0, 0]).int()
+        all_of = whole._replace(top_k=top_k, top_p=torch.ones(6), min_p=torch.tensor([0, 0, 0, 0, 1e-9, 0]))
         assert sample(logits, request, position, all_of).tokens.tolist() == tokens
 
 
@@ -263,7 +265,7 @@ def test_other_counters_draw_other_tokens():
 
 
 def test_sets_are_listed():
-    rows = [[], [0], [31, 32, 299], list(range(V)), []]
+    rows = [[], [0], [31, 32, V - 1], list(range(V)), []]
     allowed = torch.zeros(5, V, dtype=torch.bool)
     for row, ids in zip(allowed, rows, strict=True):
         row[ids] = True
@@ -276,6 +278,38 @@ def test_no_rows(way: str):
     nothing = torch.zeros(0, dtype=torch.int64)
     draw = sample(torch.zeros(0, V), nothing, nothing, DrawSettings.alike(0, 1.0, 0, nothing.device), sets=True)
     assert draw.tokens.shape == (0,) and draw.allowed is not None and draw.allowed.shape == (0, -(-V // 32))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """At V4's vocabulary: the definition's sets, bit for bit, its tokens where nothing is cut, the learner's log-probs,
+    and the same from a CUDA graph."""
+    rows, vocabulary = len(ROWS) * 2, 129_280
+    hidden, head = (
+        torch.randn(rows, 512, device="cuda").bfloat16(),
+        torch.randn(vocabulary, 512, device="cuda").bfloat16(),
+    )
+    head /= 8
+    at = DrawSettings(*(x.cuda() for x in settings(ROWS * 2)))  # pyright: ignore[reportOptionalMemberAccess]
+    counter, draws = torch.arange(rows, device="cuda"), []
+    logits = losses.logits(hidden, head)
+    for kernels in ("reference", "triton"):
+        monkeypatch.setenv("AMALGAM_KERNELS", kernels)
+        draws.append(sample(logits, counter, counter, at, sets=True))
+    expected, found = draws
+    assert found.allowed is not None and torch.equal(found.allowed, expected.allowed) and bool(found.finite.all())
+    assert torch.equal(found.tokens, expected.tokens)
+    for i, (temperature, *_) in enumerate(ROWS):
+        given = hidden[i : i + 1], head, found.tokens[i : i + 1], temperature or 1.0
+        assert torch.equal(losses.token_logprobs(*given, allowed=found.allowed[i : i + 1]), found.logprobs[i : i + 1])
+    graph, held = torch.cuda.CUDAGraph(), logits.clone()
+    with torch.cuda.graph(graph):
+        again = sample(held, counter, counter, at, sets=True)
+    for x in (logits.flip(0), logits):
+        held.copy_(x)
+        graph.replay()
+    assert torch.equal(again.tokens, found.tokens) and torch.equal(again.logprobs, found.logprobs)
+    assert again.allowed is not None and torch.equal(again.allowed, found.allowed)
 
 
 def test_what_does_not_fit_is_named():
