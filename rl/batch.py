@@ -5,18 +5,22 @@ so a step can be launched before the tokens of the last one are read. S slots; o
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.sampling import DrawSettings, sample
+from ..kernels.sampling import Draw, set_ids
 from ..model import LanguageModel, Output
 from ..model.config import CSA
+from ..model.graph import DecodeGraphs
+from .drawing import Drawing
 from .plan import Chunk, Clear, CopyPage, Entry, Forget, Fork, Load, Move, Place, Plan, Save, Scrub
 from .response import Decisions, Response
+
+_NOTHING = np.zeros(0)
 
 
 class Fed(NamedTuple):
@@ -27,33 +31,34 @@ class Fed(NamedTuple):
     decided: Decisions  # of the tokens that stay
     tokens: list[int]
     logprobs: list[float]
+    sets: list[np.ndarray] | None  # of int32 [any]: what each was drawn from
     drafted: bool
 
 
 class Forward(NamedTuple):
-    """A forward in flight. Chunks and decoding requests feed `sizes` tokens, T in all, and R of them draw."""
+    """A forward in flight. Requests were fed `sizes` tokens, T in all; R of them are `drawing`, s rows each."""
 
     responses: list[tuple[Response, int]]  # and the position of the first token fed
     sizes: list[int]
-    draws: list[bool]
-    host: "Host"  # experts [T, L, k], tokens and log-probs [R, s], how many of these count [R], picks [T, C, K] if any
+    drawing: list[bool]
+    host: "Host"  # experts [T, L, k], picks [T, C, K]; tokens, logprobs [R s] and sets [R s, words]; counts [R]
 
 
 class Host:
     """Tensors on their way to the host."""
 
-    def __init__(self, tensors: Sequence[Tensor]):
+    def __init__(self, tensors: dict[str, Tensor]):
         self._event = None
-        if tensors[0].is_cuda:
-            tensors = [t.to("cpu", non_blocking=True) for t in tensors]
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            tensors = {name: _pinned(tensor) for name, tensor in tensors.items()}
             self._event = torch.cuda.Event()
             self._event.record()
         self._tensors = tensors
 
-    def arrays(self) -> list[np.ndarray]:
+    def arrays(self) -> dict[str, np.ndarray]:
         if self._event is not None:
             self._event.synchronize()
-        return [t.numpy() for t in self._tensors]
+        return {name: tensor.numpy() for name, tensor in self._tensors.items()}
 
 
 class Batch:
@@ -77,11 +82,14 @@ class Batch:
         *,
         experts: bool = True,
         picks: bool = False,
+        sets: bool = False,
     ):
         self.model: Any = model
         self.device = model.lm_head.weight.device
         self.experts, self.picks = experts, Picks(model) if picks else None
+        self.drawing = Drawing(self.device, model.lm_head.weight.shape[0], sets)
         self.cache = self.model.new_cache(slots + 1, capacity, self.slack, pages + 1, page)
+        self.graphs = DecodeGraphs(model, self.cache) if self.device.type == "cuda" else None
         self.last = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)  # tokens drawn, by slot
         self.saved: dict[Any, tuple[list[Tensor], int]] = {}
         self.seconds_per_byte = 1e-10  # of copies to the host; before the first, our guess
@@ -146,18 +154,19 @@ class Batch:
         host = np.concatenate([r.known(c.start, c.stop) for r, c in zip(mine, chunks, strict=True)])
         tokens, slots = self.to_device(host), self.to_device(slots_of(c.entry for c in chunks))
         sizes = [c.stop - c.start for c in chunks]
-        cu_seqlens = torch.tensor([0, *np.cumsum(sizes)])
-        output = self.model.extend(tokens, cu_seqlens.to(self.device), self.cache, slots)
+        cu_seqlens = self.to_device(np.cumsum([0, *sizes]))
+        output = self.model.extend(tokens, cu_seqlens, self.cache, slots)
         self.prefilled(chunks, tokens, sizes, output)
-        draws = [c.draws for c in chunks]
-        which = self.to_device([i for i, c in enumerate(chunks) if c.draws])
-        hidden = output.hidden[cu_seqlens.to(self.device)[which + 1] - 1]
-        drawing = [(r, c.stop) for r, c in zip(mine, chunks, strict=True) if c.draws]
-        drawn, logprobs = self.draw(hidden, [r for r, _ in drawing], [stop for _, stop in drawing])
-        self.last[slots[which]] = drawn
+        drawn, drawing = None, [c.draws for c in chunks]
+        if any(drawing):
+            which = self.to_device([i for i, draws in enumerate(drawing) if draws])
+            hidden = output.hidden[cu_seqlens[which + 1] - 1]
+            rows = [(r, c.stop) for r, c in zip(mine, chunks, strict=True) if c.draws]
+            drawn = self.draw(hidden, [r for r, _ in rows], [stop for _, stop in rows])
+            self.last[slots[which]] = drawn.tokens
         fed = [(r, c.start) for r, c in zip(mine, chunks, strict=True)]
         positions = np.concatenate([np.arange(c.start, c.stop) for c in chunks])
-        return self.forward(fed, sizes, draws, output, positions, drawn.unsqueeze(1), logprobs.unsqueeze(1))
+        return self.forward(fed, sizes, output, positions, drawing, drawn)
 
     def prefilled(self, chunks: list[Chunk], tokens: Tensor, sizes: list[int], output: Output) -> None:
         """For what else keeps a cache of its own."""
@@ -165,12 +174,12 @@ class Batch:
     def decode(self, decodes: list[tuple[Entry, int]], responses: Mapping[int, Response]) -> Forward:
         mine = [responses[entry.id] for entry, _ in decodes]
         slots = self.to_device(slots_of(entry for entry, _ in decodes))
-        output = self.model.decode(self.tokens(decodes, responses, slots), self.cache, slots)
-        positions = [position for _, position in decodes]
-        drawn, logprobs = self.draw(output.hidden, mine, [p + 1 for p in positions])
-        self.last[slots] = drawn
-        fed = list(zip(mine, positions, strict=True)), [1] * len(mine), [True] * len(mine)
-        return self.forward(*fed, output, np.array(positions), drawn.unsqueeze(1), logprobs.unsqueeze(1))
+        tokens, positions = self.tokens(decodes, responses, slots), [position for _, position in decodes]
+        output = self.graphs.decode(tokens, slots) if self.graphs else self.model.decode(tokens, self.cache, slots)
+        drawn = self.draw(output.hidden, mine, [position + 1 for position in positions])
+        self.last[slots] = drawn.tokens
+        fed = list(zip(mine, positions, strict=True))
+        return self.forward(fed, [1] * len(mine), output, np.array(positions), [True] * len(mine), drawn)
 
     def tokens(self, decodes: list[tuple[Entry, int]], responses: Mapping[int, Response], slots: Tensor) -> Tensor:
         """int64 [B]: the tokens to feed, from the host where it knows them, and else from where they were drawn."""
@@ -180,44 +189,35 @@ class Batch:
         host = self.to_device([-1 if token is None else token for token in known])
         return torch.where(host < 0, self.last[slots], host)
 
-    def draw(self, hidden: Tensor, responses: list[Response], positions: list[int]) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [B] at `positions`, behind states [B, d], and their log-probs fp32 [B]."""
-        tokens = torch.zeros(len(responses), dtype=torch.int64, device=self.device)
-        logprobs = torch.zeros(len(responses), dtype=torch.float32, device=self.device)
-        if not responses:
-            return tokens, logprobs
-        logits = self.model.logits(hidden)
-        kinds: dict[tuple[float, int], list[int]] = {}
-        for i, response in enumerate(responses):
-            kinds.setdefault((response.request.params.temperature, response.request.params.seed), []).append(i)
-        for (temperature, seed), rows in kinds.items():
-            ids = self.to_device([responses[i].request.id for i in rows])
-            at, of = self.to_device([positions[i] for i in rows]), self.to_device(rows)
-            found = sample(logits[of], ids, at, DrawSettings.alike(len(rows), temperature, seed, self.device))
-            tokens[of], logprobs[of] = found.tokens, found.logprobs
-        return tokens, logprobs
+    def draw(self, hidden: Tensor, responses: list[Response], positions: list[int]) -> Draw:
+        """The tokens at `positions`, behind states [B, d]."""
+        return self.drawing.draw(self.model.logits(hidden), responses, positions)
 
     def forward(
         self,
         responses: list[tuple[Response, int]],
         sizes: list[int],
-        draws: list[bool],
         output: Output,
         positions: np.ndarray,
-        tokens: Tensor,
-        logprobs: Tensor,
+        drawing: list[bool],
+        drawn: Draw | None,
         counts: Tensor | None = None,
     ) -> Forward:
-        counts = torch.ones_like(tokens[:, 0]) if counts is None else counts
-        experts = output.experts if self.experts else output.experts.new_zeros(len(positions), 0, 0)
-        tensors = [experts.to(torch.int16), tokens, logprobs, counts]
+        """Sends what came of a forward to the host. `drawn` is for the requests that are `drawing`, as many rows for
+        each, of which the first `counts` int64 [R] are its tokens (None: all)."""
+        tensors: dict[str, Tensor] = {}
+        if self.experts:
+            tensors["experts"] = output.experts.to(torch.int16)
         if self.picks is not None:
-            tensors.append(self.picks.of(output, self.to_device(positions)))
-        return Forward(responses, sizes, draws, Host(tensors))
+            tensors["picks"] = self.picks.of(output, self.to_device(positions))
+        if drawn is not None:
+            tensors |= {"tokens": drawn.tokens, "logprobs": drawn.logprobs}
+            tensors |= {} if drawn.allowed is None else {"sets": drawn.allowed}
+            tensors |= {} if counts is None else {"counts": counts}
+        return Forward(responses, sizes, drawing, Host(tensors))
 
     def to_device(self, values: Any, dtype: Any = np.int64) -> Tensor:
-        tensor = torch.from_numpy(np.asarray(values, dtype))
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return self.drawing.to_device(values, dtype)
 
 
 class Picks:
@@ -240,16 +240,36 @@ class Picks:
 
 def fed(forward: Forward) -> list[Fed]:
     """Waits for a forward, and takes it apart."""
-    experts, tokens, logprobs, counts, *picks = forward.host.arrays()
+    host = forward.host.arrays()
+    total, rows = sum(forward.sizes), sum(forward.drawing)
+    experts = host.get("experts", np.zeros((total, 0, 0), np.int16))
+    decided = Decisions(experts, host.get("picks"))
+    tokens, logprobs = host.get("tokens", _NOTHING), host.get("logprobs", _NOTHING)
+    stride = len(tokens) // rows if rows else 1
+    counts = host.get("counts", np.full(rows, stride))
+    sets = set_ids(torch.from_numpy(host["sets"])) if "sets" in host else None
     results, start, row = [], 0, 0
-    for (response, position), size, draws in zip(forward.responses, forward.sizes, forward.draws, strict=True):
+    for (response, position), size, draws in zip(forward.responses, forward.sizes, forward.drawing, strict=True):
         count = int(counts[row]) if draws else 0
-        stop = start + (size if tokens.shape[1] == 1 else count)  # a draft that was wrong does not stay
-        drawn = (tokens[row, :count].tolist(), logprobs[row, :count].tolist()) if draws else ([], [])
-        decided = Decisions(experts[start:stop], picks[0][start:stop] if picks else None)
-        results.append(Fed(response, position, decided, *drawn, drafted=tokens.shape[1] > 1))
+        mine = slice(row * stride, row * stride + count)
+        results.append(
+            Fed(
+                response,
+                position,
+                decided[start : start + (count if stride > 1 else size)],  # a draft that was wrong does not stay
+                tokens[mine].tolist(),
+                logprobs[mine].tolist(),
+                sets[mine] if sets is not None else None,
+                stride > 1,
+            )
+        )
         start, row = start + size, row + draws
     return results
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def slots_of(entries: Iterable[Entry]) -> list[int]:

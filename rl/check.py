@@ -16,8 +16,8 @@ def request_problem(request: Request, vocabulary: int, has_tokenizer: bool) -> s
         return f"its prompt has a token outside the vocabulary of {vocabulary}"
     if params.max_new_tokens < 1:
         return f"max_new_tokens: {params.max_new_tokens}; want at least 1"
-    if not (math.isfinite(params.temperature) and params.temperature >= 0):
-        return f"temperature: {params.temperature}; want a finite number, 0 or more"
+    if not (math.isfinite(params.temperature) and (params.temperature == 0 or params.temperature >= 1e-5)):
+        return f"temperature: {params.temperature}; want 0, or a finite number from 0.00001 on"
     if params.top_k < 0 or not 0 < params.top_p <= 1 or not 0 <= params.min_p <= 1:
         return (
             f"top_k {params.top_k}, top_p {params.top_p}, min_p {params.min_p}; want top_k from 0 on, top_p above 0 "

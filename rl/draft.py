@@ -108,19 +108,17 @@ class DraftedBatch(Batch):
         borders = 2 * torch.arange(len(mine) + 1, device=self.device)
         output = self.model.extend(both, borders, self.cache, slots)
         places = np.array([[p, p + 1] for p in positions]).flatten()
-        drawn, logprobs = (
-            each.unflatten(0, (-1, 2))
-            for each in self.draw(output.hidden, [r for r in mine for _ in range(2)], (places + 1).tolist())
-        )
-        right = drawn[:, 0] == draft
+        drawn = self.draw(output.hidden, [r for r in mine for _ in range(2)], (places + 1).tolist())
+        first = drawn.tokens[::2]
+        right = first == draft
         length = self.cache.length.clone()
         length[slots] -= (~right).long()
         self.cache.rollback(length)
         streams = output.streams.unflatten(0, (-1, 2)).clone()
         streams[~right, 1] = streams[~right, 0]
-        self.streams[slots], self.second[slots], self.complete[slots] = streams, drawn[:, 0], right
-        fed = list(zip(mine, positions, strict=True)), [2] * len(mine), [True] * len(mine)
-        return self.forward(*fed, output, places, drawn, logprobs, 1 + right.long())
+        self.streams[slots], self.second[slots], self.complete[slots] = streams, first, right
+        fed = list(zip(mine, positions, strict=True))
+        return self.forward(fed, [2] * len(mine), output, places, [True] * len(mine), drawn, 1 + right.long())
 
     def propose(self, tokens: Tensor, slots: Tensor, responses: list[Response], positions: list[int]) -> Tensor:
         """The block's guess at the tokens at `positions`, int64 [B], after `tokens` [B]; completes all pairs."""
@@ -130,4 +128,4 @@ class DraftedBatch(Batch):
         ends = there.sum(1).cumsum(0)
         streams = self.streams[slots][there]
         hidden = extend_mtp(self.model, streams, following[there], F.pad(ends, (1, 0)), self.pairs, slots)
-        return self.draw(hidden[ends - 1], responses, positions)[0]
+        return self.draw(hidden[ends - 1], responses, positions).tokens

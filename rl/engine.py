@@ -75,7 +75,14 @@ class Engine:
             from .draft import DraftedBatch as kind  # which is built from Batch
         found = room(model, settings, kind.slack, kind.extra_bytes(model), page)
         self._batch = kind(
-            model, found.slots, found.capacity, found.pages, page, experts=settings.experts, picks=settings.picks
+            model,
+            found.slots,
+            found.capacity,
+            found.pages,
+            page,
+            experts=settings.experts,
+            picks=settings.picks,
+            sets=settings.sets,
         )
         self._scheduler = Scheduler(
             found.slots,
@@ -241,12 +248,13 @@ class Engine:
             self._records.feed(response.request.id, new)
         if fed.tokens and not before:
             self._meter.first(response.age)
-        for token, logprob in zip(fed.tokens, fed.logprobs, strict=True):
+        sets = fed.sets or [None] * len(fed.tokens)
+        for token, logprob, among in zip(fed.tokens, fed.logprobs, sets, strict=True):
             if not math.isfinite(logprob):
                 response.fail(f"its logits at position {response.entry.prompt + len(response.tokens)} are not finite")
             else:
-                response.draw(token, logprob, self.version, None)
-                self._records.draw(response.request.id, token, logprob, self.version, None)
+                response.draw(token, logprob, self.version, among)
+                self._records.draw(response.request.id, token, logprob, self.version, among)
             if response.finish is not None:
                 break
         drawn = len(response.tokens) - before

@@ -143,7 +143,7 @@ def test_a_draft_shares_the_noise_of_its_token(model: DeepseekV4, monkeypatch):
 
     def clairvoyant(batch: DraftedBatch, tokens, slots, responses, positions) -> torch.Tensor:
         hidden = batch.model.decode(tokens, batch.cache.select(slots)).hidden
-        return batch.draw(hidden, responses, positions)[0]
+        return batch.draw(hidden, responses, positions).tokens
 
     replaced(monkeypatch, clairvoyant)
     found = generate(model, "mtp", 1.0)

@@ -354,7 +354,7 @@ def test_what_can_never_run_is_refused(model: DeepseekV4):
     for message, params in {
         "stop_ids: 40 is no token of the vocabulary of 40": {"stop_ids": (3, 40)},
         "stop strings need the engine to have a tokenizer": {"stop": ("a",)},
-        "temperature: nan; want a finite number, 0 or more": {"temperature": float("nan")},
+        "temperature: nan; want 0, or a finite number from": {"temperature": float("nan")},
         "max_new_tokens: 0; want at least 1": {"max_new_tokens": 0},
         r"top_k 0, top_p 1.5, min_p 0.0; want top_k from 0 on": {"top_p": 1.5},
         r"allowed: want bool \[40\], not all of it False": {"allowed": np.zeros(40, bool)},
