@@ -81,6 +81,8 @@ class Journal:
         If its id is open here already, what this journal has of it is replaced.
         """
         prompt, allowed, past = request.prompt_ids, request.params.allowed, request.past
+        if not all(-(2**63) <= number < 2**63 for number in (request.id, request.group)):
+            raise ValueError(f"request {request.id} of group {request.group}: not within 64 bits")
         _check("prompt_ids", prompt, I32, len(prompt))
         if prompt.min(initial=0) < 0:
             raise ValueError(f"prompt_ids: request {request.id} has a negative one")

@@ -77,7 +77,7 @@ def test_a_torn_frame_that_holds_whole_ones_is_a_torn_tail(tmp_path):
         journal.begin(Request(2, 0, np.ones(2, I32), SamplingParams(allowed=bits)))
     content = journal.path.read_bytes()
     assert inner.read_bytes() in content
-    for size in range(before, len(content)):
+    for size in range(before, len(content), 7):
         journal.path.write_bytes(content[:size])
         assert [each.id for each in recover(tmp_path)] == [1]
 

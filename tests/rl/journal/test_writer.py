@@ -81,6 +81,8 @@ def test_wrong_requests_and_names_are_refused(tmp_path, journal):
     for prompt in (np.ones(2, np.int64), -np.ones(2, I32), np.ones((2, 2), I32)):
         with pytest.raises(ValueError, match="prompt_ids"):
             journal.begin(Request(3, 0, prompt))
+    with pytest.raises(ValueError, match="64 bits"):
+        journal.begin(Request(2**63, 0, np.ones(2, I32)))
     with pytest.raises(ValueError, match="allowed: int64"):
         journal.begin(Request(3, 0, np.ones(2, I32), SamplingParams(allowed=np.ones(4, np.int64))))
     for past in (Past(*ONE[1:]), Past(*ONE[1:], sets=[np.zeros(2, np.int64)])):
