@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from amalgam.pipelines.cli import app
+from amalgam.pipelines.serve import start_engine
 from amalgam.pipelines.serving.protocol import ApiError
 from amalgam.pipelines.speak import Speaker
 from amalgam.rl.engine import Engine
@@ -35,7 +36,7 @@ def messages(i: int) -> list[Any]:
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     speaks = Speaker("tiny")
-    with Served(speaks.serving(), speaks) as served:
+    with Served(start_engine(speaks), speaks) as served:
         yield served
 
 
@@ -58,7 +59,7 @@ def test_200_at_once_get_what_each_gets_alone(served: Served):
         Request(i, i, speaks.prompt(messages(i % 100), "chat"), SamplingParams(4, 8, seed=i), noise=0)
         for i in range(200)
     ]
-    wanted = [speaks.text(t.response_ids) for t in speaks.engine.generate(requests)]
+    wanted = [speaks.text(t.response_ids) for t in start_engine(speaks).generate(requests)]
     differ = [i for i in range(200) if found[i] != wanted[i]]  # near-ties, which fp32 rounding may turn
     assert len(differ) <= 2 and len(set(found)) > 100
     assert ask(7) == found[7] or 7 in differ
