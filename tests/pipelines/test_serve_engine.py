@@ -102,10 +102,10 @@ def test_the_command_with_a_token_of_its_own_until_sigterm(tmp_path: Path):
     command = [sys.executable, "-c", code, "serve", "tiny", "--port", "0"]
     environment = {k: v for k, v in os.environ.items() if k != "AMALGAM_SERVE_TOKEN"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:
-        lines = iter(process.stdout)
-        port = int(re.fullmatch(r"tiny, mode chat, on \w+: http://127\.0\.0\.1:(\d+)/v1\n", next(lines))[1])
-        token = re.match(r"token: (\S{32})   \(made for this run; AMALGAM_SERVE_TOKEN or --token-file", next(lines))[1]
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=token, max_retries=0, timeout=60)
+        lines: Any = process.stdout
+        (port,) = re.findall(r"^tiny, mode chat, on \w+: http://127\.0\.0\.1:(\d+)/v1\n$", next(lines))
+        (token,) = re.findall(r"^token: (\S{32})   \(made for this run; AMALGAM_SERVE_TOKEN or --token", next(lines))
+        client: Any = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=token, max_retries=0, timeout=60)
         answer = client.chat.completions.create(model="tiny", messages=messages(34), temperature=0)
         assert answer.choices[0].message.content == "<answer>7</answer>"
         with pytest.raises(openai.AuthenticationError):
