@@ -15,6 +15,9 @@ import typer
 from aiohttp import web
 
 from ..errors import UserError
+from ..model import load
+from ..rl.engine import Engine
+from ..rl.settings import EngineSettings
 from .serving.protocol import ApiError
 from .serving.running import Running
 from .serving.server import Server
@@ -42,7 +45,7 @@ def serve(
     speaks = Speaker(checkpoint, parse_precision(precision))
     check_mode(speaks, mode)
     with _bound(host, port) as bound:
-        engine = speaks.engine  # loads the weights before anyone can ask
+        engine = start_engine(speaks)  # loads the weights before anyone can ask
         settings = {
             "name": checkpoint,
             "context": engine.context,
@@ -54,8 +57,15 @@ def serve(
         asyncio.run(_serve(speaks, engine, bound, max_waiting, settings, source))
 
 
+def start_engine(speaks: Speaker) -> Engine:
+    """With a cache as large as there is memory for, with stop strings, and without a record of experts."""
+    model = load(speaks.folder, device=speaks.device, precision=speaks.precision, stored=True)
+    settings = EngineSettings(experts=False)
+    return Engine(model, speaks.end_ids, tokenizer=speaks.tokenizer, settings=settings)
+
+
 async def _serve(
-    speaks: Speaker, engine: Any, bound: socket.socket, max_waiting: int, settings: dict[str, Any], source: str
+    speaks: Speaker, engine: Engine, bound: socket.socket, max_waiting: int, settings: dict[str, Any], source: str
 ) -> None:
     running = Running(engine, max_waiting)
     server = Server(speaks, running, **settings)

@@ -127,7 +127,8 @@ class Served:
         await runner.cleanup()
         await asyncio.to_thread(self.running.close, 10.0)
 
-    def client(self, **more: Any) -> openai.OpenAI:
+    def client(self, **more: Any) -> Any:
+        """`openai.OpenAI`, whose types are stricter than dicts."""
         settings = {"base_url": f"{self.url}/v1", "api_key": TOKEN, "max_retries": 0, "timeout": 60}
         return openai.OpenAI(**(settings | more))
 

@@ -32,7 +32,7 @@ def writes(text: str, **more: Any) -> Scripted:
     return Scripted(lambda request: spelled(text), **more)
 
 
-def ask(client: openai.OpenAI, messages: list[Any] = HI, **more: Any) -> Any:
+def ask(client: Any, messages: list[Any] = HI, **more: Any) -> Any:
     return client.chat.completions.create(model="tiny", messages=messages, **more)
 
 
@@ -191,6 +191,60 @@ def test_without_a_seed_each_request_has_its_own():
         seeds = [r.params.seed for r in served.engine.seen]
         assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
         assert [r.counter for r in served.engine.seen] == [0, 1, 0, 1]
+
+
+SCHEMA = {"type": "object", "required": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "messages", "mode"),
+    [
+        ({}, HI, "chat"),
+        ({"reasoning_effort": "none"}, HI, "chat"),
+        ({"reasoning_effort": "medium"}, HI, "high"),
+        ({"reasoning_effort": "xhigh"}, HI, "max"),
+        (
+            {"messages": [{"role": "developer", "content": "Be brief."}, *HI], "reasoning_effort": "high"},
+            [{"role": "system", "content": "Be brief."}, *HI],
+            "high",
+        ),
+        (
+            {"messages": [{"role": "user", "name": "x", "content": [{"type": "text", "text": t} for t in "ab"]}]},
+            [{"role": "user", "content": "a\n\nb"}],
+            "chat",
+        ),
+        ({"response_format": {"type": "text"}}, HI, "chat"),
+        (
+            {"response_format": {"type": "json_object"}},
+            [{"role": "system", "content": "", "response_format": {"type": "object"}}, *HI],
+            "chat",
+        ),
+        (
+            {
+                "messages": [{"role": "system", "content": "S"}, *HI],
+                "tools": [ADD],
+                "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}},
+            },
+            [{"role": "system", "content": "S", "tools": [ADD], "response_format": SCHEMA}, *HI],
+            "chat",
+        ),
+    ],
+)
+def test_the_prompt_is_the_encodings(bad: Served, change: dict[str, Any], messages: list[Any], mode: str):
+    ask(bad.client(), **({"messages": HI} | change))
+    assert bad.engine.seen[-1].prompt_ids.tolist() == ENCODING.prompt_ids(TINY, messages, mode)
+
+
+def test_the_command_gives_the_mode_and_a_request_the_sampling():
+    with Served(writes(EOS), mode="high") as served:
+        more = {"top_k": 7, "min_p": 0.25, "user": "me", "frequency_penalty": 0}
+        ask(served.client(), top_p=0.5, max_completion_tokens=9, seed=2**63 - 1, extra_body=more)
+        ask(served.client(), extra_body={"top_k": -1})
+        first, second = (r.params for r in served.engine.seen)
+        assert served.engine.seen[0].prompt_ids.tolist() == ENCODING.prompt_ids(TINY, HI, "high")
+        assert (first.top_p, first.top_k, first.min_p, first.max_new_tokens, first.seed) == (0.5, 7, 0.25, 9, 2**63 - 1)
+        assert (second.top_p, second.top_k, second.min_p, second.temperature) == (1.0, 0, 0.0, 1.0)
+        assert second.max_new_tokens == 4096 - len(ENCODING.prompt_ids(TINY, HI, "high"))
 
 
 def test_models_health_and_metrics():
@@ -357,6 +411,7 @@ def test_a_client_that_goes_away_is_cancelled_and_the_others_go_on(stream: bool)
             connection.sock.close() if not stream else connection.getresponse().close()
             connection.close()
             until(lambda: sorted(served.engine.cancelled) == sorted(r.id for r in served.engine.seen[:2]))
+            assert "\namalgam_waiting_requests 1\n" in post(served, "/metrics", None)[1]
             served.engine.going.set()
             assert other.result(20).usage.completion_tokens == 1000
         assert served.running.count == 0

@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from amalgam.pipelines.cli import app
+from amalgam.pipelines.serve import start_engine
 from amalgam.pipelines.serving.protocol import ApiError
 from amalgam.pipelines.speak import Speaker
 from amalgam.rl.engine import Engine
@@ -35,7 +36,7 @@ def messages(i: int) -> list[Any]:
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     speaks = Speaker("tiny")
-    with Served(speaks.serving(), speaks) as served:
+    with Served(start_engine(speaks), speaks) as served:
         yield served
 
 
@@ -58,7 +59,7 @@ def test_200_at_once_get_what_each_gets_alone(served: Served):
         Request(i, i, speaks.prompt(messages(i % 100), "chat"), SamplingParams(4, 8, seed=i), noise=0)
         for i in range(200)
     ]
-    wanted = [speaks.text(t.response_ids) for t in speaks.engine.generate(requests)]
+    wanted = [speaks.text(t.response_ids) for t in start_engine(speaks).generate(requests)]
     differ = [i for i in range(200) if found[i] != wanted[i]]  # near-ties, which fp32 rounding may turn
     assert len(differ) <= 2 and len(set(found)) > 100
     assert ask(7) == found[7] or 7 in differ
@@ -101,10 +102,10 @@ def test_the_command_with_a_token_of_its_own_until_sigterm(tmp_path: Path):
     command = [sys.executable, "-c", code, "serve", "tiny", "--port", "0"]
     environment = {k: v for k, v in os.environ.items() if k != "AMALGAM_SERVE_TOKEN"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:
-        lines = iter(process.stdout)
-        port = int(re.fullmatch(r"tiny, mode chat, on \w+: http://127\.0\.0\.1:(\d+)/v1\n", next(lines))[1])
-        token = re.match(r"token: (\S{32})   \(made for this run; AMALGAM_SERVE_TOKEN or --token-file", next(lines))[1]
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=token, max_retries=0, timeout=60)
+        lines: Any = process.stdout
+        (port,) = re.findall(r"^tiny, mode chat, on \w+: http://127\.0\.0\.1:(\d+)/v1\n$", next(lines))
+        (token,) = re.findall(r"^token: (\S{32})   \(made for this run; AMALGAM_SERVE_TOKEN or --token", next(lines))
+        client: Any = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=token, max_retries=0, timeout=60)
         answer = client.chat.completions.create(model="tiny", messages=messages(34), temperature=0)
         assert answer.choices[0].message.content == "<answer>7</answer>"
         with pytest.raises(openai.AuthenticationError):
