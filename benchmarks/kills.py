@@ -56,6 +56,7 @@ class Watched(Rollouts):
     def load(self, *args: Any, **kinds: Any) -> None:
         self.sent: dict[tuple[str, int], int] = {}  # (worker's folder, request) -> tokens that it came with
         self.left: list[list[Request]] = []  # by each death: unfinished requests with a past
+        self.noticed: list[float] = []  # when
         super().load(*args, **kinds)
 
     def _dispatch(self) -> None:
@@ -70,6 +71,7 @@ class Watched(Rollouts):
         return [place for place in self._places if place.serves]
 
     def _died(self, place: Any, why: Exception) -> None:
+        self.noticed.append(time.monotonic())
         again, after = self._router.again, []
         self._router.again = lambda requests: after.extend(requests) or again(requests)
         super()._died(place, why)
@@ -105,7 +107,7 @@ def requests(number: int) -> list[Request]:
 def with_kills(pool: Watched, kills: int, folder: Path) -> tuple[list[Trajectory], dict[str, Any]]:
     """Rounds until there were so many kills: their responses in order, and what the deaths cost."""
     rng, found, counts = random.Random(SEED), [], defaultdict(int)
-    resumed, first = [], []  # seconds from the kill: of each request that had begun, and of the first of each kill
+    noticed, first, resumed = [], [], []  # seconds from the kill: to its notice, to the first token, to each request's
     done = rounds = 0
     while done < kills:
         pool.load(PRESETS / "tiny", journal=folder / f"round-{rounds}", settings=SETTINGS)
@@ -128,6 +130,7 @@ def with_kills(pool: Watched, kills: int, folder: Path) -> tuple[list[Trajectory
             counts[name] += count
         counts["responses that a kill broke off"] += len({r.id for left in pool.left for r in left})
         each = went_on(folder / f"round-{rounds}", pool.left, moments)
+        noticed += [at - moment for at, moment in zip(pool.noticed, moments, strict=True)]
         resumed += [seconds for kill in each for seconds in kill]
         first += [min(kill) for kill in each if kill]
         print(f"round {rounds}: {len(moments)} kills, {len(wanted)} responses", flush=True)
@@ -135,10 +138,13 @@ def with_kills(pool: Watched, kills: int, folder: Path) -> tuple[list[Trajectory
     return found, {
         "rounds": rounds, "kills": done, **counts,
         "seconds_to_go_on": {
-            "first request of a kill, median": statistics.median(first),
-            "first request of a kill, most": max(first),
-            "any request, median": statistics.median(resumed),
-            "any request, most": max(resumed),
+            f"{name}, {kind}": of(seconds)
+            for name, seconds in (
+                ("the driver knows, and sends on", noticed),
+                ("the first of its requests goes on", first),
+                ("any of its requests goes on", resumed),
+            )
+            for kind, of in (("median", statistics.median), ("most", max))
         },
     }  # fmt: skip
 
@@ -216,9 +222,7 @@ def main() -> None:
     print(f"{result['kills']} kills, {result['responses']} responses, {result['tokens']} tokens: ", end="")
     print(f"{result['twice']} sampled twice, {result['lost']} lost, {result['unaccounted']} unaccounted for")
     print(f"{result['same_tokens']} responses are as without kills; log-probs to {result['logprob_difference']:.1e}")
-    print_table(
-        ["seconds from a kill to the next token", ""], [(n, f"{s:.2f}") for n, s in costs["seconds_to_go_on"].items()]
-    )
+    print_table(["seconds from a kill until", ""], [(n, f"{s:.2f}") for n, s in costs["seconds_to_go_on"].items()])
     if args.kills >= 30:
         print(f"written: {write_result('kills', result)}")
 

@@ -9,7 +9,17 @@ import time
 from ..distill.opd import rows
 from ..distill.teacher import Teachers
 from .recipe import Distill
-from .rollout import draw, length_metrics, sample, sampled_rate, sampling_params, shown, shown_service, write_rollouts
+from .rollout import (
+    draw,
+    length_metrics,
+    sample,
+    sampled_rate,
+    sampling_params,
+    shown,
+    shown_service,
+    sync,
+    write_rollouts,
+)
 from .stage import StageRun, speaker
 
 
@@ -29,7 +39,7 @@ def distill(stage: StageRun, settings: Distill) -> None:
         learner.share(teachers.heads())
         while stage.step < stage.steps:
             began, step = time.monotonic(), stage.step
-            rollouts.sync(learner.weights(step), step)
+            sync(learner, rollouts, step)
             problems = draw(domains, "train", step, settings.prompts)
             trajectories = sample(
                 rollouts, encoding, tokenizer, problems,

@@ -21,6 +21,7 @@ from .rollout import (
     score,
     shown,
     shown_service,
+    sync,
     write_rollouts,
 )
 from .stage import StageRun, speaker
@@ -42,7 +43,7 @@ def grpo(stage: StageRun, settings: Grpo) -> None:
     ):
         while stage.step < stage.steps:
             began, step = time.monotonic(), stage.step
-            rollouts.sync(learner.weights(step), step)
+            sync(learner, rollouts, step)
             problems = draw(domains, "train", step, settings.prompts)
             trajectories = sample(
                 rollouts, encoding, tokenizer, problems,

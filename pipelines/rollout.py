@@ -15,6 +15,7 @@ from ..rewards.data import Problems
 from ..rewards.domains import Split
 from ..rewards.grader import Grader
 from ..rewards.problem import Problem
+from ..rl.learner import Learner
 from ..rl.rollout import Rollouts
 from ..rl.settings import Sampling
 from ..rl.trajectory import Request, SamplingParams, Trajectory
@@ -55,6 +56,12 @@ def sample(
     for trajectory, (domain, problem) in zip(trajectories, _repeated(problems, group_size), strict=True):
         trajectory.domain, trajectory.mode, trajectory.problem = domain.name, domain.mode, problem
     return trajectories
+
+
+def sync(learner: Learner, rollouts: Rollouts, version: int) -> None:
+    """The workers sample with the learner's weights from here on, as that version."""
+    handle = learner.weights(version, rollouts.receivers)
+    rollouts.sync(handle, version, later=lambda: learner.weights(version))
 
 
 def sampling_params(settings: Sampling, seed: int) -> SamplingParams:

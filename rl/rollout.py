@@ -18,7 +18,7 @@ from typing import Any
 from ..settings import FULL, Precision
 from .cluster import last_words, wait
 from .rollout_worker import CALLS, RolloutWorker
-from .router import MAX_DEATHS, Deaths, Meter, Report, Router, settle, unsampled
+from .router import MAX_DEATHS, Deaths, Meter, Report, Router, room, settle, unsampled
 from .settings import DEADLINE, EngineSettings
 from .trajectory import Request, Trajectory
 
@@ -67,8 +67,8 @@ class Rollouts:
             raise RuntimeError(f"{len(self._router)} requests have not ended: no other policy can be loaded yet")
         self._until(lambda: not any(place.starts for place in self._places))  # of a worker only one load at a time
         self._path, self._settings = str(resolve(path).absolute()), settings
-        self._handle, self._version, self._cache = None, 0, "keep"
-        self._router, self._deaths, self._meter = Router(2 * settings.max_batch), Deaths(), Meter()
+        self._handle, self._later, self._version, self._cache = None, None, 0, "keep"
+        self._router, self._deaths, self._meter = Router(room(settings.max_batch)), Deaths(), Meter()
         self._ended: deque[Trajectory] = deque()  # to be handed out
         self._cancelled: set[int] = set()
         self._journals_used = False
@@ -80,16 +80,25 @@ class Rollouts:
             self._prepare(place)
         self._until(lambda: all(place.serves for place in self._places))
 
-    def sync(self, handle: Any, version: int, cache: str = "keep") -> None:
-        """Every worker takes the learner's weights (`Learner.weights`' reference, of that version, from the store).
+    @property
+    def receivers(self) -> list[Any]:
+        """The `transport.Place` of each worker that serves, for `Learner.weights`."""
+        return [place.where for place in self._places if place.serves]
+
+    def sync(self, handle: Any, version: int, cache: str = "keep", later: Callable[[], Any] | None = None) -> None:
+        """Every worker takes the learner's weights of that version (`Learner.weights`' reference).
 
         Requests in flight go on between two steps; `cache` "rebuild" computes anew what is cached for them. A worker
-        that is starting takes them before it serves.
+        that is starting takes them before it serves: the same handle, or one that `later` gives where the handle is for
+        `receivers` alone.
         """
         self._handle, self._version, self._cache = handle, version, cache
         for place in self._places:
             if place.serves:
                 self._catch_up(place)
+        if later is not None:
+            self._handle = None
+        self._later = later
         self._until(lambda: self._is_synced(version))
 
     def submit(self, requests: list[Request]) -> None:
@@ -240,11 +249,17 @@ class Rollouts:
         place.version, place.starts, place.serves, place.polled, place.tokens = 0, True, False, False, 0
         place.folder = self._folder / f"worker-{place.index}-{place.worker}"
         ref = self._actor(place).load.remote(self._path, str(place.folder), self._settings)
-        self._call(place, f"load {self._path}", ref, lambda _: self._catch_up(place))
+        self._call(place, f"load {self._path}", ref, lambda where: self._loaded(place, where))
+
+    def _loaded(self, place: "_Place", where: Any) -> None:
+        place.where = where
+        self._catch_up(place)
 
     def _catch_up(self, place: "_Place") -> None:
         if place.version != self._version:
             version = self._version
+            if self._handle is None and self._later is not None:
+                self._handle = self._later()
             ref = self._actor(place).update.remote(self._handle, self._cache)
             self._call(place, f"take version {version}", ref, lambda _: self._has(place, version))
         elif not place.serves:
@@ -306,6 +321,7 @@ class _Place:
 
     index: int
     worker: int = -1  # the router's number of the one that is there
+    where: Any = None  # it is (transport.Place)
     folder: Path = Path()  # of its journal
     version: int = 0  # of its policy
     starts: bool = False

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..settings import FULL, Precision
 from .cluster import log_to_stderr
 from .memory import Span
@@ -34,8 +36,11 @@ class RolloutWorker:
         self._receiver: Any = None
         self._offloaded: Any = None
 
-    def load(self, path: str, journal: str, settings: EngineSettings) -> None:
-        """The policy of a checkpoint's folder, as version 0. Its tokens go to a new journal in the folder `journal`."""
+    def load(self, path: str, journal: str, settings: EngineSettings) -> Any:
+        """The policy of a checkpoint's folder, as version 0. Its tokens go to a new journal in the folder `journal`.
+
+        Returns `place`.
+        """
         from .runner import EngineThread
 
         if self._thread is not None:
@@ -53,6 +58,7 @@ class RolloutWorker:
         self._steps = _Steps(self.engine, self._stepped)
         self._thread = EngineThread(self._steps, self._deliver, self._fail)
         self._call(lambda _: _use_threads(self.threads))
+        return self.place()
 
     def make_engine(self, path: str, settings: EngineSettings) -> Any:
         from tokenizers import Tokenizer
@@ -175,6 +181,8 @@ class RolloutWorker:
                 self._ended(update.finished)
 
     def _ended(self, trajectory: Trajectory) -> None:
+        if trajectory.experts.shape[1:] == (0, 0) and (shape := self._recorded.get("experts")):
+            trajectory.experts = np.full((len(trajectory), *shape), -1, np.int16)  # nothing of it was fed here
         with self._told:
             self._began.pop(trajectory.request)
             self._report.finished.append(trajectory)

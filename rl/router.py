@@ -16,6 +16,15 @@ MAX_DEATHS = 3
 """A worker that dies is replaced. So many deaths in a row at one place, without a token between them, end the run."""
 
 
+def room(max_batch: int) -> int:
+    """The most requests that a worker may have, whose engine feeds `max_batch` at once.
+
+    A quarter more (our choice): enough that no slot is empty until others are sent, and few that wait in an engine,
+    where they hold the tail, and where what a death broke off has to wait behind them.
+    """
+    return max_batch + max(1, max_batch // 4)
+
+
 class Router:
     """Requests that wait, and those that are with a worker.
 

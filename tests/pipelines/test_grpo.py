@@ -46,7 +46,7 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, updates: int, groups: 
         run=SimpleNamespace(model=lambda _: None, domains={}, seed=lambda _: 0),
         log=SimpleNamespace(samples=lambda *_: None),
         learner=lambda *_: nullcontext(SimpleNamespace(step=learn, weights=lambda _: None, save_model=lambda _: None)),
-        rollouts=lambda *_: nullcontext(SimpleNamespace(sync=lambda *_: None, metrics=lambda: Meter().read(1.0, 0))),
+        rollouts=lambda *_: nullcontext(SimpleNamespace(metrics=lambda: Meter().read(1.0, 0))),
         grader=lambda: nullcontext(None),
     )  # fmt: skip
     settings: Any = SimpleNamespace(
@@ -56,6 +56,7 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, updates: int, groups: 
     )  # fmt: skip
     monkeypatch.setattr(module, "speaker", lambda *_: (None, None))
     monkeypatch.setattr(module, "draw", lambda *_: [])
+    monkeypatch.setattr(module, "sync", lambda *_: None)
     monkeypatch.setattr(module, "score", lambda *_: 1.0)
     monkeypatch.setattr(module, "sample", lambda *_, **__: [trajectory(i, i // 2) for i in range(2 * groups)])
     module.grpo(stage, settings)

@@ -1,4 +1,5 @@
 """A rollout worker whose engine counts instead of computing, journals as the real one does, and can be made to hang.
+It appends each token's request and position to the file `drawn` in the folder of its policy.
 
 A response's tokens follow from its request's id and seed and their positions; it has between 1 and `max_new_tokens`.
 """
@@ -99,6 +100,8 @@ class Engine:
                 versions.append(self.version)
         ids, new = np.array(list(drawn), np.int64), np.array(list(drawn.values()), np.int32)
         self.journal.append(ids, new, new.astype(np.float32), np.full(len(new), self.version, np.int32))
+        with open(self.folder / "drawn", "a") as file:
+            file.write("".join(f"{each} {len(self._known[each][1]) - 1}\n" for each in drawn))
         updates = []
         for request, *_ in running:
             tokens = [drawn[request.id]] if request.id in drawn else []

@@ -35,11 +35,8 @@ def test_the_deadline_is_every_process_s(monkeypatch: pytest.MonkeyPatch):
     for name in ("Learner", "Rollouts"):
         made = lambda *_, name=name, **place: given.update({name: place["deadline"]}) or MagicMock()  # noqa: E731
         monkeypatch.setattr(fleet_module, name, made)
-    with (
-        Fleet(deadline=7.0) as fleet,
-        fleet.learner(Path(), Optimization(lr=1.0), 1),
-        fleet.rollouts(Path(), 1, Path()),
-    ):
+    learner = Path(), Optimization(lr=1.0), 1
+    with Fleet(deadline=7.0) as fleet, fleet.learner(*learner), fleet.rollouts(Path(), 1, Path()):
         assert given == {"Learner": 7.0, "Rollouts": 7.0}
         assert fleet.place["deadline"] == 7.0
 
