@@ -24,7 +24,7 @@ BUCKET = 2**28
 """Bytes of one broadcast: two such buffers are a small part of a GPU, and NCCL needs tens of MB to reach its rate."""
 
 _LOOK_SECONDS = 0.05  # between two looks whether another member has failed
-_PATIENCE = 3  # torch's own watchdog, which ends the process, acts after so many of our deadlines
+_PATIENCE = 3  # NCCL's watchdog in torch, which ends the process, acts after so many of our deadlines
 
 
 class Meeting(NamedTuple):
@@ -114,6 +114,7 @@ class Group:
         try:
             work.wait()  # it raises what went wrong; on a GPU the current stream waits for it
         except RuntimeError as error:
+            self._look()
             raise SyncError(f"{what}: the connection broke; without it {self._names(late())}") from error
 
     def _all(self, key: str, ranks: Sequence[int], what: str) -> None:
@@ -129,29 +130,33 @@ class Group:
             now = time.monotonic()
             if now > looked + _LOOK_SECONDS:
                 looked = now
-                if self._keys.check(["failed"]):
-                    raise SyncError(self._keys.get("failed").decode())
+                self._look()
             if now > began + self._seconds:
                 raise TimeoutError(f"{what}: not done after {self._seconds:g} s; without it {self._names(late())}")
             time.sleep(1e-4)
+
+    def _look(self) -> None:
+        """Raises what another member failed of."""
+        if self._keys.check(["failed"]):
+            raise SyncError(self._keys.get("failed").decode())
 
     def _names(self, ranks: Sequence[int]) -> str:
         return ", ".join(self.meeting.members[rank] for rank in ranks) or "nobody"
 
     def _connect(self, store: Any) -> Any:
         prefixed = PrefixStore(f"group/{self.meeting.generation}", store)
-        rank, size, patience = self._rank, len(self.meeting.members), timedelta(seconds=_PATIENCE * self._seconds)
+        rank, size = self._rank, len(self.meeting.members)
         if self._device.type == "cuda":
             from torch.distributed import ProcessGroupNCCL  # pyright: ignore[reportPrivateImportUsage]
 
             options = ProcessGroupNCCL.Options()
-            options._timeout = patience
+            options._timeout = timedelta(seconds=_PATIENCE * self._seconds)
             return ProcessGroupNCCL(prefixed, rank, size, options)
         from torch.distributed import ProcessGroupGloo  # pyright: ignore[reportPrivateImportUsage]
 
         options: Any = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
         options._devices = [ProcessGroupGloo.create_device(interface="lo")]  # all on one host
-        options._timeout = patience
+        options._timeout = timedelta(seconds=self._seconds)  # for which letting go of it may wait: it cannot be aborted
         return ProcessGroupGloo(prefixed, rank, size, options)
 
     @contextmanager
@@ -161,12 +166,12 @@ class Group:
             yield
         except BaseException as error:
             host, port = self.meeting[:2]
-            self.close()
             try:
                 if self._keys is not None and not self._keys.check(["failed"]):
                     self._keys.set("failed", f"{self.meeting.members[self._rank]}: {error}")
             except DistError:
                 error.add_note(f"(the sender's store at {host}:{port} does not answer either)")
+            self.close()
             if isinstance(error, DistError):
                 raise SyncError(f"the sender of the weights does not answer at {host}:{port}") from error
             raise
