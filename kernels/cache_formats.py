@@ -1,13 +1,14 @@
 """Rows of the decoding cache as bytes: FP8 entries of the attention, FP4 keys of the indexer.
 
 The byte counts are V4's: 584 for an entry of 512 channels, 68 for a key of 128 (FlashMLA's and vLLM's layouts). Other
-widths follow the same rules.
+widths follow the same rules. What `stored` (compress.py) has rounded to FP8 or FP4 keeps its value as bytes.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import fused
 from .formats import FP4_TILE, dequantize_fp4, dequantize_fp8, quantize_fp4, quantize_fp8
 
 ENTRY_TILE = (1, 64)  # channels of an entry that share a scale
@@ -31,6 +32,47 @@ def index_key_bytes(dim: int) -> int:
     return dim // 2 + -(-dim // FP4_TILE[1])
 
 
+def write_cache_entries(cache: Tensor, where: Tensor, rows: Tensor, rope_dim: int = 64) -> None:
+    """Packs rows [N, D] into rows `where` int64 [N] of `cache` uint8 [R, cache_entry_bytes], no row twice but with the
+    same content. A number that is not finite is a ValueError, or on a GPU read as NaN."""
+    if fused(rows):
+        from .fused.cache_formats import write_entries
+
+        return write_entries(cache, where, rows, rope_dim)
+    check_cache(cache, cache_entry_bytes(rows.shape[1], rope_dim))
+    cache[where] = pack_cache_entries(rows, rope_dim)
+
+
+def read_cache_entries(
+    cache: Tensor, where: Tensor, dim: int = 512, rope_dim: int = 64, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Rows `where` int64 [N] of what `write_cache_entries` wrote: [N, dim]."""
+    if fused(cache):
+        from .fused.cache_formats import read_entries
+
+        return read_entries(cache, where, dim, rope_dim, dtype)
+    return unpack_cache_entries(cache[where], dim, rope_dim, dtype)
+
+
+def write_index_keys(cache: Tensor, where: Tensor, keys: Tensor) -> None:
+    """As `write_cache_entries`: keys [N, D], already rotated, into a cache uint8 [R, index_key_bytes]."""
+    if fused(keys):
+        from .fused.cache_formats import write_keys
+
+        return write_keys(cache, where, keys)
+    check_cache(cache, index_key_bytes(keys.shape[1]))
+    cache[where] = pack_index_keys(keys)
+
+
+def read_index_keys(cache: Tensor, where: Tensor, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Rows `where` int64 [N] of what `write_index_keys` wrote: [N, dim]."""
+    if fused(cache):
+        from .fused.cache_formats import read_keys
+
+        return read_keys(cache, where, dim, dtype)
+    return unpack_index_keys(cache[where], dim, dtype)
+
+
 def pack_cache_entries(rows: Tensor, rope_dim: int = 64) -> Tensor:
     """rows [N, D], the last `rope_dim` channels rotated -> uint8 [N, cache_entry_bytes]: 584 bytes for D = 512.
 
@@ -48,7 +90,7 @@ def unpack_cache_entries(
     entries: Tensor, dim: int = 512, rope_dim: int = 64, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
     """The inverse of `pack_cache_entries`: uint8 [N, bytes] -> [N, dim]; ValueError for another size or a NaN."""
-    _check_bytes(entries, cache_entry_bytes(dim, rope_dim))
+    check_cache(entries, cache_entry_bytes(dim, rope_dim))
     plain, wide = dim - rope_dim, dim + rope_dim  # where the codes end, where the scales begin
     codes, rope, scales, _ = entries.tensor_split([plain, wide, wide - (-plain // ENTRY_TILE[1])], dim=1)
     values = dequantize_fp8(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), dtype, ENTRY_TILE)
@@ -66,7 +108,7 @@ def pack_index_keys(keys: Tensor) -> Tensor:
 
 def unpack_index_keys(packed: Tensor, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The inverse of `pack_index_keys`: uint8 [N, bytes] -> [N, dim]; ValueError for another size or a NaN."""
-    _check_bytes(packed, index_key_bytes(dim))
+    check_cache(packed, index_key_bytes(dim))
     codes, scales = packed.tensor_split([dim // 2], dim=1)
     codes = F.pad(codes, (0, -dim % FP4_TILE[1] // 2))
     return dequantize_fp4(codes.view(torch.int8), scales.contiguous().view(torch.float8_e8m0fnu), dtype)[:, :dim]
@@ -78,6 +120,7 @@ def _finite(rope: Tensor) -> Tensor:
     return rope
 
 
-def _check_bytes(rows: Tensor, size: int) -> None:
+def check_cache(rows: Tensor, size: int) -> None:
+    """ValueError for what are no rows of so many bytes."""
     if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != size:
         raise ValueError(f"rows must be uint8 [N, {size}], got {rows.dtype} {list(rows.shape)}")

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+import torch
 from compile_cases import FP32, HEADS, NARROW, TOKENS, TOPK, WIDTH, WINDOW, meta, places, seen
 
-from amalgam.kernels.fused import hopper_forward, hopper_indexer, indexer
+from amalgam.kernels.fused import cache_formats, hopper_forward, hopper_indexer, indexer
 from amalgam.kernels.fused.attention import attend_forward
 
 PAGES = {4: 64, 128: 2}  # by ratio, entries of a page of 256 tokens
@@ -51,6 +52,16 @@ def hopper_scores() -> None:
         hopper_indexer.scores(q, weights, keys, out, place, TOPK, False)
 
 
+def as_bytes() -> None:
+    """V4's entries and keys, written and read."""
+    where = meta(TOKENS, dtype=torch.int64)
+    entries, keys = meta(TOKENS, 584, dtype=torch.uint8), meta(TOKENS, 68, dtype=torch.uint8)
+    cache_formats.write_entries(entries, where, meta(TOKENS, WIDTH), 64)
+    cache_formats.read_entries(entries, where, WIDTH, 64, torch.bfloat16)
+    cache_formats.write_keys(keys, where, meta(TOKENS, 128))
+    cache_formats.read_keys(keys, where, 128, torch.bfloat16)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "cache, HCA": dense,
     "cache, CSA": chosen,
@@ -59,4 +70,5 @@ CASES: dict[str, Callable[[], None]] = {
     "hopper, pages, many entries": lambda: hopper(128, PAGES[128], splits=2),
     "hopper, pages, CSA": lambda: hopper(4, PAGES[4]),
     "hopper, pages, indexer": hopper_scores,
+    "cache, bytes": as_bytes,
 }

@@ -57,9 +57,9 @@ def places(counts: list[int], new: int, window: int, ratio: int, ring: bool) -> 
     slots = window + new - 1 if ring else 0
     row_first = owner * slots if ring else (lengths.cumsum(0) - lengths)[owner]
     most = int(lengths.max()) // ratio
-    where = [x.int().to(DEVICE) for x in (position, row_first, owner * most)]
+    position, row_first, entry_first = (x.int().to(DEVICE) for x in (position, row_first, owner * most))
     blocks = Alone()
-    blocks.seen = Seen(blocks, window, *where[:2], slots, ratio, where[2], most)
+    blocks.seen = Seen(blocks, window, position, row_first, slots, ratio, entry_first, most)
     return blocks.seen
 
 

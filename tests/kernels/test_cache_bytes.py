@@ -1,0 +1,128 @@
+"""Caches of bytes: what the kernels write and read has the bits of `kernels.cache_formats`' packing and unpacking."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from amalgam.kernels import cache_formats, compress, formats
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WIDTHS = [(512, 64), (128, 32), (64, 16), (16, 8)]
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AMALGAM_KERNELS", "triton")
+
+
+def hard(rows: int, width: int, dtype: torch.dtype, largest: float = 448.0) -> Tensor:
+    """Numbers of many sizes, on the borders of scales and of codes and beside them, zeros of both signs."""
+    x = torch.randn(rows, width) * torch.randint(-12, 12, (rows, 1)).float().exp2()
+    ties = torch.tensor(
+        [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0] if largest == 6 else [1.0625, 27.0, 232.0, 3 * 2.0**-10]
+    )
+    powers = torch.randint(-9, 9, (4, 1)).float().exp2()
+    x[1:5] = ties[torch.randint(len(ties), (4, width))] * torch.randn(4, width).sign() * powers
+    x[1:5, ::8] = largest * powers  # the largest of each group, and in two rows the next number above
+    x[3:5, ::8] = torch.nextafter(x[3:5, ::8], torch.tensor(torch.inf))
+    x[5], x[6, ::3], x[7], x[8] = 0.0, -0.0, 1e-40, 1e-4
+    return x.to(dtype)
+
+
+def places(rows: int, capacity: int) -> Tensor:
+    return torch.randperm(capacity)[:rows].to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width, rope", WIDTHS)
+def test_entries(width: int, rope: int, dtype: torch.dtype):
+    rows, where = hard(21, width, dtype), places(21, 40)
+    cache = torch.full((40, cache_formats.cache_entry_bytes(width, rope)), 77, dtype=torch.uint8)
+    expected = cache.clone()
+    expected[where.cpu()] = cache_formats.pack_cache_entries(rows, rope)
+    cache = cache.to(DEVICE)
+    cache_formats.write_cache_entries(cache, where, rows.to(DEVICE), rope)
+    assert torch.equal(cache.cpu(), expected)
+    again = where[torch.randint(21, (30,))]
+    for wish in (torch.float32, torch.bfloat16):
+        found = cache_formats.read_cache_entries(cache, again, width, rope, wish)
+        assert same(found, cache_formats.unpack_cache_entries(expected[again.cpu()], width, rope, wish))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [128, 32, 16, 8])
+def test_keys(width: int, dtype: torch.dtype):
+    keys, where = hard(21, width, dtype, largest=6.0), places(21, 40)
+    cache = torch.full((40, cache_formats.index_key_bytes(width)), 77, dtype=torch.uint8)
+    expected = cache.clone()
+    expected[where.cpu()] = cache_formats.pack_index_keys(keys)
+    cache = cache.to(DEVICE)
+    cache_formats.write_index_keys(cache, where, keys.to(DEVICE))
+    assert torch.equal(cache.cpu(), expected)
+    again = where[torch.randint(21, (30,))]
+    for wish in (torch.float32, torch.bfloat16):
+        found = cache_formats.read_index_keys(cache, again, width, wish)
+        assert same(found, cache_formats.unpack_index_keys(expected[again.cpu()], width, wish))
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    """To the sign of a zero."""
+    return torch.equal(found.cpu(), expected) and torch.equal(found.cpu().signbit(), expected.signbit())
+
+
+@pytest.mark.parametrize("width, rope", WIDTHS)
+def test_what_was_rounded_for_storage_loses_nothing(width: int, rope: int):
+    """So a cache of bytes gives the bits of one in bf16 to a model that rounds what it keeps."""
+    x, where = hard(12, width, torch.bfloat16).to(DEVICE), places(12, 12)
+    rotation = torch.ones(12, rope // 2, dtype=torch.complex64, device=DEVICE)
+    rows = compress.stored(x, rotation, "fp8")
+    cache = torch.zeros(12, cache_formats.cache_entry_bytes(width, rope), dtype=torch.uint8, device=DEVICE)
+    cache_formats.write_cache_entries(cache, where, rows, rope)
+    assert torch.equal(cache_formats.read_cache_entries(cache, where, width, rope), rows)
+    keys = compress.stored(x, rotation, "fp4")
+    cache = torch.zeros(12, cache_formats.index_key_bytes(width), dtype=torch.uint8, device=DEVICE)
+    cache_formats.write_index_keys(cache, where, keys)
+    assert torch.equal(cache_formats.read_index_keys(cache, where, width), keys)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_read_as_nan(bad: float):
+    """In the tile that it stands in; rope channels as they are."""
+    rows, keys, where = torch.randn(3, 128, device=DEVICE), torch.randn(3, 64, device=DEVICE), places(3, 3)
+    rows[1, 70], keys[1, 5] = bad, bad
+    entries = torch.zeros(3, cache_formats.cache_entry_bytes(128, 32), dtype=torch.uint8, device=DEVICE)
+    cache_formats.write_cache_entries(entries, where, rows, 32)
+    nan = cache_formats.read_cache_entries(entries, where, 128, 32).isnan()
+    assert nan[1, 64:96].all() and int(nan.sum()) == 32
+    cache = torch.zeros(3, cache_formats.index_key_bytes(64), dtype=torch.uint8, device=DEVICE)
+    cache_formats.write_index_keys(cache, where, keys)
+    nan = cache_formats.read_index_keys(cache, where, 64).isnan()
+    assert nan[1, :32].all() and int(nan.sum()) == 32
+
+
+def test_the_reference_reads_and_writes_places(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AMALGAM_KERNELS", "reference")
+    rows, keys, where = torch.randn(4, 48), torch.randn(4, 32), torch.tensor([6, 0, 3, 1])
+    entries = torch.zeros(7, cache_formats.cache_entry_bytes(48, 16), dtype=torch.uint8)
+    cache_formats.write_cache_entries(entries, where, rows, 16)
+    found = cache_formats.read_cache_entries(entries, where.flip(0), 48, 16, torch.float32).flip(0)
+    assert torch.equal(found[:, :32], formats.round_fp8(rows[:, :32], (1, 64))) and not entries[2].any()
+    cache = torch.zeros(7, cache_formats.index_key_bytes(32), dtype=torch.uint8)
+    cache_formats.write_index_keys(cache, where, keys)
+    assert torch.equal(cache_formats.read_index_keys(cache, where, 32, torch.float32), formats.round_fp4(keys))
+
+
+@pytest.mark.parametrize("wish", ["triton", "reference"])
+def test_another_cache_is_refused(wish: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AMALGAM_KERNELS", wish)
+    x, where = torch.randn(2, 64, device=DEVICE), places(2, 2)
+    for cache in (torch.zeros(2, 90, dtype=torch.uint8), torch.zeros(2, 88), torch.zeros(88, dtype=torch.uint8)):
+        cache = cache.to(DEVICE)
+        for call in (
+            lambda cache=cache: cache_formats.write_cache_entries(cache, where, x, 16),
+            lambda cache=cache: cache_formats.read_cache_entries(cache, where, 64, 16),
+            lambda cache=cache: cache_formats.write_index_keys(cache, where, x),
+            lambda cache=cache: cache_formats.read_index_keys(cache, where, 64),
+        ):
+            with pytest.raises(ValueError, match="rows must be uint8"):
+                call()
