@@ -16,6 +16,7 @@ from .launch import next_power
 
 BLOCK = 256  # slots of a program
 TILE = 8192  # counts of a step of the program that plans
+FEW, STEP = 65_536, 4096  # comparisons of a slot with an expert: of one launch, and of its steps
 
 
 class Rows(NamedTuple):
@@ -70,6 +71,17 @@ def _plan(
 
 
 @triton.jit
+def _before(ids, slot, own, start, slots, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """Of a block's slots from `start` on, how many before each have its expert."""
+    found = tl.zeros([BLOCK], tl.int32)
+    for low in tl.range(0, BLOCK, STEP):
+        other = start + low + tl.arange(0, STEP)
+        theirs = tl.load(ids + other, mask=other < slots, other=-1).to(tl.int32)
+        found += tl.sum(((theirs[None, :] == own[:, None]) & (other[None, :] < slot[:, None])).to(tl.int32), 1)
+    return found
+
+
+@triton.jit
 def _place(
     ids, counts, first, slot_of_row, row_of_slot, slots, BLOCK: tl.constexpr, E: tl.constexpr, STEP: tl.constexpr
 ):
@@ -79,10 +91,52 @@ def _place(
     real = slot < slots
     own = tl.load(ids + slot, mask=real, other=-1).to(tl.int32)
     row = tl.load(first + own, mask=real, other=0) + tl.load(counts + block * E + own, mask=real, other=0)
-    for low in tl.range(0, BLOCK, STEP):
-        other = block * BLOCK + low + tl.arange(0, STEP)
-        theirs = tl.load(ids + other, mask=other < slots, other=-1).to(tl.int32)
-        row += tl.sum(((theirs[None, :] == own[:, None]) & (other[None, :] < slot[:, None])).to(tl.int32), 1)
+    row += _before(ids, slot, own, block * BLOCK, slots, BLOCK, STEP)
+    tl.store(row_of_slot + slot, row, mask=real)
+    tl.store(slot_of_row + row, slot, mask=real)
+
+
+@triton.jit
+def _sort(
+    ids, starts, expert, first, count, total, slot_of_row, row_of_slot, slots, experts, tiles,
+    HEIGHT: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, STEP: tl.constexpr, SOME: tl.constexpr,
+):  # fmt: skip
+    """All of it for few slots, and what is no slot of a row: each program counts all slots, then places its block's.
+    Limited by its steps' latency, of which there are slots / STEP + BLOCK / SOME."""
+    block, e = tl.program_id(0), tl.arange(0, E)
+    every, earlier = tl.zeros([STEP, E], tl.int32), tl.zeros([STEP, E], tl.int32)
+    for low in tl.range(0, slots, STEP):
+        slot = low + tl.arange(0, STEP)
+        own = tl.load(ids + slot, mask=slot < slots, other=-1).to(tl.int32)
+        is_own = (own[:, None] == e[None, :]).to(tl.int32)
+        every += is_own
+        earlier += tl.where((slot < block * BLOCK)[:, None], is_own, 0)
+    counts = tl.sum(every, 0)
+    needed = (counts + HEIGHT - 1) // HEIGHT
+    ends = tl.cumsum(needed, 0)
+    begins = ends - needed
+    used = tl.sum(needed, 0)
+    tl.store(starts + block * E + e, begins * HEIGHT + tl.sum(earlier, 0))
+    if block == 0:
+        tl.store(total, used)
+        tl.store(first + e, begins * HEIGHT, mask=e < experts)
+        tl.store(count + e, counts, mask=e < experts)
+    for low in tl.range(block * STEP, tiles, tl.num_programs(0) * STEP):
+        tile = low + tl.arange(0, STEP)
+        past = ends[None, :] <= tile[:, None]
+        own = tl.sum(past.to(tl.int32), 1)
+        tl.store(expert + tile, tl.where(tile < used, own, -1), mask=tile < tiles)
+        left = counts[None, :] - (tile[:, None] - begins[None, :]) * HEIGHT
+        left = tl.sum(tl.where((begins[None, :] <= tile[:, None]) & ~past, left, 0), 1)
+        h = tl.arange(0, HEIGHT)[None, :]
+        padding = (h >= left[:, None]) & (tile < tiles)[:, None]
+        tl.store(slot_of_row + tile[:, None] * HEIGHT + h, -1, mask=padding)
+    tl.debug_barrier()  # what was stored at `starts` is read by other threads
+    slot = block * BLOCK + tl.arange(0, BLOCK)
+    real = slot < slots
+    own = tl.load(ids + slot, mask=real, other=-1).to(tl.int32)
+    row = tl.load(starts + block * E + own, mask=real, other=0)
+    row += _before(ids, slot, own, block * BLOCK, slots, BLOCK, SOME)
     tl.store(row_of_slot + slot, row, mask=real)
     tl.store(slot_of_row + row, slot, mask=real)
 
@@ -96,12 +150,16 @@ def sort_rows(ids: Tensor, experts: int, height: int) -> Rows:
     def ints(*shape: int) -> Tensor:
         return ids.new_empty(shape, dtype=torch.int32)
 
-    rows = Rows(
-        height,
-        ids.new_full((tiles * height,), -1, dtype=torch.int32),
-        ints(slots), ints(tiles), ints(experts), ints(experts), ints(1),
-    )  # fmt: skip
+    few = slots * width <= FEW
+    slot = ints(tiles * height) if few else ids.new_full((tiles * height,), -1, dtype=torch.int32)
+    rows = Rows(height, slot, ints(slots), ints(tiles), ints(experts), ints(experts), ints(1))
     counts, ids = ints(blocks, width), ids.contiguous()
+    if few:
+        _sort[(blocks,)](
+            ids, counts, rows.expert, rows.first, rows.counts, rows.total, rows.slot, rows.row, slots, experts, tiles,
+            HEIGHT=height, BLOCK=BLOCK, E=width, STEP=max(STEP // width, 1), SOME=32, num_warps=8,
+        )  # fmt: skip
+        return rows
     _count[(blocks,)](ids, counts, slots, BLOCK=BLOCK, E=width, STEP=min(width, 64), num_warps=8)
     _plan[(1,)](
         counts, rows.expert, rows.first, rows.counts, rows.total, blocks, experts, tiles,

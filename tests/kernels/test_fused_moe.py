@@ -6,6 +6,7 @@ from torch import Tensor
 
 from amalgam.kernels import moe
 from amalgam.kernels.fused import moe as fused_moe
+from amalgam.kernels.fused import moe_rows
 from amalgam.kernels.fused.moe_rows import sort_rows
 
 from .test_fused import compare
@@ -112,9 +113,11 @@ def test_a_second_backward_is_refused():
         torch.autograd.grad(total, leaves)
 
 
+@pytest.mark.parametrize("few", [0, 65_536], ids=["several launches", "one launch"])
 @pytest.mark.parametrize("tokens, k, experts, height", [(700, 3, 5, 16), (1, 2, 300, 16), (90, 2, 7, 128)])
-def test_rows_are_sorted_stably(tokens: int, k: int, experts: int, height: int):
+def test_rows_are_sorted_stably(tokens: int, k: int, experts: int, height: int, few: int, monkeypatch):
     """Several blocks of slots, more experts than a step of counts, and more rows than tiles."""
+    monkeypatch.setattr(moe_rows, "FEW", few)
     ids = torch.randint(experts - 1, (tokens, k))
     rows = sort_rows(ids, experts, height)
     assert rows.expert.numel() == min((tokens * k + experts * (height - 1)) // height, tokens * k)
