@@ -19,20 +19,20 @@ from ..model.graph import DecodeGraphs
 from .drawing import Drawing
 from .plan import Chunk, Clear, CopyPage, Entry, Forget, Fork, Load, Move, Place, Plan, Save, Scrub
 from .response import Decisions, Response
-
-_NOTHING = np.zeros(0)
+from .room import Room
+from .settings import EngineSettings
 
 
 class Fed(NamedTuple):
-    """What came of feeding a request: the tokens from `start` on, and what was drawn behind the last of them."""
+    """What came of feeding a request: the tokens from position `start` on, and what was drawn behind them."""
 
     response: Response
     start: int
-    decided: Decisions  # of the tokens that stay
+    low: int  # of the forward's tokens, those that stay are `low` ... `high` - 1
+    high: int
     tokens: list[int]
     logprobs: list[float]
-    sets: list[np.ndarray] | None  # of int32 [any]: what each was drawn from
-    drafted: bool
+    sets: list[np.ndarray | None]  # of int32 [any]: what each was drawn from
 
 
 class Forward(NamedTuple):
@@ -41,6 +41,7 @@ class Forward(NamedTuple):
     responses: list[tuple[Response, int]]  # and the position of the first token fed
     sizes: list[int]
     drawing: list[bool]
+    drafted: bool  # two rows each
     host: "Host"  # experts [T, L, k], picks [T, C, K]; tokens, logprobs [R s] and sets [R s, words]; counts [R]
 
 
@@ -62,7 +63,7 @@ class Host:
 
 
 class Batch:
-    """The cache of `slots` requests in `pages` pages (the model's size if `page` is None), and what runs on it."""
+    """The cache of an engine with that room, and what runs on it."""
 
     slack = 0  # tokens that a step may take back
     stride = 1  # tokens that a request is fed when it decodes
@@ -72,25 +73,14 @@ class Batch:
         """Of a slot, beside the cache's."""
         return 0
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        slots: int,
-        capacity: int,
-        pages: int,
-        page: int | None = None,
-        *,
-        experts: bool = True,
-        picks: bool = False,
-        sets: bool = False,
-    ):
+    def __init__(self, model: LanguageModel, room: Room, settings: EngineSettings):
         self.model: Any = model
         self.device = model.lm_head.weight.device
-        self.experts, self.picks = experts, Picks(model) if picks else None
-        self.drawing = Drawing(self.device, model.lm_head.weight.shape[0], sets)
-        self.cache = self.model.new_cache(slots + 1, capacity, self.slack, pages + 1, page)
+        self.experts, self.picks = settings.experts, Picks(model) if settings.picks else None
+        self.drawing = Drawing(self.device, model.lm_head.weight.shape[0], settings.sets)
+        self.cache = self.model.new_cache(room.slots + 1, room.capacity, self.slack, room.pages + 1, room.page)
         self.graphs = DecodeGraphs(model, self.cache) if self.device.type == "cuda" else None
-        self.last = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)  # tokens drawn, by slot
+        self.last = torch.zeros(room.slots + 1, dtype=torch.int64, device=self.device)  # tokens drawn, by slot
         self.saved: dict[Any, tuple[list[Tensor], int]] = {}
         self.seconds_per_byte = 1e-10  # of copies to the host; before the first, our guess
 
@@ -214,7 +204,7 @@ class Batch:
             tensors |= {"tokens": drawn.tokens, "logprobs": drawn.logprobs}
             tensors |= {} if drawn.allowed is None else {"sets": drawn.allowed}
             tensors |= {} if counts is None else {"counts": counts}
-        return Forward(responses, sizes, drawing, Host(tensors))
+        return Forward(responses, sizes, drawing, counts is not None, Host(tensors))
 
     def to_device(self, values: Any, dtype: Any = np.int64) -> Tensor:
         return self.drawing.to_device(values, dtype)
@@ -238,33 +228,23 @@ class Picks:
         return seen.unsqueeze(1).expand(-1, self.layers, -1)
 
 
-def fed(forward: Forward) -> list[Fed]:
-    """Waits for a forward, and takes it apart."""
+def landed(forward: Forward) -> tuple[Decisions, list[Fed]]:
+    """Waits for a forward, and takes it apart: what was decided for its tokens, and each request's part."""
     host = forward.host.arrays()
-    total, rows = sum(forward.sizes), sum(forward.drawing)
-    experts = host.get("experts", np.zeros((total, 0, 0), np.int16))
-    decided = Decisions(experts, host.get("picks"))
-    tokens, logprobs = host.get("tokens", _NOTHING), host.get("logprobs", _NOTHING)
+    experts = host.get("experts", np.zeros((sum(forward.sizes), 0, 0), np.int16))
+    tokens, logprobs = (host[name].tolist() if name in host else [] for name in ("tokens", "logprobs"))
+    rows = sum(forward.drawing)
     stride = len(tokens) // rows if rows else 1
-    counts = host.get("counts", np.full(rows, stride))
-    sets = set_ids(torch.from_numpy(host["sets"])) if "sets" in host else None
-    results, start, row = [], 0, 0
-    for (response, position), size, draws in zip(forward.responses, forward.sizes, forward.drawing, strict=True):
-        count = int(counts[row]) if draws else 0
-        mine = slice(row * stride, row * stride + count)
-        results.append(
-            Fed(
-                response,
-                position,
-                decided[start : start + (count if stride > 1 else size)],  # a draft that was wrong does not stay
-                tokens[mine].tolist(),
-                logprobs[mine].tolist(),
-                sets[mine] if sets is not None else None,
-                stride > 1,
-            )
-        )
-        start, row = start + size, row + draws
-    return results
+    counts = host["counts"].tolist() if "counts" in host else [stride] * rows
+    sets = set_ids(torch.from_numpy(host["sets"])) if "sets" in host else [None] * len(tokens)
+    results, low, row = [], 0, 0
+    for (response, start), size, draws in zip(forward.responses, forward.sizes, forward.drawing, strict=True):
+        count = counts[row] if draws else 0
+        high = low + (count if stride > 1 else size)  # a draft that was wrong does not stay
+        at = slice(row * stride, row * stride + count)
+        results.append(Fed(response, start, low, high, tokens[at], logprobs[at], sets[at]))
+        low, row = low + size, row + draws
+    return Decisions(experts, host.get("picks")), results
 
 
 def _pinned(tensor: Tensor) -> Tensor:

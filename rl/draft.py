@@ -11,7 +11,6 @@ the token after it) of tokens that stay, so it never has to roll back. S slots, 
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,8 @@ from ..model.mtp import extend_mtp, mtp_block, mtp_cache
 from .batch import Batch, Forward, slots_of
 from .plan import Chunk, Clear, Entry, Move
 from .response import Response
+from .room import Room
+from .settings import EngineSettings
 
 
 class DraftedBatch(Batch):
@@ -38,11 +39,11 @@ class DraftedBatch(Batch):
         config, each = model.config, mtp_block(model).norm.weight.dtype.itemsize  # refuses a model without one
         return each * (2 * config.hc_mult * config.hidden_size + (config.sliding_window + 1) * config.head_dim)
 
-    def __init__(self, model: LanguageModel, slots: int, capacity: int, *more: Any, **kinds: Any):
-        super().__init__(model, slots, capacity, *more, **kinds)
+    def __init__(self, model: LanguageModel, room: Room, settings: EngineSettings):
+        super().__init__(model, room, settings)
         config = model.config
-        self.pairs = mtp_cache(self.model, slots + 1, capacity)
-        shape = (slots + 1, 2, config.hc_mult, config.hidden_size)  # of a complete pair, if any, and of the other
+        self.pairs = mtp_cache(self.model, room.slots + 1, room.capacity)
+        shape = (room.slots + 1, 2, config.hc_mult, config.hidden_size)  # of a complete pair, if any, and of the other
         self.streams = torch.zeros(shape, dtype=self.model.model.embed_tokens.weight.dtype, device=self.device)
         self.second = torch.zeros_like(self.last)  # the complete pair's second token
         self.complete = torch.zeros_like(self.last, dtype=torch.bool)

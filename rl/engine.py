@@ -7,7 +7,6 @@ it. On a GPU a step is launched before the tokens of the last one are read: what
 thrown away.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..model import LanguageModel
-from .batch import Batch, Fed, Forward, fed
+from .batch import Batch, Forward, landed
 from .check import request_problem
 from .meter import Meter
 from .pages import Pages
@@ -74,16 +73,8 @@ class Engine:
         if settings.draft == "mtp":
             from .draft import DraftedBatch as kind  # which is built from Batch
         found = room(model, settings, kind.slack, kind.extra_bytes(model), page)
-        self._batch = kind(
-            model,
-            found.slots,
-            found.capacity,
-            found.pages,
-            page,
-            experts=settings.experts,
-            picks=settings.picks,
-            sets=settings.sets,
-        )
+        self.context = found.capacity  # most tokens of a request
+        self._batch: Any = kind(model, found, settings)
         self._scheduler = Scheduler(
             found.slots,
             Pages(found.pages, found.page),
@@ -157,10 +148,10 @@ class Engine:
         else:
             self._land(0)
         news, self._news = self._news, {}
-        return [Update(response.request.id, *response.news(), response.trajectory) for response in news]
+        return _updates(list(news))
 
     def update(
-        self, load: Callable[[LanguageModel], None], version: int, cache: Literal["keep", "rebuild"] = "keep"
+        self, load: Callable[[LanguageModel], Any], version: int, cache: Literal["keep", "rebuild"] = "keep"
     ) -> None:
         """New weights between two steps: `load` puts them into the model, in place. Later tokens are of `version`.
 
@@ -235,42 +226,52 @@ class Engine:
     def _land(self, most: int) -> None:
         """Reads the steps in flight until `most` are left."""
         while len(self._flights) > most:
-            flight, drawn = self._flights.popleft(), 0
-            for forward in flight.forwards:
-                drawn += sum(self._read(each) for each in fed(forward))
+            flight = self._flights.popleft()
+            drawn = sum(self._read(forward) for forward in flight.forwards)
             self._records.flush()
             self._meter.step(drawn, flight.prefilled)
             self._scheduler.seconds_per_token = self._meter.seconds_per_token
             self._scheduler.seconds_per_byte = self._batch.seconds_per_byte
 
-    def _read(self, fed: Fed) -> int:
-        """Writes down what came of feeding a request; how many tokens it got."""
-        response, before = fed.response, len(fed.response.tokens)
-        new = response.feed(fed.start, fed.decided)  # also of one that has ended: others may share its prompt
-        if response.finish is not None:
-            return 0
-        if new is not None:
-            self._records.feed(response.request.id, new)
-        if fed.tokens and not before:
-            self._meter.first(response.age)
-        sets = fed.sets or [None] * len(fed.tokens)
-        for token, logprob, among in zip(fed.tokens, fed.logprobs, sets, strict=True):
-            if not math.isfinite(logprob):
-                response.fail(f"its logits at position {response.entry.prompt + len(response.tokens)} are not finite")
-            else:
-                response.draw(token, logprob, self.version, among)
-                self._records.draw(response.request.id, token, logprob, self.version, among)
+    def _read(self, forward: Forward) -> int:
+        """Writes down what came of a forward; how many tokens it drew. Quick, as it is for every token."""
+        decided, results = landed(forward)
+        recorded, drawn = self._records.wanted, 0
+        ids: list[int] = []  # of the requests whose responses' tokens were fed for the first time
+        rows: list[int] = []
+        for response, start, low, high, tokens, logprobs, sets in results:
+            new = response.feed(start, decided, low, high)  # also of one that has ended: others may share its prompt
             if response.finish is not None:
-                break
-        drawn = len(response.tokens) - before
-        if drawn:
+                continue
+            id = response.request.id
+            if recorded and new < high:
+                ids += [id] * (high - new)
+                rows += range(new, high)
+            if not tokens:
+                continue
+            if not response.tokens:
+                self._meter.first(response.age)
+            for token, logprob, among in zip(tokens, logprobs, sets, strict=True):
+                if logprob - logprob != 0:  # NaN or infinite
+                    response.fail(
+                        f"its logits at position {len(response.prompt.ids) + len(response.tokens)} are not finite"
+                    )
+                    break
+                response.draw(token, logprob, self.version, among)
+                drawn += 1
+                if recorded:
+                    self._records.draw(id, token, logprob, self.version, among)
+                if response.finish is not None:
+                    break
             self._news[response] = None
-        if fed.drafted:
-            response.drafted, response.accepted = response.drafted + 1, response.accepted + len(fed.tokens) - 1
-        if response.finish is not None:
-            self._end(response)
-        elif len(fed.tokens) > 1:
-            self._scheduler.accept(response.entry)
+            if forward.drafted:
+                response.drafted, response.accepted = response.drafted + 1, response.accepted + len(tokens) - 1
+            if response.finish is not None:
+                self._end(response)
+            elif len(tokens) > 1:
+                self._scheduler.accept(response.entry)
+        if rows:
+            self._records.feed(ids, decided.rows(rows))
         return drawn
 
     def _end(self, response: Response) -> None:
@@ -291,3 +292,16 @@ class Engine:
         for id in list(self._responses):
             self.cancel(id)
         self._news.clear()
+
+
+def _updates(news: list[Response]) -> list[Update]:
+    """Views of two arrays: an array for each of many requests would take longer than all else here."""
+    told = [response.news() for response in news]
+    tokens = np.array([token for some, _ in told for token in some], np.int32)
+    logprobs = np.array([logprob for _, some in told for logprob in some], np.float32)
+    updates, at = [], 0
+    for response, (some, _) in zip(news, told, strict=True):
+        part = slice(at, at + len(some))
+        updates.append(Update(response.request.id, tokens[part], logprobs[part], response.trajectory))
+        at += len(some)
+    return updates

@@ -34,16 +34,19 @@ class Records:
     def begin(self, request: Request) -> None:
         self._write(lambda journal: journal.begin(request))
 
-    def draw(self, request: int, token: int, logprob: float, version: int, among: np.ndarray | None) -> None:
-        if self._journal is not None:
-            self._drawn.append((request, token, logprob, version))
-            self._sets += [] if among is None else [among]
+    @property
+    def wanted(self) -> bool:
+        return self._journal is not None
 
-    def feed(self, request: int, decided: Decisions) -> None:
-        """Decisions for further tokens of a response."""
-        if self._journal is not None and len(decided):
-            self._fed += [request] * len(decided)
-            self._decided.append(decided)
+    def draw(self, request: int, token: int, logprob: float, version: int, among: np.ndarray | None) -> None:
+        self._drawn.append((request, token, logprob, version))
+        if among is not None:
+            self._sets.append(among)
+
+    def feed(self, requests: list[int], decided: Decisions) -> None:
+        """Decisions for further tokens [n] of these requests' responses."""
+        self._fed += requests
+        self._decided.append(decided)
 
     def finish(self, trajectory: Trajectory) -> None:
         self._finished.append(trajectory)

@@ -1,8 +1,7 @@
 """A request on its way through the engine: its tokens, and what was decided as they were drawn and fed."""
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,19 +9,17 @@ from .plan import Entry
 from .stop import StopText
 from .trajectory import Finish, Past, Request, Trajectory
 
+_FEW = 128  # rows: more than these do not keep the steps' arrays, which hold those of other requests too
 
-@dataclass(frozen=True, eq=False)
-class Decisions:
+
+class Decisions(NamedTuple):
     """Of n tokens, in order."""
 
     experts: np.ndarray  # int16 [n, L, k]
     picks: np.ndarray | None = None  # int32 [n, C, K]
 
-    def __len__(self) -> int:
-        return len(self.experts)
-
-    def __getitem__(self, rows: slice) -> "Decisions":
-        return Decisions(self.experts[rows], None if self.picks is None else self.picks[rows])
+    def rows(self, which: Any) -> "Decisions":
+        return Decisions(self.experts[which], None if self.picks is None else self.picks[which])
 
 
 class Rows:
@@ -31,18 +28,35 @@ class Rows:
 
     def __init__(self, first: int):
         self.first, self.count = first, 0
-        self.parts: list[Decisions] = []
+        self._settled: list[Decisions] = []
+        self._new: list[tuple[Decisions, int, int]] = []
 
-    def add(self, start: int, new: Decisions) -> Decisions:
-        """Rows of the tokens from `start` on; those before `first`, or there, are left out. Returns what was added."""
+    def add(self, start: int, decided: Decisions, low: int, high: int) -> int:
+        """Rows `low` ... `high` - 1 of `decided` are of the tokens from `start` on; those that are there are left out.
+        Returns the first that was not (`high`: none)."""
         missing = self.first + self.count - start
         if missing < 0:
             raise ValueError(f"rows from {start} on, but there are {self.count} from {self.first} on")
-        new = new[missing:]
-        if len(new):
-            self.parts.append(new)
-            self.count += len(new)
-        return new
+        low = min(low + missing, high)
+        if low < high:
+            self._new.append((decided, low, high))
+            self.count += high - low
+            if len(self._new) >= _FEW:
+                self._settle()
+        return low
+
+    def parts(self) -> list[Decisions]:
+        self._settle()
+        return self._settled
+
+    def _settle(self) -> None:
+        if self._new:
+            parts = [decided.rows(slice(low, high)) for decided, low, high in self._new]
+            picks = [part.picks for part in parts if part.picks is not None]
+            self._settled.append(
+                Decisions(np.concatenate([part.experts for part in parts]), np.concatenate(picks) if picks else None)
+            )
+            self._new = []
 
 
 class Prompt:
@@ -81,7 +95,8 @@ class Response:
             columns = (past.response_ids.tolist(), past.logprobs.tolist(), past.versions.tolist(), sets)
             for token in zip(*columns, strict=True):
                 self.draw(*token)
-            self.rows.add(first, _decided(past, picks))
+            decided = _decided(past, picks)
+            self.rows.add(first, decided, 0, len(decided.experts))
         self._told, self._began = len(self.tokens), time.monotonic()
 
     @property
@@ -115,14 +130,15 @@ class Response:
         elif len(self.tokens) >= self.request.params.max_new_tokens:
             self.finish = "length"
 
-    def feed(self, start: int, decided: Decisions) -> Decisions | None:
-        """What was decided for the tokens from position `start` on; returns what is new of it for the response's."""
-        prompt = max(len(self.prompt.ids) - start, 0)
-        if prompt:
-            self.prompt.rows.add(start, decided[:prompt])
-        if prompt < len(decided):
-            return self.rows.add(start + prompt, decided[prompt:])
-        return None
+    def feed(self, start: int, decided: Decisions, low: int, high: int) -> int:
+        """Rows `low` ... `high` - 1 of `decided` are of its tokens from position `start` on. Returns the first that is
+        new for its response (`high`: none)."""
+        prompt = len(self.prompt.ids) - start
+        if prompt > 0:
+            end = min(low + prompt, high)
+            self.prompt.rows.add(start, decided, low, end)
+            start, low = start + end - low, end
+        return self.rows.add(start, decided, low, high) if low < high else high
 
     @property
     def age(self) -> float:
@@ -132,10 +148,10 @@ class Response:
     def fail(self, error: str) -> None:
         self.finish, self.error = "failed", error
 
-    def news(self) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens int32 and log-probs fp32 since the last call."""
+    def news(self) -> tuple[list[int], list[float]]:
+        """Tokens and log-probs since the last call."""
         start, self._told = self._told, len(self.tokens)
-        return np.array(self.tokens[start:], np.int32), np.array(self.logprobs[start:], np.float32)
+        return self.tokens[start:], self.logprobs[start:]
 
     def made(self, tokenizer: Any = None) -> Trajectory:
         """What has become of it; `text` is empty without a tokenizer."""
@@ -144,33 +160,33 @@ class Response:
         if self.text is None and tokenizer is not None:
             shown = self.tokens[:-1] if self.finish == "stop" else self.tokens
             text = tokenizer.decode(shown, skip_special_tokens=False)
-        picks = [p.picks for p in self.prompt.rows.parts + self.rows.parts if p.picks is not None]
+        prompt, response = self.prompt.rows.parts(), self.rows.parts()
+        picks = [[p.picks for p in parts if p.picks is not None] for parts in (prompt, response)]
         return Trajectory(
             request=self.request.id,
             group=self.request.group,
             prompt_ids=self.request.prompt_ids,
             response_ids=np.array(self.tokens, np.int32),
             logprobs=np.array(self.logprobs, np.float32),
-            experts=self._joined([part.experts for part in self.prompt.rows.parts + self.rows.parts]),
+            experts=self._joined(*([part.experts for part in parts] for parts in (prompt, response))),
             versions=np.array(self.versions, np.int32),
             finish=self.finish,
             text=text,
-            picks=self._joined(picks) if picks else None,
+            picks=self._joined(*picks) if any(picks) else None,
             sets=self.sets if self.tokens and len(self.sets) == len(self.tokens) else None,
             error=self.error,
             drafted=self.drafted,
             accepted=self.accepted,
         )
 
-    def _joined(self, parts: list[np.ndarray]) -> np.ndarray:
+    def _joined(self, prompt: list[np.ndarray], response: list[np.ndarray]) -> np.ndarray:
         """[P + R, ...]: -1 where nothing is known, and in the last row, which counts as never fed."""
-        like = parts[0] if parts else np.zeros((0, 0, 0), np.int16)
+        like = [*prompt, *response, np.zeros((0, 0, 0), np.int16)][0]
         size, count = len(self.prompt.ids), len(self.prompt.ids) + len(self.tokens)
         joined = np.full((count, *like.shape[1:]), -1, like.dtype)
-        known = len(self.prompt.rows.parts)
-        for start, some in ((0, parts[:known]), (size, parts[known:])):
-            if some:
-                rows = np.concatenate(some)[: count - 1 - start]
+        for start, parts in ((0, prompt), (size, response)):
+            if parts:
+                rows = np.concatenate(parts)[: max(count - 1 - start, 0)]
                 joined[start : start + len(rows)] = rows
         return joined
 
@@ -178,7 +194,7 @@ class Response:
 def _decided(past: Past, picks: bool) -> Decisions:
     """Of the first tokens of a past: up to the last of which something is known, as the journal counts them."""
     rows = past.picks if past.experts is None else past.experts
-    known = np.zeros(0) if rows is None else (rows >= 0).any((1, 2)).nonzero()[0]
+    known = np.zeros(0) if rows is None else np.nonzero(np.any(rows >= 0, axis=(1, 2)))[0]
     count = 0 if not len(known) or picks and past.picks is None else int(known[-1]) + 1
     experts = np.zeros((count, 0, 0), np.int16) if past.experts is None else past.experts[:count]
     return Decisions(experts, past.picks[:count] if picks and past.picks is not None else None)

@@ -27,20 +27,20 @@ def room(model: Any, settings: EngineSettings, slack: int, extra: int, page: int
     from ..model.cache import probe
 
     state, each = probe(model, slack, page)
-    state, page = state + extra, model.new_cache(1, 1, slack, page=page).page
+    state, tokens = state + extra, model.new_cache(1, 1, slack, page=page).page
     memory = settings.memory or _memory(model.lm_head.weight.device)
-    need = -(-(settings.context or 1) // page)
+    need = -(-(settings.context or 1) // tokens)
     reserved = (need + 1) * each if settings.context else memory // 2
     slots = max(min(settings.max_batch, (memory - reserved) // max(state, 1) - 1), 1)  # one more is nobody's
     pages = (memory - (slots + 1) * state) // each - 1
     if pages < need:
         raise ValueError(
-            f"a cache of {memory} bytes has no room for a request of {settings.context or page} tokens: "
+            f"a cache of {memory} bytes has no room for a request of {settings.context or tokens} tokens: "
             f"that takes {2 * state + (need + 1) * each} bytes"
         )
-    longest = settings.context or getattr(model.config, "max_position_embeddings", None) or pages * page
-    longest = min(longest, pages * page)
-    return Room(slots, min(pages, slots * -(-longest // page)), page, longest, state, each)
+    longest = settings.context or getattr(model.config, "max_position_embeddings", None) or pages * tokens
+    longest = min(longest, pages * tokens)
+    return Room(slots, min(pages, slots * -(-longest // tokens)), tokens, longest, state, each)
 
 
 def _memory(device: torch.device) -> int:

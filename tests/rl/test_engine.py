@@ -367,7 +367,8 @@ def test_what_can_never_run_is_refused(model: DeepseekV4):
         made.generate(ragged())
     assert made.cancel(good.id) and not made.cancel(good.id)
     (update,) = made.step()
-    assert update.finished.finish == "cancelled" and len(update.finished) == len(good.prompt_ids)
+    assert update.finished is not None and update.finished.finish == "cancelled"
+    assert len(update.finished) == len(good.prompt_ids)
     assert not made.busy
 
 

@@ -96,7 +96,11 @@ def run_step(s: Scheduler, device: Device) -> list[Entry]:
     assert len(set(map(id, fed))) == len(fed), "a request is fed once a step"
     assert sum(c.stop - c.start for c in plan.chunks) <= s.prefill_tokens
     for entry, start in plan.decodes:
-        assert start == before[entry.id] - 1 and entry.known == before[entry.id] + 1 <= entry.limit
+        assert (
+            entry.slot is not None
+            and start == before[entry.id] - 1
+            and entry.known == before[entry.id] + 1 <= entry.limit
+        )
         device.feed(entry, start, start + s.stride)
         device.states[entry.slot] = device.states[entry.slot][: start + 1]  # the draft is taken back
     for entry, start, stop, draws in plan.chunks:
