@@ -5,7 +5,8 @@
 | file | magic [8], format version u32, frames: the header, then the others as things happened |
 | frame | length u32, crc32 of the payload u32, kind u8, crc32 of these nine bytes u32, payload [length] |
 | 1, header | JSON: `file` (16 hex digits, drawn at random), `experts` [L, k], `picks` [C, K] (or null), `sets` |
-| 2, begin | id i64, group i64, P u32, J u32, V u32, SamplingParams as JSON [J], `allowed` [V bits], prompt i32 [P] |
+| 2, begin | id i64, group i64, P u32, J u32, V u32, JSON [J], params' `allowed` [V bits], prompt i32 [P] |
+| ... JSON | `noise` (or null), `params`: the other fields of SamplingParams |
 | 3, step | n u32, m u32, W u32, B u8, the new tokens' and the fed tokens' columns |
 | ... new | [n] each: ids i64, tokens i32, logprobs f32, versions i32; if recorded sets' sizes i32 and the sets i32 |
 | ... fed | [m] each: ids i64; if recorded experts i16 [m, L, k] and picks [m, C, W] |
@@ -89,7 +90,7 @@ def file_start(file: str, recorded: Recorded) -> bytes:
 def begin_frame(request: Request) -> bytes:
     """A begin frame; the request's past is not in it."""
     params = {name: getattr(request.params, name) for name in _PARAMS}
-    text = json.dumps(params, allow_nan=False).encode()
+    text = json.dumps({"noise": request.noise, "params": params}, allow_nan=False).encode()
     allowed = request.params.allowed
     mask = b"" if allowed is None else np.packbits(allowed, bitorder="little")
     width = 0 if allowed is None else len(allowed)
@@ -145,7 +146,7 @@ def read_header(payload: bytes) -> tuple[str, Recorded]:
 def read_begin(payload: bytes) -> Request:
     parts = _Parts(payload)
     request, group, prompt, text, width = parts.unpack(_BEGIN)
-    params = _params(parts.take(np.dtype("u1"), text).tobytes())
+    noise, params = _params(parts.take(np.dtype("u1"), text).tobytes())
     bits = parts.take(np.dtype("u1"), -(-width // 8))
     prompt_ids = parts.take(I32, prompt).copy()
     parts.end()
@@ -153,7 +154,7 @@ def read_begin(payload: bytes) -> Request:
         raise ValueError("a negative token id")
     if width:
         params["allowed"] = np.unpackbits(bits, count=width, bitorder="little").astype(bool)
-    return Request(request, group, prompt_ids, SamplingParams(**params))
+    return Request(request, group, prompt_ids, SamplingParams(**params), noise=noise)
 
 
 def read_step(payload: bytes, recorded: Recorded) -> Step:
@@ -281,15 +282,18 @@ _PARAMS: dict[str, Any] = {
 }
 
 
-def _params(text: bytes) -> dict[str, Any]:
-    """SamplingParams' fields; those that the text has not keep their defaults."""
-    content = _json(text, {})
+def _params(text: bytes) -> tuple[int | None, dict[str, Any]]:
+    """A request's noise and SamplingParams' fields; those that the text has not keep their defaults."""
+    both = _json(text, {"noise": object, "params": dict})
+    noise, content = both["noise"], both["params"]
+    if noise is not None and not _is_of(noise, int):
+        raise ValueError(f"noise {str(noise)[:40]!r}")
     for name, value in content.items():
         if name not in _PARAMS or not _is_of(value, _PARAMS[name]):
             raise ValueError(f"{name[:40]!r}: no field of SamplingParams, or not of its type")
         if isinstance(value, list):
             content[name] = tuple(value)
-    return content
+    return noise, content
 
 
 def _is_of(value: Any, hint: Any) -> bool:
@@ -309,6 +313,7 @@ def _json(text: bytes, wanted: dict[str, type]) -> dict[str, Any]:
         content = json.loads(text)
     except RecursionError:
         raise ValueError("JSON that is too deep") from None
-    if not isinstance(content, dict) or not all(isinstance(content.get(name), kind) for name, kind in wanted.items()):
+    there = isinstance(content, dict) and content.keys() >= wanted.keys()
+    if not there or not all(isinstance(content[name], kind) for name, kind in wanted.items()):
         raise ValueError(f"JSON without {', '.join(wanted)}")
     return content

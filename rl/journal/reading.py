@@ -30,10 +30,10 @@ class Recovered(list[Request]):
 def recover(folder: Path) -> Recovered:
     """Every unfinished request of all journals there, torn tails cut. Also while others write them, or compact them.
 
-    The same request (id, group, prompt and sampling parameters) in several files was moved. It goes on from the
-    longest history: each begins with what was known, so none that is longer lacks a token of it. It is finished if it
-    is in any of them. In one file, its last begin counts. A request that other files finished must not come again
-    under new weights: a folder is for requests that differ.
+    The same request (all but its past) in several files was moved. It goes on from the longest history: each begins
+    with what was known, so the longest lacks no token. It is finished if it is in any of them. In one file its last
+    begin counts. What a file has finished does not come back from another: a folder is for requests that differ, not
+    for the same ones under new weights.
     JournalError, with the file and the byte, for one that is damaged before its end.
     """
     files = read_all(folder, keep_finished=False)

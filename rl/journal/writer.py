@@ -80,6 +80,7 @@ class Journal:
 
         If its id is open here already, what this journal has of it is replaced.
         """
+        self._check_usable()
         prompt, allowed, past = request.prompt_ids, request.params.allowed, request.past
         if not all(-(2**63) <= number < 2**63 for number in (request.id, request.group)):
             raise ValueError(f"request {request.id} of group {request.group}: not within 64 bits")
@@ -126,6 +127,7 @@ class Journal:
         order, each once: a row is of its first one that has none so far. Prompts' tokens have no rows, nor have
         rejected drafts, nor tokens whose decisions came with the request's past and that are only fed again.
         """
+        self._check_usable()
         step = self._step(
             ids, tokens, logprobs, versions, sets, np.zeros(0, np.int64) if fed is None else fed, experts, picks
         )
@@ -140,6 +142,7 @@ class Journal:
 
     def finish(self, trajectory: Trajectory) -> None:
         """The request is done: its response is the first tokens of those that were appended."""
+        self._check_usable()
         request, count = trajectory.request, len(trajectory.response_ids)
         at = int(np.searchsorted(self._ids, request))
         if not self._is_open(request):
@@ -217,17 +220,20 @@ class Journal:
             return 0
         if not len(self._ids):
             raise ValueError(f"request {ids[0]} is not open")
-        at = np.searchsorted(self._ids, ids)
+        at = self._ids.searchsorted(ids)
         wrong = self._ids.take(at, mode="clip") != ids
         if wrong.any():
             raise ValueError(f"request {ids[wrong][0]} is not open")
         return np.bincount(at, minlength=len(self._ids))
 
+    def _check_usable(self) -> None:
+        if self._error or self._closed:
+            raise JournalError(self._error or f"{self.path}: is closed")
+
     def _write(self, data: bytes) -> None:
         """All of it, in one call as a rule."""
         with self._lock:
-            if self._error or self._closed:
-                raise JournalError(self._error or f"{self.path}: is closed")
+            self._check_usable()
             left = memoryview(data)
             try:
                 while left:

@@ -183,7 +183,8 @@ def request(rng: np.random.Generator, id: int, past: Past | None = None) -> Requ
         allowed=rng.random(rng.integers(1, 40)) < 0.5 if rng.random() < 0.5 else None,
     )
     prompt = rng.integers(0, 1 << 31, rng.integers(0, 6)).astype(np.int32)
-    return Request(id, int(rng.integers(0, 2**62)), prompt, params, past)
+    noise = int(rng.integers(0, 2**62)) if rng.random() < 0.5 else None
+    return Request(id, int(rng.integers(0, 2**62)), prompt, params, past, noise)
 
 
 def trajectory(request: Request, tokens: list[int], finish: Finish) -> Trajectory:

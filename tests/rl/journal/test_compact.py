@@ -158,9 +158,10 @@ def test_killed_at_any_point_it_leaves_the_same_rows(tmp_path, monkeypatch, last
             def dying(call: Any) -> Any:
                 def until(*args: Any, **more: Any) -> Any:
                     nonlocal left
-                    left -= threading.current_thread() is threading.main_thread()
-                    if left == -1:
-                        raise Killed
+                    if threading.current_thread() is threading.main_thread():  # not one that flushes
+                        left -= 1
+                        if left == -1:
+                            raise Killed
                     return call(*args, **more)
 
                 return until

@@ -86,6 +86,11 @@ def payload(n: int, m: int, *columns: Any) -> bytes:
     return struct.pack("<IIIB", n, m, 0, 0) + b"".join(columns)
 
 
+def begun(content: dict[str, Any], prompt: int = 0) -> bytes:
+    text = json.dumps(content).encode()
+    return struct.pack("<qqIII", 1, 0, prompt, len(text), 0) + text
+
+
 ROW = (np.array([1]), np.ones(1, I32), np.zeros(1, np.float32), np.ones(1, I32))
 BEGUN = format.begin_frame(Request(1, 0, np.ones(2, I32)))[13:]
 HOSTILE = {
@@ -103,10 +108,12 @@ HOSTILE = {
     "Expecting value": (4, b"nothing"),
     "a frame of kind 1": (1, b"{}"),
     "a frame of kind 77": (77, b""),
-    "bytes are said to follow ": (2, struct.pack("<qqIII", 1, 0, 2**31, 2, 0) + b"{}"),
-    "'seed': no field": (2, struct.pack("<qqIII", 1, 0, 0, 13, 0) + b'{"seed": "a"}'),
-    "'stop_ids': no field": (2, struct.pack("<qqIII", 1, 0, 0, 19, 0) + b'{"stop_ids": ["a"]}'),
-    "'seek': no field": (2, struct.pack("<qqIII", 1, 0, 0, 11, 0) + b'{"seek": 1}'),
+    "bytes are said to follow ": (2, begun({"noise": None, "params": {}}, 2**31)),
+    "'seed': no field": (2, begun({"noise": None, "params": {"seed": "a"}})),
+    "'stop_ids': no field": (2, begun({"noise": None, "params": {"stop_ids": ["a"]}})),
+    "'seek': no field": (2, begun({"noise": None, "params": {"seek": 1}})),
+    "noise 'True'": (2, begun({"noise": True, "params": {}})),
+    "JSON without noise, params": (2, begun({"params": {}})),
 }
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,13 @@ def test_every_request_comes_back_whole(tmp_path, seed, recorded):
         moved.begin(each)
     moved.step()
     assert same(recover(tmp_path / "other"), moved.found())
+
+
+def test_the_format_has_every_field_of_a_request():
+    """Who adds one adds it to the format, and to the requests that these tests make."""
+    names = [{each.name for each in fields(kind)} for kind in (Request, Past)]
+    assert names[0] == {"id", "group", "prompt_ids", "params", "past", "noise"}
+    assert names[1] == {"response_ids", "logprobs", "versions", "experts", "picks", "sets"}
 
 
 def test_a_folder_that_is_not_there_has_no_requests(tmp_path):

@@ -131,11 +131,11 @@ def test_a_write_that_fails_ends_the_journal(tmp_path, monkeypatch, reason):
     twin = Twin(tmp_path, "full", 0, **KINDS["all"])
     for _ in range(20):
         twin.anything()
-    expected, write, calls = twin.found(), os.write, []
+    expected, write, sizes = twin.found(), os.write, []
 
     def fails(file: int, data: memoryview) -> int:
-        calls.append(len(data))
-        if len(calls) == 1:
+        sizes.append(len(data))
+        if len(sizes) == 1:
             return write(file, data[: len(data) // 2])
         if reason is None:
             return 0
@@ -146,7 +146,8 @@ def test_a_write_that_fails_ends_the_journal(tmp_path, monkeypatch, reason):
     with pytest.raises(JournalError, match=rf"full\.journal: {why}; the journal is closed"):
         twin.step()
     monkeypatch.setattr(os, "write", write)
-    for call in (twin.step, lambda: twin.journal.begin(Request(1, 0, np.ones(2, I32))), twin.journal.close):
+    calls = twin.step, lambda: twin.finish(expected[0].id), lambda: twin.begin(expected[0]), twin.journal.close
+    for call in calls:
         with pytest.raises(JournalError, match=why):
             call()
     assert same(recover(tmp_path), expected) and recover(tmp_path).torn
