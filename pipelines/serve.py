@@ -58,10 +58,16 @@ def serve(
 
 
 def start_engine(speaks: Speaker) -> Engine:
-    """With a cache as large as there is memory for, with stop strings, and without a record of experts."""
+    """With a cache as large as there is memory for, with stop strings, and without a record of experts.
+
+    UserError where the memory has no room for one request.
+    """
     model = load(speaks.folder, device=speaks.device, precision=speaks.precision, stored=True)
     settings = EngineSettings(experts=False)
-    return Engine(model, speaks.end_ids, tokenizer=speaks.tokenizer, settings=settings)
+    try:
+        return Engine(model, speaks.end_ids, tokenizer=speaks.tokenizer, settings=settings)
+    except ValueError as error:
+        raise UserError(f"{speaks.folder}: {error}") from None
 
 
 async def _serve(
@@ -79,7 +85,8 @@ async def _serve(
     server.stopping = True
     await site.stop()
     if not running.broken.done():
-        typer.echo(f"stopping; {running.count} requests have {GRACE_SECONDS:g} s to end; a second Ctrl-C ends them")
+        left = f"; {running.count} requests have {GRACE_SECONDS:g} s to end; a second Ctrl-C ends them"
+        typer.echo("stopping" + (left if running.count else ""))
         await _until_idle(running, stop)
     running.abort(ApiError(503, "the server is stopping"))
     await runner.cleanup()

@@ -22,6 +22,7 @@ import numpy as np
 
 from ...model.dsml import BEGIN
 from ...model.encoding import Encoding, Piece, tokenize
+from ...model.template import Template
 from ...model.tokenizer import BOS, DSML
 from ...rl.trajectory import Request, SamplingParams
 from ..speak import Speaker
@@ -67,16 +68,13 @@ def chat_job(speaks: Speaker, context: int, asked: ChatRequest, mode: str) -> Jo
     tools = _tools(asked.tools or [])
     choice = _choice(asked.tool_choice, [tool["function"]["name"] for tool in tools])
     shown = [] if choice == "none" else tools
-    is_v4 = isinstance(speaks.encoding, Encoding)
-    if tools and not is_v4:
-        raise _bad("tools", "not built for this model, whose chat template is its own; V4's encoding has them")
     schema = _schema(asked.response_format)
-    if schema is not None and not is_v4:
-        raise _bad("response_format", "not built for this model, whose chat template is its own; V4's encoding has it")
+    if not isinstance(speaks.encoding, Encoding):
+        _check_template(speaks.encoding, mode, bool(tools), schema is not None)
     try:
         ids = speaks.prompt(_declared(messages, shown, schema), mode)
     except ValueError as error:
-        raise ApiError(400, str(error), "reasoning_effort" if "mode" in str(error) else "messages") from None
+        raise ApiError(400, str(error), "messages") from None
     opening = _opening(speaks, choice, mode)
     prompt = np.append(ids, np.array(opening, np.int32))
     requests = _requests(asked, [prompt], context, asked.max_completion_tokens or asked.max_tokens)
@@ -224,6 +222,16 @@ def _declared(messages: list[dict[str, Any]], tools: list[dict[str, Any]], schem
     if messages[0]["role"] == "system":
         return [messages[0] | more, *messages[1:]]
     return [{"role": "system", "content": ""} | more, *messages]
+
+
+def _check_template(template: Template, mode: str, has_tools: bool, has_schema: bool) -> None:
+    """ApiError for what another model's own template cannot do."""
+    if mode not in template.modes:
+        raise _bad("reasoning_effort", f"mode {mode} is not built for this model; it has {', '.join(template.modes)}")
+    if has_tools:
+        raise _bad("tools", "not built for this model, whose chat template is its own; V4's encoding has them")
+    if has_schema:
+        raise _bad("response_format", "not built for this model, whose chat template is its own; V4's encoding has it")
 
 
 def _opening(speaks: Speaker, choice: str, mode: str) -> list[int]:

@@ -4,6 +4,7 @@ import http.client
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -15,6 +16,7 @@ from amalgam.model.tokenizer import ASSISTANT, BOS, DSML, END_THINK, EOS, USER
 from amalgam.pipelines.speak import Speaker
 from amalgam.rl.trajectory import Request
 
+from .. import other_models
 from .served import TOKEN, Scripted, Served
 
 ENCODING, TINY = speaker(PRESETS / "tiny")
@@ -245,6 +247,32 @@ def test_the_command_gives_the_mode_and_a_request_the_sampling():
         assert (first.top_p, first.top_k, first.min_p, first.max_new_tokens, first.seed) == (0.5, 7, 0.25, 9, 2**63 - 1)
         assert (second.top_p, second.top_k, second.min_p, second.temperature) == (1.0, 0, 0.0, 1.0)
         assert second.max_new_tokens == 4096 - len(ENCODING.prompt_ids(TINY, HI, "high"))
+
+
+def test_another_model_by_its_own_template(tmp_path: Path):
+    """Its end of reasoning is text; it has no tools, and no third mode."""
+    speaks = Speaker(str(other_models.checkpoint(tmp_path / "other", template=other_models.REASONING)))
+    text = "<think>\nso\n</think>\n\n4 é"
+    ids = [*speaks.tokenizer.encode(text, add_special_tokens=False).ids, other_models.END_IDS[1]]
+    with Served(Scripted(lambda request: ids, other_models.END_IDS), speaks, context=512) as served:
+        client = served.client()
+        for stream in (False, True):
+            answer = ask(client, reasoning_effort="high", stream=stream)
+            parts = [c.choices[0].delta for c in answer] if stream else [answer.choices[0].message]
+            assert "".join(part.content or "" for part in parts) == "4 é"
+            assert "".join(getattr(part, "reasoning_content", "") for part in parts) == "so"
+        assert served.engine.seen[-1].prompt_ids.tolist() == speaks.prompt(HI, "high").tolist()
+        assert ask(client).choices[0].message.content == text
+        client.completions.create(model="tiny", prompt="a")
+        assert served.engine.seen[-1].prompt_ids.tolist() == speaks.tokenizer.encode("a").ids
+        for change, message in [
+            ({"tools": [ADD]}, "tools: not built for this model"),
+            ({"response_format": {"type": "json_object"}}, "response_format: not built for this model"),
+            ({"reasoning_effort": "max"}, "reasoning_effort: mode max is not built for this model; it has chat, high"),
+            ({"messages": [*HI, {"role": "assistant", "content": "x"}]}, "a prompt must end with a user message"),
+        ]:
+            with pytest.raises(openai.BadRequestError, match=message):
+                ask(client, **change)
 
 
 def test_models_health_and_metrics():
