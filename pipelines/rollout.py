@@ -51,8 +51,8 @@ def sample(
         requests += [Request(i * group_size + j, i, prompt, params) for j in range(group_size)]
     trajectories = rollouts.generate(requests, check)
     if failed := [t for t in trajectories if t.finish == "failed"]:
-        first = f"the first is request {failed[0].request}: {failed[0].error}"
-        raise RuntimeError(f"{len(failed)} of {len(trajectories)} responses could not be sampled; {first}")
+        why = f"the first is request {failed[0].request}: {failed[0].error}"
+        raise RuntimeError(f"{len(failed)} of {len(trajectories)} responses could not be sampled; {why}")
     for trajectory, (domain, problem) in zip(trajectories, _repeated(problems, group_size), strict=True):
         trajectory.domain, trajectory.mode, trajectory.problem = domain.name, domain.mode, problem
     return trajectories

@@ -33,7 +33,7 @@ class Rollouts:
 
     Every wait has a deadline: a call that a worker does not answer within `deadline` seconds, or a step of its engine
     that takes longer, counts as its death. RuntimeError, with the last one's words, after MAX_DEATHS deaths in a row at
-    one place without a token between them. What an engine's step raises is raised here.
+    one place with nothing sampled between. What an engine's step raises is raised here.
     """
 
     kind = RolloutWorker
@@ -72,6 +72,7 @@ class Rollouts:
         self._ended: deque[Trajectory] = deque()  # to be handed out
         self._cancelled: set[int] = set()
         self._journals_used = False
+        self._tokens = 0  # that all workers have sampled
         self._busy_since, self._busy_seconds, self._deaths_told = 0.0, 0.0, 0
         self._folder = journal or self._scratch_folder()
         if self._folder.is_dir():
@@ -214,7 +215,7 @@ class Rollouts:
 
     def _polled(self, place: "_Place", report: Report) -> None:
         place.polled = False
-        place.tokens += report.tokens
+        self._tokens += report.tokens
         self._meter.add(report)
         if report.journal_lost and not place.unjournaled:
             lost = "cannot be written (see its log): if it dies, requests go on from where that ends"
@@ -246,7 +247,7 @@ class Rollouts:
     def _prepare(self, place: "_Place") -> None:
         """Its worker loads the policy, and serves as soon as it has the last version."""
         place.worker, self._loads = self._loads, self._loads + 1
-        place.version, place.starts, place.serves, place.polled, place.tokens = 0, True, False, False, 0
+        place.version, place.starts, place.serves, place.polled = 0, True, False, False
         place.folder = self._folder / f"worker-{place.index}-{place.worker}"
         ref = self._actor(place).load.remote(self._path, str(place.folder), self._settings)
         self._call(place, f"load {self._path}", ref, lambda where: self._loaded(place, where))
@@ -281,18 +282,19 @@ class Rollouts:
 
         ray.kill(self._actor(place))  # which may only hang
         self._calls = {ref: call for ref, call in self._calls.items() if call.place is not place}
-        held, place.serves = self._router.leave(place.worker) if place.serves else [], False
+        served, place.serves = place.serves, False
+        held = self._router.leave(place.worker) if served else []
         settled = settle(held, _journaled(place.folder) if held else [])
         self._router.again(settled.again)
         self.cancel([request.id for request in settled.again if request.id in self._cancelled])
-        in_a_row = self._deaths.count(place.index, place.tokens + settled.tokens)
-        words = last_words(why) or str(why)
+        self._tokens += settled.tokens
+        in_a_row = self._deaths.count(place.index, served, self._tokens)
+        words = last_words(why)
         if in_a_row >= MAX_DEATHS:
-            how_often = f"died {in_a_row} times in a row without a token between them"
-            raise RuntimeError(f"rollout worker {place.index} {how_often}; the last: {words}") from why
-        if not last_words(why):
-            words = words.partition("\n")[0]  # Ray's text goes on about why a process might end
-        _LOG.warning("rollout worker %d died; its %d requests go on: %s", place.index, len(held), words)
+            how_often = f"died {in_a_row} times in a row, with nothing sampled between"
+            raise RuntimeError(f"rollout worker {place.index} {how_often}; the last: {words or why}") from why
+        line = f"its last words: {words.splitlines()[-1]}" if words else str(why).splitlines()[0]
+        _LOG.warning("rollout worker %d died; its %d requests go on; %s", place.index, len(held), line)
         self.workers[place.index] = self._start()
         self._prepare(place)
 
@@ -327,7 +329,6 @@ class _Place:
     starts: bool = False
     serves: bool = False
     polled: bool = False  # has been asked what has finished, and not answered
-    tokens: int = 0  # that it has told of
     unjournaled: bool = False  # its journal was given up
 
 

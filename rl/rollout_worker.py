@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class RolloutWorker:
         self._preemptions = 0.0  # so far
         self.engine = self.make_engine(path, settings)
         self._steps = _Steps(self.engine, self._stepped)
-        self._thread = EngineThread(self._steps, self._deliver, self._fail)
+        self._thread = EngineThread(cast(Any, self._steps), self._deliver, self._fail)
         self._call(lambda _: _use_threads(self.threads))
         return self.place()
 

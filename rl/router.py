@@ -13,7 +13,7 @@ import numpy as np
 from .trajectory import Finish, Past, Request, Trajectory
 
 MAX_DEATHS = 3
-"""A worker that dies is replaced. So many deaths in a row at one place, without a token between them, end the run."""
+"""A worker that dies is replaced. So many deaths in a row at one place, with nothing sampled between, end the run."""
 
 
 def room(max_batch: int) -> int:
@@ -180,16 +180,20 @@ def _length(request: Request) -> int:
 
 
 class Deaths:
-    """Counts deaths by the place whose worker died. A place's count starts anew where the worker had sampled."""
+    """Counts deaths by the place whose worker died. A place's count starts anew where its worker had served, and any
+    worker had sampled since the death before: whoever kills workers that do their work ends no run."""
 
     def __init__(self):
         self.total = 0
         self._in_a_row: Counter[int] = Counter()
+        self._tokens: dict[int, int] = {}  # at the last death
 
-    def count(self, place: int, tokens: int) -> int:
-        """Deaths in a row at that place without a token between them. `tokens`: that this worker had sampled."""
+    def count(self, place: int, served: bool, tokens: int) -> int:
+        """Deaths in a row at that place. `tokens`: that all workers have sampled so far."""
         self.total += 1
-        self._in_a_row[place] = 1 if tokens else self._in_a_row[place] + 1
+        went_on = served and tokens > self._tokens.get(place, 0)
+        self._in_a_row[place] = 1 if went_on else self._in_a_row[place] + 1
+        self._tokens[place] = tokens
         return self._in_a_row[place]
 
 

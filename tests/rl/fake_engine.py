@@ -67,9 +67,9 @@ class Engine:
         if len(request.prompt_ids) > WINDOW:
             raise ValueError(f"a prompt of {len(request.prompt_ids)} tokens, the window has {WINDOW}")
         past = request.past
-        columns = ([], []) if past is None else (past.response_ids.tolist(), past.versions.tolist())
+        tokens, versions = ([], []) if past is None else (past.response_ids.tolist(), past.versions.tolist())
         self.journal.begin(request)
-        self._known[request.id] = (request, *columns)
+        self._known[request.id] = (request, tokens, versions)
 
     def record(self, journal: Journal) -> None:
         self.journal = journal
@@ -136,8 +136,8 @@ class Worker(RolloutWorker):
             sys.exit(1)
         return Engine(Path(path), self.new_journal(), settings.max_batch, wanted["seconds"])
 
-    def update(self, bundle: Any, cache: str = "keep") -> None:
-        self._call(lambda engine: engine.update(lambda _: None, bundle, cache))
+    def update(self, handle: Any, cache: str = "keep") -> None:
+        self._call(lambda engine: engine.update(lambda _: None, handle, cache))
 
 
 class FakeRollouts(Rollouts):

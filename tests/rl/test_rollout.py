@@ -17,10 +17,10 @@ from amalgam.model.checkpoint import load
 from amalgam.rl import transport
 from amalgam.rl.cluster import usage, wait
 from amalgam.rl.engine import Engine
-from amalgam.rl.journal.reading import read_all
 from amalgam.rl.rollout import Rollouts
+from amalgam.rl.rollout_worker import RolloutWorker
 from amalgam.rl.settings import EngineSettings
-from amalgam.rl.trajectory import Request, SamplingParams, Trajectory
+from amalgam.rl.trajectory import Past, Request, SamplingParams, Trajectory
 from amalgam.rl.weights import SyncError
 
 from .. import tiny
@@ -118,8 +118,8 @@ def test_weights_of_another_model_are_refused(pool: Rollouts):
     assert pool.generate(requests()[:1])[0].versions.tolist()[0] == 0
 
 
-def test_a_dead_workers_requests_go_on_from_their_last_token(pool: Rollouts, checkpoint: Path, tmp_path: Path):
-    """With the policy that was synced; no token is in two journals. Experts are known but of what was not fed again."""
+def test_a_dead_workers_requests_go_on_from_their_last_token(pool: Rollouts):
+    """With the policy that was synced. Experts are known but of a prompt whose response was whole already."""
     model = tiny.model(3)
     pool.sync(ray.put(transport.publish(model, 6)), 6)
     wanted = requests(200)
@@ -129,12 +129,6 @@ def test_a_dead_workers_requests_go_on_from_their_last_token(pool: Rollouts, che
     os.kill(pid(pool.workers[0]), signal.SIGKILL)
     found = {t.request: t for t in (first, *pool.results())}
     assert pool.deaths == 1
-    drawn: list[tuple[int, int]] = []
-    for folder in (tmp_path / "journal").iterdir():
-        for file in read_all(folder, keep_finished=True):
-            for life in (*file.finished, *file.unfinished):
-                past = min((len(p[0]) for p in life.drawn[:0]), default=0)
-                drawn += [(life.request.id, i) for i in range(past, life.rank[0])]
     assert len(found) == len(wanted)
     for one in expected:
         ours = found[one.request]
@@ -145,6 +139,26 @@ def test_a_dead_workers_requests_go_on_from_their_last_token(pool: Rollouts, che
         known = ours.experts[..., 0] >= 0
         np.testing.assert_array_equal(ours.experts[known], one.experts[known])
         assert known[:-1].all() or not known[: len(ours.prompt_ids)].any()
+
+
+@pytest.mark.parametrize("limit", [1, 40])
+def test_a_request_whose_past_is_whole_ends_without_a_token(
+    ray_session: None, checkpoint: Path, tmp_path: Path, limit: int
+):
+    """As one that was finished, and not yet delivered, when its worker died: nothing is known of its prompt."""
+    (whole,) = locally(load(checkpoint), 0, limit)[5:6]
+    past = Past(whole.response_ids, whole.logprobs, whole.versions, whole.experts[len(whole.prompt_ids) :])
+    worker = RolloutWorker("cpu", 1, deadline=60.0)
+    worker.load(str(checkpoint), str(tmp_path / "journal"), SETTINGS)
+    worker.submit([replace(requests(limit)[5], past=past)])
+    report = worker.poll(60.0)
+    (found,) = report.finished
+    assert report.tokens == 0
+    assert (found.response_ids.tolist(), found.finish) == (whole.response_ids.tolist(), whole.finish)
+    assert found.experts.shape == whole.experts.shape
+    known = found.experts >= 0
+    assert known.all((1, 2)).sum() == len(whole.response_ids) - 1
+    np.testing.assert_array_equal(found.experts[known], whole.experts[known])
 
 
 def test_a_worker_that_dies_between_two_calls_is_replaced(pool: Rollouts):

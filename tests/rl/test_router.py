@@ -139,11 +139,12 @@ def test_settling_a_dead_workers_requests():
     assert found.tokens == 3 + 7, "not those that it was given"
 
 
-def test_deaths_count_in_a_row_without_a_token():
+def test_deaths_count_in_a_row_with_nothing_sampled_between():
     deaths = Deaths()
-    assert [deaths.count(0, tokens) for tokens in (5, 0, 0, 1, 1, 0)] == [1, 2, 3, 1, 1, 2]
-    assert deaths.count(1, 0) == 1, "each place for itself"
-    assert deaths.total == 7
+    assert [deaths.count(0, True, tokens) for tokens in (5, 5, 5, 6, 7, 7)] == [1, 2, 3, 1, 1, 2]
+    assert deaths.count(1, True, 7) == 1, "each place for itself"
+    assert deaths.count(0, False, 90) == 3, "what others sample does not help a place where none comes to serve"
+    assert deaths.total == 8
 
 
 def test_the_meter_sums_up_all_workers_between_two_looks():

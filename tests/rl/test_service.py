@@ -173,11 +173,11 @@ def test_cancelled_and_impossible_requests_end_by_themselves(pool: FakeRollouts)
     assert ends.count("cancelled") > len(ends) // 2, "those that were not about to end anyway"
 
 
-def test_deaths_without_a_token_between_end_the_run(pool: FakeRollouts, tmp_path: Path):
+def test_deaths_with_nothing_sampled_between_end_the_run(pool: FakeRollouts, tmp_path: Path):
     (tmp_path / "policy" / "config.json").write_text('{"fails": true, "seconds": 0}')
     os.kill(pid(pool.workers[0]), signal.SIGKILL)
     words = r"its log, /\S+/worker-\w+-\w+-\d+\.err, ended with:\none\nno memory left$"
-    how_often = f"rollout worker 0 died {MAX_DEATHS} times in a row without a token between them"
+    how_often = f"rollout worker 0 died {MAX_DEATHS} times in a row, with nothing sampled between"
     with pytest.raises(RuntimeError, match=f"(?s)^{how_often}; the last: {words}"):
         pool.generate(requests(40, 4, limit=1000))
     pool.cancel([r.id for r in requests(40, 4)])
