@@ -32,13 +32,13 @@ def chosen() -> None:
             attend_forward(q, rows, entries, meta(HEADS, dtype=FP32), place, best)
 
 
-def hopper(ratio: int, page: int, splits: int = 1) -> None:
-    """The Gluon kernels, as compile_cases.py calls them."""
+def hopper(ratio: int, page: int, splits: int = 1, few: bool = False) -> None:
+    """The Gluon kernels, as compile_cases.py calls them; of CSA's entries, where they are `few`, all are seen."""
     for slots, tokens in SIZES:
         q, rows, entries = meta(tokens, HEADS, WIDTH), meta(TOKENS, WIDTH), meta(TOKENS, WIDTH)
         lse, parts = meta(tokens, HEADS, dtype=FP32), meta(splits, tokens, HEADS, WIDTH, dtype=FP32)
         of_query = (places(tokens), places(tokens), places(tokens), WIDTH**-0.5)
-        best, kind = (places(tokens * TOPK), 2) if ratio == 4 else (places(), 1)
+        best, kind = (places(tokens * TOPK), 2) if ratio == 4 and not few else (places(), 1)
         hopper_forward.forward(
             q, rows, entries, best, meta(HEADS, dtype=FP32), q, lse, lse, parts, *of_query, slots, ratio, TOPK,
             splits, WINDOW, kind, 1024, places() if page else None, page,
@@ -69,6 +69,7 @@ CASES: dict[str, Callable[[], None]] = {
     "hopper, pages, HCA": lambda: hopper(128, PAGES[128]),
     "hopper, pages, many entries": lambda: hopper(128, PAGES[128], splits=2),
     "hopper, pages, CSA": lambda: hopper(4, PAGES[4]),
+    "hopper, pages, CSA, few entries": lambda: hopper(4, PAGES[4], few=True),
     "hopper, pages, indexer": hopper_scores,
     "cache, bytes": as_bytes,
 }

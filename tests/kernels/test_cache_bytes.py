@@ -1,12 +1,17 @@
 """Caches of bytes: what the kernels write and read has the bits of `kernels.cache_formats`' packing and unpacking."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from amalgam.kernels import cache_formats, compress, formats
+from amalgam.kernels import attention, cache_formats, compress, formats, indexer
+from amalgam.kernels.places import Seen
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from . import test_pages
+from .test_pages import DEVICE
+
 WIDTHS = [(512, 64), (128, 32), (64, 16), (16, 8)]
 
 
@@ -83,6 +88,47 @@ def test_what_was_rounded_for_storage_loses_nothing(width: int, rope: int):
     cache = torch.zeros(12, cache_formats.index_key_bytes(width), dtype=torch.uint8, device=DEVICE)
     cache_formats.write_index_keys(cache, where, keys)
     assert torch.equal(cache_formats.read_index_keys(cache, where, width), keys)
+
+
+def rows_of(seen: Seen, numbers: Tensor) -> Tensor:
+    """int64 [T, n]: where the entries of those numbers lie that a query sees."""
+    assert seen.entry_first is not None and seen.table is not None
+    return seen.table[seen.entry_first.unsqueeze(1) + numbers // seen.page].long() * seen.page + numbers % seen.page
+
+
+def test_attention_over_bytes():
+    """What is read of a cache of bytes, all entries of each request or a query's chosen ones, in a row: attention and
+    the indexer's choice have the bits of a cache in bf16."""
+    seen = test_pages.places([9, 0, 4, 3], 2, 5, 2, ring=True)
+    rotation = torch.ones(4 * seen.most, 8, dtype=torch.complex64, device=DEVICE)
+    made = [test_pages.entries_of(seen, width).bfloat16() for width in (64, 64)]
+    entries, keys = (compress.stored(x, rotation, kind) for x, kind in zip(made, ("fp8", "fp4"), strict=True))
+    rows, sinks = test_pages.rows_of(seen, 64).bfloat16(), torch.randn(2, device=DEVICE)
+    q, weights = torch.randn(8, 2, 64, device=DEVICE).bfloat16(), torch.randn(8, 2, device=DEVICE)
+    there, both = test_pages.paged(seen, torch.cat([entries, keys], 1), 4)
+    pool, pool_keys = (x.contiguous() for x in both.split(64, 1))
+    as_bytes = torch.zeros(len(pool), cache_formats.cache_entry_bytes(64, 16), dtype=torch.uint8, device=DEVICE)
+    key_bytes = torch.zeros(len(pool), cache_formats.index_key_bytes(64), dtype=torch.uint8, device=DEVICE)
+    everywhere = torch.arange(len(pool), device=DEVICE)
+    cache_formats.write_cache_entries(as_bytes, everywhere, pool, 16)
+    cache_formats.write_index_keys(key_bytes, everywhere, pool_keys)
+    chosen = indexer.select(q, weights, pool_keys, there, 3)
+    # Of each request's first query: all entries.
+    where = rows_of(there, torch.arange(seen.most, device=DEVICE).expand(8, -1))[::2].flatten()
+    first = torch.arange(4, device=DEVICE).repeat_interleave(2).int() * seen.most
+    flat = replace(there, entry_first=first, table=None, page=0)
+    found = cache_formats.read_index_keys(key_bytes, where, 64)
+    assert torch.equal(indexer.select(q, weights, found, flat, 3), chosen)
+    found = cache_formats.read_cache_entries(as_bytes, where, 64, 16)
+    for some in (None, chosen):
+        expected = attention.attend(q, rows, pool, sinks, there, some)[0]
+        assert torch.equal(attention.attend(q, rows, found, sinks, flat, some)[0], expected)
+    # Of each query: the chosen, of which the first is its own first entry.
+    where = rows_of(there, chosen.clamp(min=0)).flatten()
+    flat = replace(flat, entry_first=torch.arange(8, device=DEVICE).int() * 3)
+    found = cache_formats.read_cache_entries(as_bytes, where, 64, 16)
+    own = torch.arange(3, device=DEVICE).int().where(chosen >= 0, -1)
+    assert torch.equal(attention.attend(q, rows, found, sinks, flat, own)[0], expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
