@@ -20,6 +20,7 @@ from training_setting import Experts, Setting
 from amalgam.kernels import losses as op
 from amalgam.kernels.moe import experts, route
 from amalgam.kernels.muon import STEPS, muon_step, newton_schulz
+from amalgam.kernels.project import project_wide
 
 NEAR = 1e-5  # affinities that differ by less may be chosen for each other
 CLAMPED = 1.0  # a limit that many numbers reach
@@ -59,10 +60,10 @@ def router(setting: Setting) -> Rows:
             given = {"x": setting.random(tokens, d, dtype=dtype), "gate": setting.weight(count, d, dtype=dtype)}
             bias = 0.1 * setting.random(count, dtype=torch.float32)
             with poisoned():
-                ids = route(**given, topk=topk, scaling=scaling, bias=bias)[0]
+                ids = route(project_wide(*given.values()), topk=topk, scaling=scaling, bias=bias)[0]
 
             def weights(x: Tensor, gate: Tensor, bias: Tensor = bias) -> Tensor:
-                return route(x, gate, topk=topk, scaling=scaling, bias=bias)[1]
+                return route(project_wide(x, gate), topk=topk, scaling=scaling, bias=bias)[1]
 
             errors = compare(given, partial(by_autograd, weights), partial(oracles.route, ids, scaling), torch.float32)
             name = f"router, {count} x {d}"

@@ -12,8 +12,8 @@ from training_setting import Experts, Setting
 
 from amalgam.kernels.hyper import Update, enter, leave
 from amalgam.kernels.moe import experts as routed_experts
-from amalgam.kernels.moe import swiglu
 from amalgam.kernels.muon import STEPS, newton_schulz
+from amalgam.kernels.swiglu import swiglu
 
 FORWARD, BACKWARD = 450.0, 400.0  # goals of the experts, in TFLOP/s: forward, and with its backward
 HYPER = 1.5  # goal: at most so many times the floor

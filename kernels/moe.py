@@ -8,26 +8,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import fused
-from .project import LANES, project, project_wide
+from .project import LANES, project
+from .swiglu import swiglu
 from .upcast import upcast
 
 _W = TypeVar("_W")
 
 
 def route(
-    x: Tensor, gate: Tensor, *, topk: int, scaling: float, bias: Tensor | None = None, chosen: Tensor | None = None
+    logits: Tensor, *, topk: int, scaling: float, bias: Tensor | None = None, chosen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Expert ids int64 [T, k] and their weights fp32 [T, k] for x [T, d], gate [E, d] (paper 2.1; DeepSeek's code).
+    """Expert ids int64 [T, k] and their weights fp32 [T, k] by what the gate gives in fp32, logits [T, E] (paper 2.1;
+    DeepSeek's code).
 
-    Affinity s = sqrt(softplus(gate x)) in fp32. Ids: the `topk` highest s + bias, ties to the lowest id; or `chosen`
+    Affinity s = sqrt(softplus(logits)). Ids: the `topk` highest s + bias, ties to the lowest id; or `chosen`
     [T, k] (hash layers, replay), where a row that holds -1 falls back to the learned choice. Weights never see the
     bias: s / (sum of the chosen s + 1e-20) * scaling; with replayed ids they are recomputed, so the gate gets gradient.
     """
-    if fused(x):
+    if fused(logits):
         from .fused.router import Route
 
-        return Route.apply(project_wide(x, gate), bias, chosen, topk, scaling)  # pyright: ignore[reportReturnType]
-    logits = project(upcast(x), upcast(gate))
+        return Route.apply(logits, bias, chosen, topk, scaling)  # pyright: ignore[reportReturnType]
     if chosen is None or bool((chosen < 0).any()):
         scores = _affinity(logits.detach())
         order = (scores if bias is None else scores + upcast(bias)).sort(dim=-1, descending=True, stable=True)
@@ -44,12 +45,6 @@ def _affinity(logits: Tensor) -> Tensor:
     """sqrt(softplus(logits [T, N])), with a finite gradient where softplus underflows (logits below about -100)."""
     rows = F.pad(logits, (0, 0, 0, -logits.shape[0] % LANES))
     return F.softplus(rows).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()[: logits.shape[0]]
-
-
-def swiglu(gate_up: Tensor, limit: float) -> Tensor:
-    """silu(min(gate, limit)) * clip(up, -limit, limit) of gate_up [..., 2I] -> [..., I]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
 def experts(
@@ -92,12 +87,3 @@ def reference_experts(
     outputs = torch.cat([product(rows, down_weights[e]) for e, rows in zip(used, hidden, strict=True)])
     slots = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return upcast(outputs.index_select(0, slots).view(tokens, k, -1)).sum(1)
-
-
-def gated(gate_up: Tensor, limit: float) -> Tensor:
-    """`swiglu` of gate_up [T, 2I] in fp32, rounded to its dtype: what the shared expert has between its products."""
-    if fused(gate_up):
-        from .fused.swiglu import Gated
-
-        return Gated.apply(gate_up, limit)  # pyright: ignore[reportReturnType]
-    return swiglu(upcast(gate_up), limit).to(gate_up.dtype)

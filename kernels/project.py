@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import fused
+from .swiglu import gated
 from .upcast import upcast
 
 FEW = 4
@@ -71,6 +72,8 @@ class Product(NamedTuple):
     wide: bool = False
     scale: float | None = None  # what `project` gives, then in fp32, is multiplied by it
     into: Into | None = None
+    up: Tensor | None = None  # a second weight [o, i]: `gated` of what `project` gives with both
+    limit: float = 0.0  # of that
 
 
 def few(x: Tensor) -> bool:
@@ -79,17 +82,23 @@ def few(x: Tensor) -> bool:
 
 
 def project_each(x: Tensor, products: Sequence[Product]) -> list[Tensor]:
-    """x [T, i] times each weight: what `project` or `project_wide` gives, or the rows that it was written into.
-
-    No gradient. Few rows are one launch.
-    """
+    """x [T, i] times each weight, or the rows that this was written into. No gradient. Few rows are one launch."""
     if x.shape[0] and few(x):
         from .fused.linear_each import multiply_each
 
         return multiply_each(x, products)
-    made = [(project_wide if p.wide else project)(x, p.weight) for p in products]
-    made = [y if p.scale is None else upcast(y) * p.scale for y, p in zip(made, products, strict=True)]
-    return [y if p.into is None else p.into.write(y) for y, p in zip(made, products, strict=True)]
+    return [_alone(x, *each) for each in products]
+
+
+def _alone(
+    x: Tensor, weight: Tensor, wide: bool, scale: float | None, into: Into | None, up: Tensor | None, limit: float
+) -> Tensor:
+    if up is not None:
+        made = gated(project(x, torch.cat([weight, up])), limit)
+    else:
+        made = project_wide(x, weight) if wide else project(x, weight)
+    made = made if scale is None else upcast(made) * scale
+    return made if into is None else into.write(made)
 
 
 def reference_project(x: Tensor, weight: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ from ..kernels.dispatch import wants_triton
 from ..kernels.embedding import embed
 from ..kernels.hyper import Update, enter, leave
 from ..kernels.low_precision import experts_fp8, experts_qat
-from ..kernels.moe import experts, gated, route
-from ..kernels.project import project
+from ..kernels.moe import experts, route
+from ..kernels.project import Product, few, project, project_each, project_wide
 from ..kernels.rope import inverse_frequencies
+from ..kernels.swiglu import gated
 from ..kernels.upcast import upcast
 from ..settings import FULL
 from .attention import Attention, CSACompressor, Indexer, RMSNorm, linear
@@ -81,10 +82,14 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, replay: Tensor | None) -> tuple[Tensor, Tensor]:
         """Ids and weights [T, k]. A hash layer's table always wins over `replay`, which can only repeat it."""
+        return self.choice(project_wide(x, self.weight), tokens, replay)
+
+    def choice(self, logits: Tensor, tokens: Tensor, replay: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`forward` from what the gate gives, fp32 [T, E]."""
         if self.hashed:
-            return route(x, self.weight, topk=self.topk, scaling=self.scaling, chosen=self.tid2eid[tokens])
+            return route(logits, topk=self.topk, scaling=self.scaling, chosen=self.tid2eid[tokens])
         bias = self.e_score_correction_bias
-        return route(x, self.weight, topk=self.topk, scaling=self.scaling, bias=bias, chosen=replay)
+        return route(logits, topk=self.topk, scaling=self.scaling, bias=bias, chosen=replay)
 
 
 class Experts(nn.Module):
@@ -132,8 +137,15 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, replay: Tensor | None) -> tuple[Tensor, Tensor]:
         """[T, d] -> [T, d] and the expert ids [T, k]; the routed sum and the shared expert are added in fp32."""
-        ids, weights = self.gate(x, tokens, replay)
-        return self.experts(x, ids, weights, self.limit, self.shared_experts(x)), ids
+        shared = self.shared_experts
+        if few(x) and shared.gate_proj.precision == "full":  # all that has x as its input is one launch
+            gate, up = shared.gate_proj.weight, shared.up_proj.weight
+            first = Product(gate, up=up, limit=shared.limit)
+            logits, hidden = project_each(x, [Product(self.gate.weight, wide=True), first])
+            (ids, weights), added = self.gate.choice(logits, tokens, replay), shared.down_proj(hidden)
+        else:
+            (ids, weights), added = self.gate(x, tokens, replay), shared(x)
+        return self.experts(x, ids, weights, self.limit, added), ids
 
 
 class Block(nn.Module):

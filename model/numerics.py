@@ -23,13 +23,16 @@ from ..errors import UserError
 from ..kernels.attention import keys_of_blocks
 from ..kernels.compress import gather, stored
 from ..kernels.hyper import Update
-from ..kernels.moe import swiglu
+from ..kernels.indexer import select
 from ..kernels.places import Seen, Windows
 from ..kernels.rope import apply_rope
+from ..kernels.swiglu import swiglu
 from ..kernels.upcast import upcast
 from .attention import Attention, Compressor, CSACompressor, Indexer, RMSNorm
+from .cache import LayerCache
 from .deepseek_v4 import DeepseekV4, HyperConnection, HyperHead, MoE, Router, SharedExpert
 from .language_model import Output
+from .layout import Chunk
 
 Numerics = Literal["deepseek", "transformers"]
 
@@ -94,6 +97,22 @@ class _Attention(Attention):
         q = _normalized(self.q_b_proj(latent).unflatten(-1, (self.heads, self.dim)), self.eps)
         return latent, apply_rope(q, rotation), apply_rope(self.kv_norm(self.kv_proj(x)), rotation)
 
+    def extend(self, x: Tensor, chunk: Chunk, cache: LayerCache) -> tuple[Tensor, Tensor | None]:
+        """One operation after another."""
+        rotation, seen, compressor = chunk.rotation[self.rope], chunk.seen(self.ratio), self.compressor
+        latent, q, row = self._project(x, rotation)
+        rows = _kept(chunk, cache, "rows", row, self.window, self.window - 1)
+        if compressor is None:
+            return self._output(self._attend(q, rows, None, seen, None, rotation)[0]), None
+        entries, chosen = _extended(compressor, x, chunk, cache, "", "entries"), None
+        if isinstance(compressor, CSACompressor):
+            indexer = compressor.indexer
+            keys = _extended(indexer, x, chunk, cache, "index_", "index_keys")
+            if seen.most > indexer.topk:
+                queries = indexer.queries(x, latent, rotation)
+                chosen = select(*queries, keys, seen, indexer.topk, indexer.score_dtype)
+        return self._output(self._attend(q, rows, entries, seen, chosen, rotation)[0]), chosen
+
     def _attend(
         self, q: Tensor, rows: Tensor, entries: Tensor | None, seen: Seen, chosen: Tensor | None, rotation: Tensor
     ) -> tuple[Tensor, Tensor | None]:
@@ -106,6 +125,22 @@ class _Attention(Attention):
         weights = torch.softmax(scores - scores.amax(-1, keepdim=True), dim=-1)[..., :-1].to(q.dtype)
         out = torch.bmm(weights.reshape(n, m * heads, -1), keys).view(n, m, heads, dim)
         return apply_rope(seen.blocks.from_blocks(out), _rounded(rotation, out.dtype), inverse=True), None
+
+
+def _extended(of: Compressor, x: Tensor, chunk: Chunk, cache: LayerCache, prefix: str, name: str) -> Tensor:
+    """Adds a chunk's tokens to `cache`, and to `name` there the entries complete with them: the pool [N, dim]."""
+    parts = zip(("values", "scores"), of(x), strict=True)
+    values, scores = (_kept(chunk, cache, prefix + part, new, of.tokens, of.tokens) for part, new in parts)
+    done = chunk.finished[of.ratio, of.tokens]
+    made = of.entries(values, scores, done.windows)
+    return chunk.cache.pool(cache, name, made, of.ratio).index_copy_(0, done.row, made)
+
+
+def _kept(chunk: Chunk, cache: LayerCache, name: str, new: Tensor, size: int, last: int) -> Tensor:
+    """The rows that `Chunk.remember` gives, of a ring of `size` and the slack."""
+    ring = chunk.cache.ring(cache, name, new, size + chunk.slack)
+    into = chunk.into(ring)
+    return chunk.remember(ring, new if into is None else into.write(new), last)
 
 
 class _HyperConnection(HyperConnection):

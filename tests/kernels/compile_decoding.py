@@ -22,6 +22,14 @@ def products(rows: int, hidden: int, outs: list[int]) -> None:
     linear_each.multiply_each(meta(rows, hidden), [*wanted, Product(meta(outs[6], hidden), scale=0.1)])
 
 
+def entering() -> None:
+    """What router and shared expert make of the MoE's input."""
+    for rows, hidden, experts, inner in ((1, 1024, 32, 512), (TOKENS, 4096, 256, 2048)):
+        gate, up = meta(inner, hidden), meta(inner, hidden)
+        wanted = [Product(meta(experts, hidden), True), Product(gate, up=up, limit=10.0)]
+        linear_each.multiply_each(meta(rows, hidden), wanted)
+
+
 def norms() -> None:
     """Of a CSA layer's latent and row, and of its queries."""
     rotation = meta(TOKENS, 32, dtype=torch.complex64)
@@ -46,6 +54,7 @@ def pools() -> None:
 CASES: dict[str, Callable[[], None]] = {
     "each product, 1 row": lambda: products(1, 1024, [256, 128, 256, 256, 128, 128, 16]),
     "each product, 256 rows": lambda: products(256, 4096, [1024, 512, 1024, 1024, 256, 256, 64]),
+    "each product, MoE": entering,
     "each norm": norms,
     "each pool": pools,
 }

@@ -14,7 +14,12 @@ pytestmark = pytest.mark.skipif(not triton.__version__.startswith("3.6."), reaso
 SHARED = 232_448  # bytes of a multiprocessor's shared memory that one program can have
 # In fp32, at a Flash's width, kernels serve tests on a GPU: they run, however slowly.
 SLOW = {"attention, fp32", "indexer, fp32", "experts, fp32", "hyper-connections, fp32"}
-FEW_ROWS = {"linear, 16 rows", "each product, 1 row", "experts, decoding"}  # wgmma multiplies 64 at once
+FEW_ROWS = {
+    "linear, 16 rows",
+    "each product, 1 row",
+    "each product, MoE",
+    "experts, decoding",
+}  # wgmma multiplies 64 at once
 # Bytes that some numbers take which did not find a register; they must not grow.
 SPILLED = {
     "attention, CSA": {"_forward": 8},  # at 256 channels

@@ -9,6 +9,7 @@ from amalgam.kernels.norm import Norm, norm_each, norm_rope, rms_norm
 from amalgam.kernels.places import Windows
 from amalgam.kernels.project import Into, Product, project, project_each, project_wide
 from amalgam.kernels.rope import apply_rope, inverse_frequencies, rotations
+from amalgam.kernels.swiglu import gated
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter, on machines without a GPU")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -30,7 +31,7 @@ def turns(positions: Tensor) -> Tensor:
 @ROWS
 def test_products(rows: int, dtype: torch.dtype):
     x = torch.randn(rows, 48).to(dtype)
-    weights = [torch.randn(out, 48).to(dtype) for out in (64, 16, 32, 80, 16, 16, 16, 16, 16)]
+    weights = [torch.randn(out, 48).to(dtype) for out in (64, 16, 32, 80, 16, 16, 16, 16)]
     ring, at, halves = torch.zeros(200, 32), torch.randperm(200)[:rows], x.new_zeros(rows, 96)
     wanted = [
         Product(weights[0]),
@@ -48,6 +49,15 @@ def test_products(rows: int, dtype: torch.dtype):
     assert torch.equal(halves[:, :16], project(x, weights[4]))
     for y, weight in zip(found[5:], weights[5:], strict=True):
         assert torch.equal(y, project(x, weight))
+
+
+@DTYPES
+@ROWS
+def test_products_gated(rows: int, dtype: torch.dtype):
+    x, gate, up, other = (torch.randn(n, 48).to(dtype) for n in (rows, 32, 32, 16))
+    found = project_each(x, [Product(other, wide=True), Product(gate, up=up, limit=5.0)])
+    assert torch.equal(found[0], project_wide(x, other))
+    assert torch.equal(found[1], gated(project(x, torch.cat([gate, up])), 5.0))
 
 
 def test_rows_that_a_product_does_not_fit(monkeypatch: pytest.MonkeyPatch):

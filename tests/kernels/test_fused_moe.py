@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.kernels import moe
+from amalgam.kernels import moe, swiglu
 from amalgam.kernels.fused import moe as fused_moe
 from amalgam.kernels.fused import moe_rows
 from amalgam.kernels.fused.moe_rows import sort_rows
+from amalgam.kernels.project import project_wide
 
 from .test_fused import compare
 
@@ -22,8 +23,8 @@ def _triton(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_swiglu(dtype: torch.dtype):
     """On both sides of the limits; a width and a number of rows that tiles do not divide."""
-    compare(lambda x: moe.gated(x, 1.5), dtype, 2 * torch.randn(7, 2 * 528))
-    assert moe.gated(torch.zeros(0, 8), 1.0).shape == (0, 4)
+    compare(lambda x: swiglu.gated(x, 1.5), dtype, 2 * torch.randn(7, 2 * 528))
+    assert swiglu.gated(torch.zeros(0, 8), 1.0).shape == (0, 4)
 
 
 def chosen(tokens: int, k: int, experts: int) -> Tensor:
@@ -80,7 +81,7 @@ def test_no_tokens():
     grads = torch.autograd.grad(out.sum(), (x, weights, gate_up, down))
     assert [grad.shape for grad in grads] == [a.shape for a in (x, weights, gate_up, down)]
     assert grads[2].eq(0).all() and grads[3].eq(0).all()
-    ids, weights = moe.route(torch.randn(0, 16), torch.randn(16, 16), topk=2, scaling=1.0)
+    ids, weights = moe.route(project_wide(torch.randn(0, 16), torch.randn(16, 16)), topk=2, scaling=1.0)
     assert ids.shape == weights.shape == (0, 2)
 
 
@@ -144,7 +145,7 @@ def test_router(learned: bool, dtype: torch.dtype):
         given[4], given[7, 1] = -1, -1
 
     def both(x, gate):
-        return moe.route(x, gate, topk=k, scaling=1.5, bias=bias, chosen=given)
+        return moe.route(project_wide(x, gate), topk=k, scaling=1.5, bias=bias, chosen=given)
 
     compare(lambda x, gate: both(x, gate)[1], dtype, x, gate)
     found = both(x.to(dtype), gate.to(dtype))[0]
@@ -156,12 +157,12 @@ def test_router(learned: bool, dtype: torch.dtype):
 
 def test_ties_go_to_the_lowest_expert_and_nan_to_some():
     x, gate = torch.randn(5, 16), torch.randn(4, 16).repeat(4, 1)
-    ids, _ = moe.route(x, gate, topk=6, scaling=1.0)
+    ids, _ = moe.route(project_wide(x, gate), topk=6, scaling=1.0)
     scores = x @ gate[:4].t()
     for row, found in zip(scores, ids.tolist(), strict=True):
         order = row.argsort(descending=True).tolist()
         assert found == [order[0] + 4 * i for i in range(4)] + [order[1], order[1] + 4]
-    ids, weights = moe.route(x.fill_(float("nan")), gate, topk=6, scaling=1.0)
+    ids, weights = moe.route(project_wide(x.fill_(float("nan")), gate), topk=6, scaling=1.0)
     assert ids.tolist() == [list(range(6))] * 5 and weights.isnan().all()
 
 
@@ -184,9 +185,9 @@ def test_affinities_and_their_gradients_for_any_logit():
 
 def test_a_token_s_route_is_its_own():
     x, gate, bias = torch.randn(300, 32).bfloat16(), torch.randn(16, 32).bfloat16(), torch.randn(16)
-    ids, weights = moe.route(x, gate, topk=4, scaling=1.5, bias=bias)
+    ids, weights = moe.route(project_wide(x, gate), topk=4, scaling=1.5, bias=bias)
     for rows in (slice(0, 1), slice(250, 270)):
-        own, own_weights = moe.route(x[rows], gate, topk=4, scaling=1.5, bias=bias)
+        own, own_weights = moe.route(project_wide(x[rows], gate), topk=4, scaling=1.5, bias=bias)
         assert torch.equal(own, ids[rows]) and torch.equal(own_weights, weights[rows])
 
 
@@ -198,4 +199,4 @@ def test_what_the_kernels_do_not_take():
     with pytest.raises(ValueError, match="weights: torch.float64; the Triton kernels take float32"):
         moe.experts(x, ids, weights.double(), gate_up, down, 3.0)
     with pytest.raises(ValueError, match="33 of 48 experts; the Triton kernels take 1 to 32 of up to 1024"):
-        moe.route(torch.randn(2, 16), torch.randn(48, 16), topk=33, scaling=1.0)
+        moe.route(project_wide(torch.randn(2, 16), torch.randn(48, 16)), topk=33, scaling=1.0)

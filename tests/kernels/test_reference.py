@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from amalgam.kernels import attention, compress, hyper, indexer, moe, norm, rope
+from amalgam.kernels.project import project_wide
 
 from . import naive
 
@@ -240,17 +241,17 @@ def test_experts(case: str):
 
 def test_route():
     x, gate, bias = torch.randn(9, 6), torch.randn(5, 6), torch.randn(5)
-    ids, weights = moe.route(x, gate, topk=2, scaling=1.5, bias=bias)
+    ids, weights = moe.route(project_wide(x, gate), topk=2, scaling=1.5, bias=bias)
     scores = torch.sqrt(torch.log1p(torch.exp(x @ gate.t())))
     for t in range(9):
         want = sorted(range(5), key=lambda e: (-float(scores[t, e] + bias[e]), e))[:2]
         assert ids[t].tolist() == want
         torch.testing.assert_close(weights[t], scores[t, want] / scores[t, want].sum() * 1.5)
-    tied, _ = moe.route(x, torch.zeros(5, 6), topk=2, scaling=1.0)
+    tied, _ = moe.route(project_wide(x, torch.zeros(5, 6)), topk=2, scaling=1.0)
     assert tied.tolist() == [[0, 1]] * 9
     chosen = torch.randint(0, 5, (9, 2))
     chosen[4] = -1
-    replayed, _ = moe.route(x, gate, topk=2, scaling=1.5, bias=bias, chosen=chosen)
+    replayed, _ = moe.route(project_wide(x, gate), topk=2, scaling=1.5, bias=bias, chosen=chosen)
     chosen[4] = ids[4]
     assert torch.equal(replayed, chosen)
 
@@ -258,6 +259,6 @@ def test_route():
 def test_the_gradient_of_routing_is_finite_for_any_logit():
     x = torch.tensor([[1.0, 0.0]])
     gate = torch.tensor([[-200.0, 0.0], [-150.0, 0.0], [200.0, 0.0], [-180.0, 0.0]], requires_grad=True)
-    _, weights = moe.route(x, gate, topk=2, scaling=1.0)
+    _, weights = moe.route(project_wide(x, gate), topk=2, scaling=1.0)
     weights.square().sum().backward()
     assert gate.grad is not None and gate.grad.isfinite().all()
