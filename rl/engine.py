@@ -9,7 +9,6 @@ thrown away.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,22 +20,12 @@ from .meter import Meter
 from .pages import Pages
 from .plan import Entry
 from .records import Records
-from .response import Prompt, Response
+from .response import Prompt, Response, Update, updates
 from .room import room
 from .scheduler import Scheduler
 from .settings import EngineSettings
 from .stop import StopText
 from .trajectory import Request, Trajectory
-
-
-@dataclass(eq=False)
-class Update:
-    """What a step has brought a request."""
-
-    id: int
-    token_ids: np.ndarray  # int32 [n]: the new ones
-    logprobs: np.ndarray  # float32 [n]
-    finished: Trajectory | None = None
 
 
 class Flight(NamedTuple):
@@ -73,7 +62,6 @@ class Engine:
         if settings.draft == "mtp":
             from .draft import DraftedBatch as kind  # which is built from Batch
         found = room(model, settings, kind.slack, kind.extra_bytes(model), page)
-        self.context = found.capacity  # most tokens of a request
         self._batch: Any = kind(model, found, settings)
         self._scheduler = Scheduler(
             found.slots,
@@ -143,7 +131,7 @@ class Engine:
         else:
             self._land(0)
         news, self._news = self._news, {}
-        return _updates(list(news))
+        return updates(list(news))
 
     def update(
         self, load: Callable[[LanguageModel], Any], version: int, cache: Literal["keep", "rebuild"] = "keep"
@@ -287,16 +275,3 @@ class Engine:
         for id in list(self._responses):
             self.cancel(id)
         self._news.clear()
-
-
-def _updates(news: list[Response]) -> list[Update]:
-    """Views of two arrays: an array for each of many requests would take longer than all else here."""
-    told = [response.news() for response in news]
-    tokens = np.array([token for some, _ in told for token in some], np.int32)
-    logprobs = np.array([logprob for _, some in told for logprob in some], np.float32)
-    updates, at = [], 0
-    for response, (some, _) in zip(news, told, strict=True):
-        part = slice(at, at + len(some))
-        updates.append(Update(response.request.id, tokens[part], logprobs[part], response.trajectory))
-        at += len(some)
-    return updates

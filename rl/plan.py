@@ -110,3 +110,10 @@ class Plan:
     moves: list[Move] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     decodes: list[tuple[Entry, int]] = field(default_factory=list)  # and the position of the token that is fed
+
+
+class Hold(NamedTuple):
+    """A group's prompt, for members that wait."""
+
+    pages: list[int]
+    bytes: int

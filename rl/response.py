@@ -1,6 +1,7 @@
 """A request on its way through the engine: its tokens, and what was decided as they were drawn and fed."""
 
 import time
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -198,3 +199,26 @@ def _decided(past: Past, picks: bool) -> Decisions:
     count = 0 if not len(known) or picks and past.picks is None else int(known[-1]) + 1
     experts = np.zeros((count, 0, 0), np.int16) if past.experts is None else past.experts[:count]
     return Decisions(experts, past.picks[:count] if picks and past.picks is not None else None)
+
+
+@dataclass(eq=False)
+class Update:
+    """What a step has brought a request."""
+
+    id: int
+    token_ids: np.ndarray  # int32 [n]: the new ones
+    logprobs: np.ndarray  # float32 [n]
+    finished: Trajectory | None = None
+
+
+def updates(news: list[Response]) -> list[Update]:
+    """Views of two arrays: an array for each of many requests would take longer than all else here."""
+    told = [response.news() for response in news]
+    tokens = np.array([token for some, _ in told for token in some], np.int32)
+    logprobs = np.array([logprob for _, some in told for logprob in some], np.float32)
+    found, at = [], 0
+    for response, (some, _) in zip(news, told, strict=True):
+        part = slice(at, at + len(some))
+        found.append(Update(response.request.id, tokens[part], logprobs[part], response.trajectory))
+        at += len(some)
+    return found

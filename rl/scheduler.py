@@ -16,17 +16,9 @@ holds of the prompt stays as it is while its first owner goes on behind, so it c
 """
 
 from collections import Counter, deque
-from typing import NamedTuple
 
 from .pages import Pages
-from .plan import Chunk, Clear, CopyPage, Entry, Forget, Fork, Load, Move, Place, Plan, Save, Scrub
-
-
-class Hold(NamedTuple):
-    """A group's prompt, for members that wait."""
-
-    pages: list[int]
-    bytes: int
+from .plan import Chunk, Clear, CopyPage, Entry, Forget, Fork, Hold, Load, Move, Place, Plan, Save, Scrub
 
 
 class Scheduler:

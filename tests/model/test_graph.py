@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amalgam.model import DeepseekV4
-from amalgam.model.graph import DecodeGraph
+from amalgam.model.graph import DecodeGraph, DecodeGraphs
 from amalgam.model.layout import Chunk, chunk
 
 from .. import tiny
@@ -107,3 +107,41 @@ def test_a_cleared_request_begins_again(model: DeepseekV4):
             torch.testing.assert_close(row, alone, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="would hold 13 tokens, there is room for 12"):
         model.decode(documents[:2, 0], cache)
+
+
+class Replayed:
+    """What stands for a CUDA graph on a CPU: the step of the inputs that a replay copies in."""
+
+    def __init__(self, step, inputs, cache, pool):
+        self.step, self.inputs = step, [each.clone() for each in inputs]
+        step(*self.inputs)
+
+    def replay(self, *inputs):
+        for own, new in zip(self.inputs, inputs, strict=True):
+            own.copy_(new)
+        return self.step(*self.inputs)
+
+
+@torch.no_grad()
+def test_a_batch_is_filled_up_to_a_graphs_size(model: DeepseekV4):
+    """Batches of any slots, one larger than all graphs, beside the step without graphs."""
+    lengths, tables = [5, 9, 1, 13, 4], torch.randperm(10).view(5, 2) + 1
+    documents = [torch.randint(512, (n + 8,)) for n in lengths]
+    caches = []
+    for _ in range(2):
+        cache = model.new_cache(6, 56, pages=11, page=28)
+        cache.table[:5] = tables
+        start = torch.cat([document[:n] for document, n in zip(documents, lengths, strict=True)])
+        model.extend(start, torch.tensor([0, *lengths]).cumsum(0), cache, torch.arange(5))
+        caches.append(cache)
+    graphs = DecodeGraphs(model, caches[0], (1, 2, 4), Replayed)
+    at = list(lengths)
+    for slots in ([3], [0, 4], [2, 1, 0], [4, 3, 2, 1, 0], [1], [0, 2, 3], [4]):
+        tokens, which = torch.stack([documents[i][at[i]] for i in slots]), torch.tensor(slots)
+        found, plain = graphs.decode(tokens, which), model.decode(tokens, caches[1], which)
+        torch.testing.assert_close(found.hidden, plain.hidden, rtol=0, atol=1e-5)
+        assert found.experts.tolist() == plain.experts.tolist()
+        assert caches[0].length.tolist() == caches[1].length.tolist()
+        for i in slots:
+            at[i] += 1
+    assert sorted(graphs._graphs) == [1, 2, 4]

@@ -3,6 +3,8 @@
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from tokenizers import Tokenizer
 from amalgam.model import DeepseekV4
 from amalgam.model.config import PRESETS
 from amalgam.rl.engine import Engine
+from amalgam.rl.journal import Journal, JournalError, recover
 from amalgam.rl.packing import collate
+from amalgam.rl.records import recorded
 from amalgam.rl.settings import EngineSettings
 from amalgam.rl.trajectory import Past, Request, SamplingParams, Trajectory
 
@@ -29,8 +33,11 @@ def model() -> DeepseekV4:
     return tiny.model(0, vocab_size=VOCABULARY)
 
 
-def engine(model: DeepseekV4, lag: bool | None = None, ends: tuple[int, ...] = (tiny.END,), **settings) -> Engine:
-    return Engine(model, ends, settings=EngineSettings(context=112, **settings), lag=lag, page=PAGE)
+def engine(
+    model: DeepseekV4, lag: bool | None = None, ends: tuple[int, ...] = (tiny.END,), journal: Any = None, **settings
+) -> Engine:
+    kinds = EngineSettings(context=112, **settings)
+    return Engine(model, ends, settings=kinds, lag=lag, page=PAGE, journal=journal)
 
 
 def small(model: DeepseekV4, slots: int, pages: int) -> int:
@@ -254,6 +261,75 @@ def test_a_stop_string_ends_it_and_is_not_part_of_the_text(lag: bool):
         assert t.text == whole.text[: whole.text.index(whole.text[9:12])]
         assert t.finish == "stop" and len(t.logprobs) == len(t.response_ids) < len(whole.response_ids)
         assert t.response_ids.tolist() == whole.response_ids[: len(t.response_ids)].tolist()
+
+
+WAYS: list[dict] = [
+    {},
+    {"top_k": 3},
+    {"top_p": 0.5, "temperature": 0.7},
+    {"min_p": 0.3, "temperature": 1.6},
+    {"allowed": np.arange(VOCABULARY) % 2 == 1},
+    {"allowed": np.arange(VOCABULARY) % 3 == 0, "top_k": 4, "top_p": 0.9, "min_p": 0.01},
+]
+
+
+def test_each_request_is_drawn_from_in_its_own_way(model: DeepseekV4):
+    """All ways in one batch: tokens as alone, from their sets, with the log-probs of the learner under these."""
+    requests = [
+        replace(r, params=SamplingParams(**{"max_new_tokens": 12, "seed": SEED, **WAYS[i % len(WAYS)]}))
+        for i, r in enumerate(ragged())
+    ]
+    found = generate(model, requests, sets=True, max_batch=7)
+    assert_same(found[:6], [generate(model, [r])[0] for r in requests[:6]])
+    for t, params in zip(found, (r.params for r in requests), strict=True):
+        tokens = torch.from_numpy(t.row()["tokens"]).long()
+        with torch.no_grad():
+            logits = model.logits(model(tokens, torch.tensor([0, len(tokens)])).hidden)[len(t.prompt_ids) - 1 : -1]
+        assert t.sets is not None
+        for row, token, logprob, among in zip(logits, t.response_ids, t.logprobs, t.sets, strict=True):
+            assert token in among and len(among) <= (params.top_k or VOCABULARY)
+            assert params.allowed is None or params.allowed[among].all()
+            assert params != SamplingParams(12, SEED) or len(among) == VOCABULARY
+            chosen = torch.log_softmax(row[torch.from_numpy(among).long()] / params.temperature, 0)
+            assert abs(float(chosen[among.tolist().index(token)]) - logprob) < 1e-5
+
+
+@pytest.mark.parametrize("kinds", [{}, {"picks": True, "sets": True}])
+def test_what_a_journal_has_of_a_broken_off_run_is_gone_on_with(model: DeepseekV4, tmp_path: Path, kinds: dict):
+    """Engines that are left at once, one after the other, with what they had in flight; the last one finishes."""
+    settings = EngineSettings(**kinds)
+    requests = ragged(top_k=30)
+    whole, found, rng = generate(model, requests, **kinds), {}, random.Random(0)
+    coming = list(requests)
+    for number in range(4):
+        journal = Journal(tmp_path, f"worker{number}", **recorded(model, settings))
+        made = engine(model, True, max_batch=6, journal=journal, **kinds)
+        made.version = 3
+        for request in coming:
+            made.submit(request)
+        for _ in range(rng.randrange(15) if number < 3 else 1000):
+            found |= {update.id: update.finished for update in made.step() if update.finished}
+        journal.close()
+        coming = list(recover(tmp_path))
+        assert {r.id for r in coming} == {r.id for r in requests} - found.keys()
+    assert_same([found[r.id] for r in requests], whole)
+    for one, other in zip((found[r.id] for r in requests), whole, strict=True):
+        assert (one.sets is None) == (other.sets is None) == (not kinds)
+        assert all(a.tolist() == b.tolist() for a, b in zip(one.sets or [], other.sets or [], strict=True))
+
+
+def test_a_journal_that_fails_is_given_up(model: DeepseekV4, alone: dict, caplog):
+    class Full:
+        def begin(self, request) -> None:
+            pass
+
+        def append(self, *arrays, **more) -> None:
+            raise JournalError("worker.journal: no space left on the device")
+
+    made = engine(model, journal=Full())
+    assert_same(made.generate(ragged()[:3], 3), list(alone.values())[:3])
+    assert made.metrics()["journal_lost"] == 1
+    assert caplog.messages == ["the engine goes on without its journal: worker.journal: no space left on the device"]
 
 
 def test_no_requests_and_one_token(model: DeepseekV4):
