@@ -21,7 +21,7 @@ SECONDS = 0.002  # of a step
 
 @pytest.fixture(scope="module")
 def workers(ray_session: None) -> Iterator[FakeRollouts]:
-    made = FakeRollouts(2, deadline=60.0)
+    made = FakeRollouts(2, deadline=120.0)
     yield made
     made.close()
 
