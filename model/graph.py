@@ -34,7 +34,7 @@ class DecodeGraph:
         step: Callable[..., Any],
         inputs: Tensor | tuple[Tensor, ...],
         cache: Cache,
-        pool: tuple[int, int] | None = None,
+        pool: Any = None,
     ):
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         if not inputs[0].is_cuda:
@@ -109,7 +109,8 @@ class DecodeGraphs:
             nobody = torch.full_like(inputs[1], self._spare)
             self._graphs[size] = self._record(self._step, (inputs[0], nobody), self._cache, self._pool)
         output = self._graphs[size].replay(*inputs)
-        return Output(*(each if each is None else each[:count] for each in output))
+        few: Any = [each if each is None else each[:count] for each in output]
+        return Output(*few)
 
     def _step(self, tokens: Tensor, slots: Tensor) -> Output:
         output = self._model.decode(tokens, self._cache, slots)

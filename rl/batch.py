@@ -236,7 +236,7 @@ def landed(forward: Forward) -> tuple[Decisions, list[Fed]]:
     rows = sum(forward.drawing)
     stride = len(tokens) // rows if rows else 1
     counts = host["counts"].tolist() if "counts" in host else [stride] * rows
-    sets = set_ids(torch.from_numpy(host["sets"])) if "sets" in host else [None] * len(tokens)
+    sets: list[Any] = set_ids(torch.from_numpy(host["sets"])) if "sets" in host else [None] * len(tokens)
     results, low, row = [], 0, 0
     for (response, start), size, draws in zip(forward.responses, forward.sizes, forward.drawing, strict=True):
         count = counts[row] if draws else 0

@@ -11,6 +11,7 @@ the token after it) of tokens that stay, so it never has to roll back. S slots, 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,8 @@ class DraftedBatch(Batch):
 
     @staticmethod
     def extra_bytes(model: LanguageModel) -> int:
-        config, each = model.config, mtp_block(model).norm.weight.dtype.itemsize  # refuses a model without one
+        any_model: Any = model
+        config, each = model.config, mtp_block(any_model).norm.weight.dtype.itemsize  # refuses a model without one
         return each * (2 * config.hc_mult * config.hidden_size + (config.sliding_window + 1) * config.head_dim)
 
     def __init__(self, model: LanguageModel, room: Room, settings: EngineSettings):
