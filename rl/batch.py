@@ -80,9 +80,23 @@ class Batch:
         self.drawing = Drawing(self.device, model.lm_head.weight.shape[0], settings.sets)
         self.cache = self.model.new_cache(room.slots + 1, room.capacity, self.slack, room.pages + 1, room.page)
         self.graphs = DecodeGraphs(model, self.cache) if self.device.type == "cuda" else None
+        self._allocate()
         self.last = torch.zeros(room.slots + 1, dtype=torch.int64, device=self.device)  # tokens drawn, by slot
         self.saved: dict[Any, tuple[list[Tensor], int]] = {}
         self.seconds_per_byte = 1e-10  # of copies to the host; before the first, our guess
+
+    @property
+    def signature(self) -> dict[str, Any]:
+        """Engines that have this in common can take over each other's requests."""
+        return {"kind": type(self).__name__, "page": self.cache.page, "slack": self.slack}
+
+    @torch.inference_mode()
+    def _allocate(self) -> None:
+        """Takes all the memory that there will ever be use for: a token of nobody's makes the cache's tensors."""
+        nobody = self.to_device([self.cache.length.numel() - 1])
+        self.model.extend(torch.zeros_like(nobody), self.to_device([0, 1]), self.cache, nobody)
+        self.cache.length.zero_()
+        self.cache.held.zero_()
 
     @torch.inference_mode()
     def run(self, plan: Plan, responses: Mapping[int, Response]) -> list[Forward]:

@@ -47,8 +47,17 @@ class DraftedBatch(Batch):
         self.pairs = mtp_cache(self.model, room.slots + 1, room.capacity)
         shape = (room.slots + 1, 2, config.hc_mult, config.hidden_size)  # of a complete pair, if any, and of the other
         self.streams = torch.zeros(shape, dtype=self.model.model.embed_tokens.weight.dtype, device=self.device)
+        self._allocate_pairs()
         self.second = torch.zeros_like(self.last)  # the complete pair's second token
         self.complete = torch.zeros_like(self.last, dtype=torch.bool)
+
+    @torch.inference_mode()
+    def _allocate_pairs(self) -> None:
+        nobody = self.to_device([self.pairs.length.numel() - 1])
+        borders = self.to_device([0, 1])
+        extend_mtp(self.model, self.streams[-1, :1], torch.zeros_like(nobody), borders, self.pairs, nobody)
+        self.pairs.length.zero_()
+        self.pairs.held.zero_()
 
     # --- moves
 

@@ -9,6 +9,7 @@ thrown away.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from .room import room
 from .scheduler import Scheduler
 from .settings import EngineSettings
 from .stop import StopText
+from .suspended import Suspended
 from .trajectory import Request, Trajectory
 
 
@@ -39,9 +41,9 @@ class Engine:
     """Samples from one model replica. Each of `end_ids` ends a response. Calls have to come from one thread.
 
     `tokenizer` (a `tokenizers.Tokenizer`) gives trajectories their text, and is needed for stop strings. A `journal`
-    (rl/journal) gets every token at the end of its step. `lag`: whether a step is launched before the one before is
-    read; `page`: tokens of a page; None: what is best. ValueError for a cache without room for one request, and for
-    drafts without an MTP block.
+    (rl/journal) gets every token at the end of its step, the folder `snapshots` the states of requests that gave way.
+    `lag`: whether a step is launched before the one before is read; `page`: tokens of a page; None: what is best.
+    ValueError for a cache without room for one request, and for drafts without an MTP block.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Engine:
         tokenizer: Any = None,
         settings: EngineSettings | None = None,
         journal: Any = None,
+        snapshots: Path | None = None,
         lag: bool | None = None,
         page: int | None = None,
     ):
@@ -80,6 +83,7 @@ class Engine:
         self._flights: deque[Flight] = deque()
         self._news: dict[Response, None] = {}  # of which something is to be told
         self._records, self._meter = Records(journal), Meter()
+        self._suspended = Suspended(snapshots, self._batch)
 
     # --- requests come and go
 
@@ -104,7 +108,7 @@ class Engine:
         self._responses[request.id] = response
         self._records.begin(request)
         if response.finish is None:
-            self._scheduler.add(entry)
+            self._scheduler.add(entry, saved=self._suspended.load(response, self.version))
         else:  # its past was all of it
             self._end(response)
             self._records.flush()
@@ -202,6 +206,7 @@ class Engine:
         """Launches a step and reads those that are behind; with nothing to launch, all."""
         plan = self._scheduler.plan()
         forwards = self._batch.run(plan, self._responses)
+        self._suspended.save(plan, self._responses, self.version)
         if forwards:
             self._flights.append(Flight(forwards, sum(chunk.stop - chunk.start for chunk in plan.chunks)))
         self._land(int(self._lag) if forwards else 0)
@@ -268,6 +273,7 @@ class Engine:
             del self._groups[response.request.group]
         response.trajectory = response.made(self.tokenizer)
         self._records.finish(response.trajectory)
+        self._suspended.drop(response.request.id)
         self._news[response] = None
 
     def _abandon(self) -> None:

@@ -50,6 +50,12 @@ class Rows:
         self._settle()
         return self._settled
 
+    def all(self) -> Decisions:
+        parts = self.parts()
+        picks = [part.picks for part in parts if part.picks is not None]
+        experts = np.concatenate([part.experts for part in parts]) if parts else np.zeros((0, 0, 0), np.int16)
+        return Decisions(experts, np.concatenate(picks) if picks else None)
+
     def _settle(self) -> None:
         if self._new:
             parts = [decided.rows(slice(low, high)) for decided, low, high in self._new]

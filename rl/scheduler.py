@@ -68,8 +68,9 @@ class Scheduler:
             return f"{limit} tokens take {need} pages, and the cache has {self.pool.size} of {self.pool.page} tokens"
         return None
 
-    def add(self, entry: Entry) -> None:
-        """A request that waits from now on."""
+    def add(self, entry: Entry, saved: int = 0) -> None:
+        """A request that waits from now on; the host has `saved` bytes of it, and what of it is fed."""
+        entry.saved, self.kept = saved, self.kept + saved
         entry.order, self._arrived = self._arrived, self._arrived + 1
         self.waiting.append(entry)
         self._groups.setdefault(entry.group, []).append(entry)

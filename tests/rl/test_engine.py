@@ -33,11 +33,9 @@ def model() -> DeepseekV4:
     return tiny.model(0, vocab_size=VOCABULARY)
 
 
-def engine(
-    model: DeepseekV4, lag: bool | None = None, ends: tuple[int, ...] = (tiny.END,), journal: Any = None, **settings
-) -> Engine:
-    kinds = EngineSettings(context=112, **settings)
-    return Engine(model, ends, settings=kinds, lag=lag, page=PAGE, journal=journal)
+def engine(model: DeepseekV4, lag: bool | None = None, ends: tuple[int, ...] = (tiny.END,), **more: Any) -> Engine:
+    own = {name: more.pop(name) for name in ("journal", "snapshots") if name in more}
+    return Engine(model, ends, settings=EngineSettings(context=112, **more), lag=lag, page=PAGE, **own)
 
 
 def small(model: DeepseekV4, slots: int, pages: int) -> int:
@@ -453,3 +451,31 @@ def test_a_budget_without_room_for_one_request_is_refused(model: DeepseekV4):
     message = f"a cache of {need - 1} bytes has no room for a request of 112 tokens: that takes {need} bytes"
     with pytest.raises(ValueError, match=message):
         engine(model, memory=need - 1, max_batch=1)
+
+
+def test_one_that_was_swapped_goes_on_from_its_snapshot(model: DeepseekV4, tmp_path: Path):
+    """In another engine, which prefills nothing of it; but for a torn snapshot."""
+    (request,), kinds = ragged(max_new_tokens=30)[-1:], {"picks": True, "snapshots": tmp_path}
+    (whole,) = engine(model, ends=(), picks=True).generate([request], 3)
+    assert whole.picks is not None
+    for torn in (False, True):
+        made, tokens = engine(model, True, (), **kinds), 0
+        made.version = 3
+        made._scheduler.seconds_per_byte = made._batch.seconds_per_byte = 0.0
+        made.submit(request)
+        while tokens < 9:
+            tokens += sum(len(update.token_ids) for update in made.step())
+        made._scheduler._fork = lambda s=made._scheduler: s._preempt(s.running[0])  # as the plan begins
+        made.step()
+        (file,) = tmp_path.glob("*.snapshot")
+        if torn:
+            file.write_bytes(file.read_bytes()[:-9])
+        known = len(made._responses[request.id].tokens)
+        at = slice(len(request.prompt_ids), len(request.prompt_ids) + known)
+        experts, picks = whole.experts[at].copy(), whole.picks[at].copy()
+        experts[-1] = picks[-1] = -1
+        past = Past(whole.response_ids[:known], whole.logprobs[:known], whole.versions[:known], experts, picks)
+        other = engine(model, ends=(), **kinds)
+        assert_same(other.generate([replace(request, past=past)], 3), [whole])
+        assert (other.metrics()["prefilled_tokens"] == 0) == (not torn)
+        assert torn or not list(tmp_path.glob("*.snapshot"))
