@@ -8,8 +8,8 @@ from .trajectory import Request
 def request_problem(request: Request, vocabulary: int, has_tokenizer: bool) -> str | None:
     """Why no engine with such a model can run it; None if one can."""
     params, prompt, past = request.params, request.prompt_ids, request.past
-    if not 0 <= request.id < 2**63:
-        return "its id has to be from 0 to 2^63 - 1: it is a counter of the noise"
+    if not (0 <= request.id < 2**63 and 0 <= request.counter < 2**63):
+        return "its id, and its noise if it has one, have to be from 0 to 2^63 - 1: they count the noise"
     if not len(prompt):
         return "its prompt is empty"
     if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocabulary:

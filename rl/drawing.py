@@ -54,7 +54,7 @@ class Drawing:
             every = np.ones(self.vocabulary, bool)
             allowed = np.stack([_packed(every if each.allowed is None else each.allowed) for each in params])
             allowed = self.to_device(allowed, np.int32)
-        return self.to_device([response.request.id for response in responses], np.int64), settings, allowed
+        return self.to_device([response.request.counter for response in responses], np.int64), settings, allowed
 
 
 def _packed(mask: np.ndarray) -> np.ndarray:

@@ -183,6 +183,7 @@ def test_completions():
         assert [r.prompt_ids.tolist() for r in served.engine.seen[2:]] == [spelled(f"{BOS}{t}") for t in "aabb"]
         assert answer.usage.prompt_tokens == 4
         chunks = list(client.completions.create(model="tiny", prompt="a", stream=True))
+        assert all(choice.logprobs is None for each in [answer, *chunks] for choice in each.choices)
         assert "".join(chunk.choices[0].text for chunk in chunks) == " 4"
 
 
