@@ -32,7 +32,7 @@ from amalgam.rl.trajectory import Request, SamplingParams, Trajectory
 
 GROUPS, MEMBERS, LIMIT = 32, 16, 512  # of a round
 SETTINGS = EngineSettings(max_batch=64)
-GAP = (1.0, 4.0)  # seconds between two kills, drawn evenly
+GAP = (0.5, 3.0)  # seconds between two kills, if another worker is there, drawn evenly
 SEED = 0
 
 
@@ -79,9 +79,9 @@ class Watched(Rollouts):
         self.left.append([request for request in after if request.past is not None])
 
     def kill(self, rng: random.Random) -> bool:
-        """Kills one of those that have requests."""
+        """Kills one of those that have requests, where another one is there to take them."""
         able = [place for place in self._serving() if self._router.holds(place.worker)]
-        if not able:
+        if len(self._serving()) < 2 or not able:
             return False
         place = rng.choice(able)
         pid = wait(self.workers[place.index].__ray_call__.remote(lambda _: os.getpid()), "a worker's pid", 60.0)

@@ -84,7 +84,8 @@ class Engine:
     def metrics(self) -> dict[str, float]:
         running = min(len(self._known), self.max_batch)
         waiting = len(self._known) - running
-        use = {"cache_use": running / self.max_batch, "preemptions": self.steps // 2, "journal_lost": 0.0}
+        use = {"cache_use": running / self.max_batch, "preemptions": self.steps // 2}
+        use["journal_lost"] = float((self.folder / "lost").exists())
         return {"running": running, "waiting": waiting, **use}
 
     def step(self) -> list[Any]:

@@ -16,7 +16,8 @@ from amalgam.rl import transport
 from amalgam.rl.masters import Masters
 from amalgam.rl.optimizer import lr_at
 from amalgam.rl.packing import collate, plan
-from amalgam.rl.rollout import RolloutWorker
+from amalgam.rl.rollout_worker import RolloutWorker
+from amalgam.rl.settings import EngineSettings
 from amalgam.rl.weights import describe
 from amalgam.settings import Precision
 
@@ -103,7 +104,7 @@ def test_worker_and_checkpoint_get_the_learners_weights(learner, tmp_path):
     ours.save_model(tmp_path / "start")
     shutil.copy(PRESETS / "tiny" / "tokenizer.json", tmp_path / "start")
     (tmp_path / "start" / "generation_config.json").write_text('{"eos_token_id": 1}')
-    worker.load(str(tmp_path / "start"))
+    worker.load(str(tmp_path / "start"), str(tmp_path / "journal"), EngineSettings())
     (rows,) = batches(1)
     ours.step(rows, nll, scale=1.0)
     bundle = sent(ours)

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from amalgam.model import load
 from amalgam.rl.learner import Learner
 from amalgam.rl.packing import Row
-from amalgam.rl.rollout import RolloutWorker
-from amalgam.rl.settings import Optimization
+from amalgam.rl.rollout_worker import RolloutWorker
+from amalgam.rl.settings import EngineSettings, Optimization
 from amalgam.rl.weights import describe
 
 from .. import other_models
@@ -58,7 +58,7 @@ def test_steps_are_torchs_and_reach_a_worker_and_the_disk(ray_session: None, che
     """On two ranks that share parameters and optimizer; one rank is tests/pipelines/test_other_models.py's."""
     settings = Optimization(**SETTINGS, ranks=2, zero_stage=3, micro_batch_tokens=45)
     worker: Any = RolloutWorker("cpu", 1)
-    worker.load(str(checkpoint))
+    worker.load(str(checkpoint), str(tmp_path / "journal"), EngineSettings())
     with Learner(settings, STEPS, checkpoint, deadline=120) as learner:
         losses = [learner.step(documents(), "pipelines.sft:loss")["loss"] for _ in range(STEPS)]
         bundle: Any = ray.get(learner.weights(3))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,6 +172,27 @@ def test_cancelled_and_impossible_requests_end_by_themselves(pool: FakeRollouts)
             assert (tokens, found[each.id].finish) == (whole, "stop")
     ends = [found[each].finish for each in cancelled]
     assert ends.count("cancelled") > len(ends) // 2, "those that were not about to end anyway"
+
+
+def test_a_journal_that_cannot_be_written_is_told_once(
+    pool: FakeRollouts, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "policy" / "lost").touch()
+    wanted = requests(1, 4)
+    assert [t.response_ids.tolist() for t in pool.generate(wanted)] == [response(r) for r in wanted]
+    pool.generate(wanted)
+    assert caplog.text.count("cannot be written") == 1
+
+
+def test_a_request_never_begins_anew_unseen(pool: FakeRollouts, tmp_path: Path):
+    """Where the journal of a worker that died is not to be seen."""
+    pool.submit(requests(1, 4, limit=1000))
+    pool._turn(1.0)
+    (at,) = [place.index for place in pool._places if pool._router.holds(place.worker)]
+    os.kill(pid(pool.workers[at]), signal.SIGKILL)
+    shutil.rmtree(tmp_path / "journal")
+    with pytest.raises(RuntimeError, match=f"worker-{at}-\\d+: the journal of a worker that died is not there; is that a"):
+        list(pool.results())
 
 
 def test_deaths_with_nothing_sampled_between_end_the_run(pool: FakeRollouts, tmp_path: Path):
