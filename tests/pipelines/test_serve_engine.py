@@ -36,7 +36,8 @@ def messages(i: int) -> list[Any]:
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     speaks = Speaker("tiny")
-    with Served(start_engine(speaks), speaks) as served:
+    engine = start_engine(speaks)
+    with Served(engine, speaks, context=engine.context) as served:
         yield served
 
 
