@@ -44,9 +44,10 @@ class Records:
             self._sets.append(among)
 
     def feed(self, requests: list[int], decided: Decisions) -> None:
-        """Decisions for further tokens [n] of these requests' responses."""
-        self._fed += requests
-        self._decided.append(decided)
+        """Decisions for further tokens [n] of these requests' responses, if any are recorded."""
+        if decided.experts.shape[1:] != (0, 0) or decided.picks is not None:
+            self._fed += requests
+            self._decided.append(decided)
 
     def finish(self, trajectory: Trajectory) -> None:
         self._finished.append(trajectory)
