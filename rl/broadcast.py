@@ -91,7 +91,7 @@ class Group:
             works += [self._start(further) for further in parts[i + 1 : i + 2]]  # into the other buffer
             self._finish(works[i], i, len(plan))
             for p in pieces:
-                intake.take(moved[p.index], p.start, part[p.place : p.place + p.size])
+                intake.take(moved[p.tensor], p.start, part[p.place : p.place + p.size])
             self._keys.set(f"{self._round}/{i}/{self._rank}", "")
         intake.finish()
 

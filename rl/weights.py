@@ -43,7 +43,7 @@ Manifest = tuple[Entry, ...]
 class Piece(NamedTuple):
     """A run of a tensor's bytes in a bucket."""
 
-    index: int  # of the tensor
+    tensor: int  # its index
     start: int  # of the run in the tensor
     size: int
     place: int  # of the run in the bucket
@@ -79,7 +79,7 @@ def checksums(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _add_rows(rows: Tensor, pieces: Sequence[Piece], totals: Tensor) -> None:
-    table = [(p.index, (p.start - p.place) // ROW, padded(p.size) // ROW) for p in pieces]
+    table = [(p.tensor, (p.start - p.place) // ROW, padded(p.size) // ROW) for p in pieces]
     index, shift, count = torch.tensor(table, device=rows.device).unbind(1)
     # The output's size is given, or a GPU would be asked for it.
     index, shift = (each.repeat_interleave(count, output_size=len(rows)) for each in (index, shift))
@@ -129,7 +129,7 @@ def fill(bucket: Tensor, pieces: Sequence[Piece], raw: Sequence[Tensor]) -> Tens
     """The part of `bucket` that the pieces of the tensors, as bytes, take, with zeros between them."""
     part = bucket[: filled(pieces)].zero_()
     for p in pieces:
-        part[p.place : p.place + p.size].copy_(raw[p.index][p.start : p.start + p.size])
+        part[p.place : p.place + p.size].copy_(raw[p.tensor][p.start : p.start + p.size])
     return part
 
 
@@ -157,14 +157,16 @@ class Intake:
     def take(self, index: int, start: int, data: Tensor) -> None:
         """`data` uint8 [n], on any device: the bytes of entry `index` from `start` on."""
         target = self._targets[index]
-        direct = isinstance(target, Tensor) and target.is_contiguous()
-        if not direct and index not in self._landing:
-            device = target.device if isinstance(target, Tensor) else next(target.buffers()).device
-            self._landing[index] = torch.empty(self._manifest[index].nbytes, dtype=torch.uint8, device=device)
-        place = as_bytes(target) if direct else self._landing[index]
+        if isinstance(target, Tensor) and target.is_contiguous():
+            place = as_bytes(target)
+        else:
+            if index not in self._landing:
+                device = target.device if isinstance(target, Tensor) else next(target.buffers()).device
+                self._landing[index] = torch.empty(self._manifest[index].nbytes, dtype=torch.uint8, device=device)
+            place = self._landing[index]
         place[start : start + len(data)].copy_(data)
         self._left[index] -= len(data)
-        if not self._left[index] and not direct:
+        if not self._left[index] and index in self._landing:
             self._put(index)
 
     def _put(self, index: int) -> None:

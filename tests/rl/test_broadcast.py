@@ -106,7 +106,7 @@ def stored() -> Any:
 @pytest.fixture(scope="module")
 def workers(ray_session: None) -> Iterator[list[Any]]:
     """The last one dies in a test."""
-    started = [ray.remote(Worker).options(num_cpus=0).remote() for _ in range(3)]
+    started: list[Any] = [ray.remote(Worker).options(num_cpus=0).remote() for _ in range(3)]
     yield started
     for worker in started:
         ray.kill(worker)
@@ -201,7 +201,8 @@ def test_who_is_late_or_not_there_is_named(workers: list[Worker]):
     assert str(mine).endswith(to[1].name)
     assert str(theirs) == f"the learner: {mine}"
     with pytest.raises(TimeoutError, match=r"the members of .* to meet: not done after 0\.1 s; without it worker 7, w"):
-        sender.send(learner, sender.publish(learner, 2, "broadcast", [Place("worker 7"), Place("worker 8")]), 0.1)
+        never: Any = sender.publish(learner, 2, "broadcast", [Place("worker 7"), Place("worker 8")])
+        sender.send(learner, never, 0.1)
     with pytest.raises(SyncError, match="version 3 goes to worker 7; this is .* of pid"):
         _asked(two[0], sender.publish(learner, 3, "broadcast", [Place("worker 7")]))
 

@@ -115,7 +115,7 @@ def test_buckets_hold_every_byte_once_and_rows_begin_at_borders():
                 assert p.place == end and p.place % 512 == p.start % 512 == 0
                 end = p.place + padded(p.size)
                 for i in range(p.start, p.start + p.size):
-                    found[p.index][i] += 1
+                    found[p.tensor][i] += 1
             assert end <= capacity
         assert all(each == b"\1" * size for each, size in zip(found.values(), sizes, strict=True))
 
@@ -142,7 +142,7 @@ def test_what_never_changed_stays_at_home():
     """What changed travels for good, back to where it was too, and so serves a worker that starts late."""
     learner, early, late = Toy(0), Toy(0), Toy(0)
     sender = Sender(learner, Place("the learner"))
-    moved = []
+    handle, moved = sender.publish(learner, 0), []
     for version, (name, by) in enumerate([("table", 1), ("table", -1), ("short", 1)]):
         with torch.no_grad():
             learner.state_dict()[name].add_(by)
@@ -151,6 +151,7 @@ def test_what_never_changed_stays_at_home():
         moved.append({handle.manifest[i].name for i in handle.moved})
         receive(early, through_the_object_store(handle))
         assert same(learner, early)
+    assert isinstance(handle, InStore)
     receive(late, through_the_object_store(handle))
     assert same(learner, late)
     assert moved == [{"table"}, {"table"}, {"table", "short"}]
