@@ -26,7 +26,8 @@ from ..settings import FULL
 from .attention import Attention, CSACompressor, Indexer, RMSNorm, linear
 from .cache import Cache, LayerCache, page_tokens
 from .language_model import LanguageModel, Output
-from .layout import Chunk, Packed, chunk, packed, packed_by_sizes, step
+from .layout import Chunk, Packed, chunk, packed, packed_by_sizes
+from .step import step
 from .stored import StoredFp4, StoredFp8
 
 # What V4 keeps in fp32 whatever the model's dtype, by part of the name (transformers keeps the same parameters).
