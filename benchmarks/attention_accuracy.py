@@ -27,7 +27,8 @@ from amalgam.kernels.norm import norm_rope, rms_norm
 from amalgam.kernels.places import Seen, Windows
 from amalgam.kernels.project import project, project_groups, project_wide
 from amalgam.kernels.rope import apply_rope
-from amalgam.model.layout import Chunk, Packed, packed, step
+from amalgam.model.layout import Chunk, Packed, packed
+from amalgam.model.step import step
 
 NEAR = 1e-5  # of the largest index score: entries whose scores differ by less may be chosen for each other
 KINK = 1e-4  # products so near to 0 that rounding decides whether ReLU lets a gradient through

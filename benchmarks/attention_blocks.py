@@ -16,7 +16,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Atten
 from amalgam.model.attention import Attention
 from amalgam.model.cache import Cache, LayerCache, page_tokens
 from amalgam.model.deepseek_v4 import FP32_ISLANDS
-from amalgam.model.layout import step
+from amalgam.model.step import step
 
 FASTER = 10.0  # goal: so many times transformers' speed ...
 AT = 8_192  # ... at so many tokens

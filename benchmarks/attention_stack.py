@@ -9,7 +9,8 @@ from transformers import DeepseekV4Config
 from amalgam.model import DeepseekV4
 from amalgam.model.cache import Cache
 from amalgam.model.config import CSA, HCA, SWA, config_of
-from amalgam.model.layout import Chunk, chunk, packed, step
+from amalgam.model.layout import Chunk, chunk, packed
+from amalgam.model.step import step
 
 KINDS = (SWA, CSA, HCA)
 

@@ -4,6 +4,7 @@ What a sublayer gives waits as an `Update` until the streams are next read: then
 streams, collapses them and norms what the next sublayer gets.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .dispatch import fused
 from .norm import rms_norm
-from .project import LANES, filled
+from .project import LANES, few, filled
 from .upcast import upcast
 
 
@@ -24,18 +25,29 @@ class Update(NamedTuple):
     comb: Tensor
 
 
+def counters(streams: Tensor, sites: int) -> Sequence[Tensor | None]:
+    """What so many sites count in: zeros that spare each a launch, where tokens are few (streams [T, n, d])."""
+    if not few(streams):
+        return [None] * sites
+    from .fused.hyper import count_size
+
+    size = -(-count_size(streams.shape[0]) // 4) * 4  # as aligned as a tensor of its own
+    return streams.new_zeros(sites, size, dtype=torch.int32).unbind()
+
+
 def enter(
     streams: Tensor, update: Update | None, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor, *,
-    iterations: int, norm_eps: float, eps: float,
+    iterations: int, norm_eps: float, eps: float, counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The streams [T, n, d] with `update`; a sublayer's input [T, d], normed by weight [d]; its post and comb.
 
-    `expand`, `mixing`, `collapse` and `rms_norm` one after another; fn, base and scale as `mixing` takes them.
+    `expand`, `mixing`, `collapse` and `rms_norm` one after another; fn, base and scale as `mixing` takes them. `counts`
+    are a row of what `counters` gives, here and in `leave`.
     """
     if fused(streams):
         from .fused.hyper import Site
 
-        options = iterations, norm_eps, eps
+        options = iterations, norm_eps, eps, counts
         new, x, post, comb = Site.apply(streams, *(update or [None] * 3), fn, base, scale, weight, *options)  # pyright: ignore
         return streams if new is None else new, x, post, comb
     streams = streams if update is None else expand(streams, *update)
@@ -45,7 +57,7 @@ def enter(
 
 def leave(
     streams: Tensor, update: Update | None, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor, *,
-    norm_eps: float, eps: float,
+    norm_eps: float, eps: float, counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The streams with `update`, and the hidden states [T, d] that they collapse to after the last, normed.
 
@@ -54,7 +66,8 @@ def leave(
     if fused(streams):
         from .fused.hyper import Site
 
-        new, x, _, _ = Site.apply(streams, *(update or [None] * 3), fn, base, scale, weight, 0, norm_eps, eps)  # pyright: ignore
+        options = 0, norm_eps, eps, counts
+        new, x, _, _ = Site.apply(streams, *(update or [None] * 3), fn, base, scale, weight, *options)  # pyright: ignore
         return streams if new is None else new, x
     streams = streams if update is None else expand(streams, *update)
     pre = head_mixing(streams, fn, base, scale, norm_eps=norm_eps, eps=eps)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import fused
+
 LayerCache = dict[str, Tensor]
 """By name, each [slots, ring, C]: "rows", "values", "scores", rings of window rows and of what a compressor still
 needs, of an indexer "index_values", "index_scores"; and the pools below."""
@@ -107,7 +109,11 @@ class Cache:
     def advance(self, slots: Tensor | None, tokens: Tensor, longest: int) -> None:
         """`tokens` int64 more are in every layer for the requests in `slots` (None: for all), with which no request
         holds more than `longest`."""
-        if slots is None:
+        if fused(self.length):
+            from ..kernels.fused.layout import advance
+
+            advance(self.length, self.held, slots, tokens)
+        elif slots is None:
             self.length += tokens
             torch.maximum(self.held, self.length, out=self.held)
         else:

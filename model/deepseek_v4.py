@@ -5,7 +5,7 @@ transformers does not have, is in mtp.py. Shapes: T packed tokens, B documents, 
 streams, d hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from transformers import DeepseekV4Config
 
 from ..kernels.dispatch import wants_triton
 from ..kernels.embedding import embed
-from ..kernels.hyper import Update, enter, leave
+from ..kernels.hyper import Update, counters, enter, leave
 from ..kernels.low_precision import experts_fp8, experts_qat
 from ..kernels.moe import experts, route
 from ..kernels.project import Product, few, project, project_each, project_wide
@@ -26,7 +26,8 @@ from ..settings import FULL
 from .attention import Attention, CSACompressor, Indexer, RMSNorm, linear
 from .cache import Cache, LayerCache, page_tokens
 from .language_model import LanguageModel, Output
-from .layout import Chunk, Packed, chunk, packed, packed_by_sizes, step
+from .layout import Chunk, Packed, chunk, packed, packed_by_sizes
+from .step import step
 from .stored import StoredFp4, StoredFp8
 
 # What V4 keeps in fp32 whatever the model's dtype, by part of the name (transformers keeps the same parameters).
@@ -41,12 +42,16 @@ class HyperConnection(nn.Module):
         self.base = nn.Parameter(torch.zeros((2 + n) * n))
         self.scale = nn.Parameter(torch.ones(3))
 
-    def forward(self, streams: Tensor, update: Update | None, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The streams [T, n, d] with `update`; the sublayer's input [T, d], after `norm`; its post and comb."""
+    def forward(
+        self, streams: Tensor, update: Update | None, norm: RMSNorm, counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The streams [T, n, d] with `update`; the sublayer's input [T, d], after `norm`; its post and comb.
+
+        `counts`: of kernels.hyper.counters, as in `HyperHead`."""
         c = self.config
         weights = (self.fn, self.base, self.scale, norm.weight)
-        iterations = c.hc_sinkhorn_iters
-        return enter(streams, update, *weights, iterations=iterations, norm_eps=c.rms_norm_eps, eps=c.hc_eps)
+        options = {"norm_eps": c.rms_norm_eps, "eps": c.hc_eps, "counts": counts}
+        return enter(streams, update, *weights, iterations=c.hc_sinkhorn_iters, **options)
 
 
 class HyperHead(nn.Module):
@@ -57,11 +62,13 @@ class HyperHead(nn.Module):
         self.hc_base = nn.Parameter(torch.zeros(n))
         self.hc_scale = nn.Parameter(torch.ones(1))
 
-    def forward(self, streams: Tensor, update: Update | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, streams: Tensor, update: Update | None, norm: RMSNorm, counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The streams [T, n, d] with the last update, and what they collapse to [T, d], after `norm`."""
         c = self.config
         weights = (self.hc_fn, self.hc_base, self.hc_scale, norm.weight)
-        return leave(streams, update, *weights, norm_eps=c.rms_norm_eps, eps=c.hc_eps)
+        return leave(streams, update, *weights, norm_eps=c.rms_norm_eps, eps=c.hc_eps, counts=counts)
 
 
 class Router(nn.Module):
@@ -167,19 +174,20 @@ class Block(nn.Module):
         cache: LayerCache | None,
         replay: Tensor | None,
         index_loss: bool = False,
+        counts: Sequence[Tensor | None] = (None, None),
     ) -> tuple[Tensor, Update, Tensor, Tensor | None]:
         """New streams [T, n, d] and the update that is to come, expert ids [T, k], `Attention.forward`'s KL or
         `Attention.extend`'s picks.
 
         `update` is the block's before; a chunk's `cache` is updated in place.
         """
-        streams, x, post, comb = self.attn_hc(streams, update, self.input_layernorm)
+        streams, x, post, comb = self.attn_hc(streams, update, self.input_layernorm, counts[0])
         if isinstance(place, Packed):
             x, index = self.self_attn(x, place, index_loss)
         else:
             assert cache is not None
             x, index = self.self_attn.extend(x, place, cache)
-        streams, x, post, comb = self.ffn_hc(streams, Update(x, post, comb), self.post_attention_layernorm)
+        streams, x, post, comb = self.ffn_hc(streams, Update(x, post, comb), self.post_attention_layernorm, counts[1])
         x, ids = self.mlp(x, tokens, replay)
         return streams, Update(x, post, comb), ids, index
 
@@ -359,9 +367,12 @@ class DeepseekV4(LanguageModel):
             raise ValueError(f"V4's fp32 parameters were cast to {name}; run DeepSpeed without its bf16 section")
         streams = self.model.embed_tokens(tokens, self.config.hc_mult)
         update, chosen, indices = None, [], []
+        counts = counters(streams, 2 * len(caches) + 1)
         for i, (block, cache) in enumerate(zip(self.model.layers, caches, strict=True)):
             own = None if replay is None else replay[:, i]
-            streams, update, ids, index = block(streams, update, tokens, place, cache, own, index_loss)
+            streams, update, ids, index = block(
+                streams, update, tokens, place, cache, own, index_loss, counts[2 * i : 2 * i + 2]
+            )
             chosen.append(ids)
             indices += [] if index is None else [index]
         index_kl = picks = None
@@ -370,7 +381,7 @@ class DeepseekV4(LanguageModel):
             index_kl = F.pad(of_query[:-1], (1, 0)).masked_fill(place.position == 0, 0.0)
         elif indices:
             picks = torch.stack(indices, dim=1)
-        streams, hidden = self.model.hc_head(streams, update, self.model.norm)
+        streams, hidden = self.model.hc_head(streams, update, self.model.norm, counts[-1])
         return Output(hidden, torch.stack(chosen, dim=1), streams, index_kl, picks)
 
 

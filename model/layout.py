@@ -348,44 +348,33 @@ def chunk(
     `compressors`: the ratio of each kind, and its rings' size without slack.
     """
     cu = _borders(cu_seqlens, least=0)
-    slots, past = _requests(slots, cache)
+    slots, past = requests_of(slots, cache)
     if cu.numel() != past.numel() + 1:
         raise ValueError(f"cu_seqlens has {cu.numel() - 1} chunks for a cache of {past.numel()} requests")
     sizes = int(cu[-1]), int(cu.diff().max()), int((past + cu.diff()).max())
-    return _laid_out(Chunk(cu, slots, past, *sizes, window, cache), compressors, frequencies)
+    return laid_out(Chunk(cu, slots, past, *sizes, window, cache), compressors, frequencies)
 
 
-def step(
-    slots: Tensor | None,
-    cache: Cache,
-    *,
-    window: int,
-    compressors: set[tuple[int, int]],
-    frequencies: Frequencies,
-) -> Chunk:
-    """`chunk` of one token for each request; waits for no device."""
-    slots, past = _requests(slots, cache)
-    cu = torch.arange(past.numel() + 1, device=past.device)
-    return _laid_out(
-        Chunk(cu, slots, past, past.numel(), 1, cache.longest + 1, window, cache), compressors, frequencies
-    )
-
-
-def _requests(slots: Tensor | None, cache: Cache) -> tuple[Tensor, Tensor]:
+def requests_of(slots: Tensor | None, cache: Cache) -> tuple[Tensor, Tensor]:
+    """`Chunk.slots` and `Chunk.past`."""
     if slots is None:
         return torch.arange(cache.length.numel(), device=cache.length.device), cache.length.clone()
     return slots, cache.length[slots]
 
 
-def _laid_out(result: Chunk, compressors: set[tuple[int, int]], frequencies: Frequencies) -> Chunk:
-    if result.most > result.cache.capacity:
-        raise ValueError(
-            f"the cache is full: a request would hold {result.most} tokens, there is room for {result.cache.capacity}"
-        )
+def laid_out(result: Chunk, compressors: set[tuple[int, int]], frequencies: Frequencies) -> Chunk:
+    """With what a chunk has of the model."""
+    check_room(result.most, result.cache)
     result.rotation = {kind: rotations(result.position, f) for kind, f in frequencies.items()}
     for ratio, tokens in compressors:
         result.finished[ratio, tokens] = _finished(result, ratio, tokens, frequencies["compress"])
     return result
+
+
+def check_room(most: int, cache: Cache) -> None:
+    """ValueError where a request would hold too many tokens."""
+    if most > cache.capacity:
+        raise ValueError(f"the cache is full: a request would hold {most} tokens, there is room for {cache.capacity}")
 
 
 def _finished(chunk: Chunk, ratio: int, tokens: int, frequencies: Tensor) -> Finished:

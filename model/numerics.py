@@ -144,7 +144,9 @@ def _kept(chunk: Chunk, cache: LayerCache, name: str, new: Tensor, size: int, la
 
 
 class _HyperConnection(HyperConnection):
-    def forward(self, streams: Tensor, update: Update | None, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, streams: Tensor, update: Update | None, norm: RMSNorm, counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """post [T, n] and comb [T, n, n] are this class's own."""
         c, n = self.config, self.config.hc_mult
         streams = _updated(streams, update)
@@ -162,7 +164,9 @@ class _HyperConnection(HyperConnection):
 
 
 class _HyperHead(HyperHead):
-    def forward(self, streams: Tensor, update: Update | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, streams: Tensor, update: Update | None, norm: RMSNorm, counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         c, streams = self.config, _updated(streams, update)
         logits = F.linear(_normalized(upcast(streams.flatten(1)), c.rms_norm_eps), self.hc_fn)
         pre = torch.sigmoid(logits * self.hc_scale + self.hc_base) + c.hc_eps

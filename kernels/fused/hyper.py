@@ -119,15 +119,17 @@ def _prepare(fn, halves, counts, size, marks, BLOCK: tl.constexpr, SPLIT: tl.con
 def _expand(
     streams, output, post, comb, fn, new, parts, start, slice, tokens,
     D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, OUT: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    STEP: tl.constexpr, CHANNELS: tl.constexpr, PENDING: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, CHANNELS: tl.constexpr, PENDING: tl.constexpr, PRECISION: tl.constexpr, HALVED: tl.constexpr,
 ):  # fmt: skip
     """A tile of new streams, if there is an output to add; of parts [LOGITS + pairs, GROUP], its tokens' columns."""
     t = start.to(tl.int64) + tl.arange(0, ROWS)
     real = t < tokens
-    # In bf16 the logits' rows come twice, for the two numbers that stand for one of fn.
+    # In bf16 the logits' rows come twice, for the two numbers that stand for one of fn, as `_prepare` makes them.
     PARTS: tl.constexpr = 2 if streams.dtype.element_ty == tl.bfloat16 else 1
     p = tl.arange(0, PARTS * OUT)
-    of_fn, real_P = (p // OUT * LOGITS + p % OUT) * (N * D), p % OUT < LOGITS
+    of_fn, real_P = p % OUT * (N * D), p % OUT < LOGITS
+    if HALVED:
+        of_fn += p // OUT * (LOGITS * N * D)
     if PENDING:
         posts, combs = columns(post, t, real, tokens, N), columns(comb, t, real, tokens, N * N)
     logits_PT = tl.zeros([PARTS * OUT, ROWS], tl.float32)
@@ -151,6 +153,9 @@ def _expand(
             eighths = eighths + (_eighths(x[k].to(tl.float32)),)
         f = tl.arange(0, N * STEP)
         w_PF = tl.load(fn + of_fn[:, None] + (f // STEP * D + d + f % STEP)[None, :], mask=real_P[:, None], other=0.0)
+        if PARTS == 2 and not HALVED:
+            high_PF = w_PF.to(tl.bfloat16)
+            w_PF = tl.where((p < OUT)[:, None], high_PF, (w_PF - high_PF.to(tl.float32)).to(tl.bfloat16))
         logits_PT = tl.dot(w_PF, tl.trans(_side_by_side(x, N)), logits_PT, input_precision=PRECISION)
         sums = ()
         for j in tl.static_range(N):
@@ -237,7 +242,7 @@ def _site(
     tokens, lag, norm_eps, eps,
     D: tl.constexpr, N: tl.constexpr, LOGITS: tl.constexpr, OUT: tl.constexpr, SUMS: tl.constexpr,
     SLICES: tl.constexpr, ITERATIONS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    CHANNELS: tl.constexpr, PENDING: tl.constexpr, PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr, PENDING: tl.constexpr, PRECISION: tl.constexpr, HALVED: tl.constexpr,
 ):  # fmt: skip
     """In turn g each tile of group g is expanded and one of group g - lag is collapsed."""
     OUTS: tl.constexpr = LOGITS + N * (N + 1) // 2
@@ -251,7 +256,7 @@ def _site(
             if start < tokens:
                 _expand(
                     streams, output, post_in, comb_in, fn, new, parts + slice * (OUTS * GROUP), start, slice, tokens,
-                    D, N, LOGITS, OUT, GROUP, ROWS, STEP, CHANNELS, PENDING, PRECISION,
+                    D, N, LOGITS, OUT, GROUP, ROWS, STEP, CHANNELS, PENDING, PRECISION, HALVED,
                 )  # fmt: skip
             tl.debug_barrier()
             if tl.atomic_add(count, 1, sem="acq_rel") == TILES - 1:
@@ -307,32 +312,41 @@ Update = tuple[Tensor, Tensor, Tensor]  # an output [T, d], its post [n, T] and 
 
 def site_forward(
     streams: Tensor, update: Update | None, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor,
-    iterations: int, norm_eps: float, eps: float,
+    iterations: int, norm_eps: float, eps: float, counts: Tensor | None = None,
 ) -> Result:  # fmt: skip
-    """`kernels.hyper.enter` and, for fn of n rows, `leave`; what is no result then means nothing."""
+    """`kernels.hyper.enter` and, for fn of n rows, `leave`; what is no result then means nothing.
+
+    With `counts`, zeros of `count_size(T)`, one launch does it, which splits fn again and again: for few tokens."""
     tokens, n, d = streams.shape
     sizes = check(streams, update, fn)
     new = streams if update is None else torch.empty_like(streams)
     groups, tiles = triton.cdiv(tokens, GROUP), sizes.slices * (GROUP // ROWS)
     totals, pre = fn.new_empty(sizes.outs, tokens), fn.new_empty(n, tokens)
     made = (fn.new_empty(n, tokens), fn.new_empty(n, n, tokens)) if n < sizes.LOGITS else (pre, pre)
-    counts = fn.new_empty(1 + 2 * groups, dtype=torch.int32)
+    prepared = counts is not None
+    counts = fn.new_empty(count_size(tokens), dtype=torch.int32) if counts is None else counts
     result = Result(new, streams.new_empty(tokens, d), totals, pre, fn.new_empty(tokens), *made, counts)
     if tokens:
         split = streams.dtype == torch.bfloat16
-        halves = fn.new_empty(2, *fn.shape, dtype=torch.bfloat16) if split else fn
-        _prepare[(triton.cdiv(max(fn.numel(), counts.numel()), 1024),)](
-            fn, halves, counts, fn.numel(), counts.numel(), BLOCK=1024, SPLIT=split, num_warps=4
-        )
+        halves = fn.new_empty(2, *fn.shape, dtype=torch.bfloat16) if split and not prepared else fn
+        if not prepared:
+            _prepare[(triton.cdiv(max(fn.numel(), counts.numel()), 1024),)](
+                fn, halves, counts, fn.numel(), counts.numel(), BLOCK=1024, SPLIT=split, num_warps=4
+            )
         parts, lag = fn.new_empty(groups, sizes.slices, sizes.outs, GROUP), min(groups, triton.cdiv(LAG, 2 * tiles))
         _site[((groups + lag) * tiles * 2,)](
             streams, *(update or (fn, fn, fn)), halves, base, scale, weight, new, parts, *result[2:7], result.x, counts,
             tokens, lag, norm_eps, eps, *sizes, OUT=sizes.out, SUMS=next_power(sizes.outs), SLICES=sizes.slices,
             ITERATIONS=iterations, GROUP=GROUP, ROWS=ROWS, STEP=math.gcd(d, STEP), CHANNELS=CHANNELS,
-            PENDING=update is not None, PRECISION=precision(streams.dtype), num_warps=8, num_stages=1,
-            maxnreg=REGISTERS, **SAME_BITS,
+            PENDING=update is not None, PRECISION=precision(streams.dtype), HALVED=split and not prepared,
+            num_warps=8, num_stages=1, maxnreg=None if prepared else REGISTERS, **SAME_BITS,
         )  # fmt: skip
     return result
+
+
+def count_size(tokens: int) -> int:
+    """Of `Result.counts`."""
+    return 1 + 2 * -(-tokens // GROUP)
 
 
 def check(streams: Tensor, update: Update | None, fn: Tensor) -> Sizes:
@@ -353,12 +367,13 @@ class Site(torch.autograd.Function):
     def forward(
         ctx: Any, streams: Tensor, output: Tensor | None, post: Tensor | None, comb: Tensor | None, fn: Tensor,
         base: Tensor, scale: Tensor, weight: Tensor, iterations: int, norm_eps: float, eps: float,
+        counts: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         streams, fn = streams.contiguous(), fn.contiguous()
         update = None
         if output is not None and post is not None and comb is not None:
             update = output.contiguous(), post.contiguous(), comb.contiguous()
-        result = site_forward(streams, update, fn, base, scale, weight, iterations, norm_eps, eps)
+        result = site_forward(streams, update, fn, base, scale, weight, iterations, norm_eps, eps, counts)
         kept = result.new, result.totals, result.pre, result.factor, result.counts
         ctx.save_for_backward(streams, *(update or [None] * 3), fn, base, scale, weight, *kept)
         ctx.settings = iterations, norm_eps, eps
@@ -373,4 +388,4 @@ class Site(torch.autograd.Function):
 
         streams, output, post, comb, *others = ctx.saved_tensors
         update = None if output is None else (output, post, comb)
-        return (*site_backward(streams, update, *others, *grads, *ctx.settings), None, None, None)
+        return (*site_backward(streams, update, *others, *grads, *ctx.settings), None, None, None, None)

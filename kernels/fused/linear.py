@@ -6,6 +6,7 @@ cuBLAS's: the same in every run of one shape, which is all that a gradient needs
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import hopper_linear
-from .launch import STEP, check_dtypes, is_hopper, precision
+from .launch import STEP, check_dtypes, is_hopper, multiprocessors, precision
 
 
 @triton.jit
@@ -76,6 +77,16 @@ def tiles(rows: int, out: int, depth: int, dtype: torch.dtype) -> tuple[int, int
     return 128, columns, step, 8 if columns == 256 else 4, 4
 
 
+def narrowed(outs: Sequence[int], down: int, x: Tensor) -> tuple[list[int], int]:
+    """COLUMNS of each of some results, and stages, for few rows of x, which are `down` tiles: as in `tiles`, but
+    narrower ones where there are too few for all multiprocessors, and more stages, for as many bytes on their way."""
+    widest = 64
+    while widest > STEP and down * sum(out // math.gcd(out, widest) for out in outs) < multiprocessors(x.device):
+        widest //= 2
+    stages = 2 if x.dtype == torch.float32 else 5 if widest == 64 else 8
+    return [math.gcd(out, widest) for out in outs], stages
+
+
 def check(x: Tensor, weight: Tensor, groups: int) -> None:
     """ValueError, by name, for a shape that the kernel does not take."""
     check_dtypes(x=x, weight=weight)
@@ -96,6 +107,8 @@ def multiply(x: Tensor, weight: Tensor, groups: int = 1, wide: bool = False) -> 
         hopper_linear.multiply(x.contiguous(), weight.contiguous(), y, groups)
         return y
     height, columns, step, warps, stages = tiles(rows, out, depth, x.dtype)
+    if rows <= 64:
+        (columns, *_), stages = narrowed([out] * groups, 1, x)
     _linear[(triton.cdiv(rows, height) * (out // columns), groups)](
         TensorDescriptor.from_tensor(x.contiguous(), [height, step]),
         TensorDescriptor.from_tensor(weight.contiguous(), [columns, step]),

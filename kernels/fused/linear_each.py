@@ -3,7 +3,6 @@
 Every tile is `linear.tile_product`, with the steps that the weight's own launch would take, and so has its bits.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..project import Product
-from .launch import SAME_BITS, STEP, multiprocessors, precision
-from .linear import check, tile_product, tiles
+from .launch import SAME_BITS, precision
+from .linear import check, narrowed, tile_product, tiles
 from .moe import clamped
 
 MOST = 8  # weights of a launch
@@ -86,11 +85,9 @@ def _launch(x: Tensor, products: Sequence[Product]) -> list[Tensor]:
     ys = [_made(x, each) for each in products]
     places = [None if each.into is None else each.into.at for each in products]
     outs = [each.weight.shape[0] for each in products]
-    height, _, step, warps, stages = tiles(min(rows, 64), outs[0], depth, x.dtype)
+    height, _, step, warps, _ = tiles(min(rows, 64), outs[0], depth, x.dtype)
     down = triton.cdiv(rows, height)
-    columns = _columns(outs, down, multiprocessors(x.device))
-    if x.dtype == torch.bfloat16 and max(columns) < 64:
-        stages = 8  # as many bytes on their way
+    columns, stages = narrowed(outs, down, x)
     first = [0]
     for out, width in zip(outs, columns, strict=True):
         first.append(first[-1] + out // width)
@@ -111,14 +108,6 @@ def _launch(x: Tensor, products: Sequence[Product]) -> list[Tensor]:
         num_warps=warps, num_stages=stages, **SAME_BITS,
     )  # fmt: skip
     return ys
-
-
-def _columns(outs: list[int], down: int, programs: int) -> list[int]:
-    """Of each product's tiles: narrower ones where there are too few for all multiprocessors."""
-    widest = 64
-    while widest > STEP and down * sum(out // math.gcd(out, widest) for out in outs) < programs:
-        widest //= 2
-    return [math.gcd(out, widest) for out in outs]
 
 
 def _made(x: Tensor, product: Product) -> Tensor:

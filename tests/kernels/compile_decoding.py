@@ -6,7 +6,7 @@ import torch
 from compile_cases import FP32, HEADS, WIDTH, meta, places
 
 from amalgam.kernels.compress import Pooling, Storage
-from amalgam.kernels.fused import compress, linear_each, norm
+from amalgam.kernels.fused import compress, hyper, linear_each, norm
 from amalgam.kernels.norm import Norm
 from amalgam.kernels.places import Windows
 from amalgam.kernels.project import Into, Product
@@ -40,6 +40,17 @@ def norms() -> None:
     norm.norm_each([queries, Norm(meta(TOKENS, 64, 128), None, rotation)])
 
 
+def sites() -> None:
+    """Before a sublayer, and before the head."""
+    n, width = 4, 4096
+    streams, output = meta(TOKENS, n, width), meta(TOKENS, width)
+    update = output, meta(n, TOKENS, dtype=FP32), meta(n, n, TOKENS, dtype=FP32)
+    for logits, scales in (((2 + n) * n, 3), (n, 1)):
+        weights = (meta(*s, dtype=FP32) for s in ((logits, n * width), (logits,), (scales,), (width,)))
+        iterations = 20 if scales == 3 else 0
+        hyper.site_forward(streams, update, *weights, iterations, 1e-6, 1e-6, places(hyper.count_size(TOKENS)))
+
+
 def pools() -> None:
     """Entries and index keys of a CSA layer."""
     windows = Windows(places(TOKENS), places(TOKENS), meta(TOKENS, 32, dtype=torch.complex64), 8)
@@ -56,5 +67,6 @@ CASES: dict[str, Callable[[], None]] = {
     "each product, 256 rows": lambda: products(256, 4096, [1024, 512, 1024, 1024, 256, 256, 64]),
     "each product, MoE": entering,
     "each norm": norms,
+    "site, one launch": sites,
     "each pool": pools,
 }

@@ -1,5 +1,8 @@
 """The Triton kernels of hyper-connections against the definition in float64, in Triton's interpreter on a CPU."""
 
+import unittest.mock
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -48,6 +51,22 @@ def run(given: dict[str, Tensor], pending: bool, iterations: int) -> list[Tensor
     if iterations == 0:
         return list(hyper.leave(streams, made, *weights, **OPTIONS))
     return list(hyper.enter(streams, made, *weights, iterations=iterations, **OPTIONS))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("iterations", [0, 3])
+def test_one_launch_has_the_bits_of_two(iterations: int, dtype: torch.dtype):
+    """Its first, which splits fn and clears what programs count in, is spared."""
+    given = inputs(70, 4, 48, iterations == 0, dtype)
+    streams, *update = (given[name] for name in NAMES[:4])
+    weights = [given[name] for name in NAMES[4:]]
+    site = partial(hyper.enter, iterations=iterations) if iterations else hyper.leave
+    expected = site(streams, Update(*update), *weights, **OPTIONS)
+    with unittest.mock.patch.object(fused_hyper, "_prepare", None):
+        for counts in hyper.counters(streams, 2):
+            found = site(streams, Update(*update), *weights, **OPTIONS, counts=counts)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV4ForCausalLM
 
 from amalgam.errors import UserError
-from amalgam.kernels.moe import swiglu
+from amalgam.kernels.swiglu import swiglu
 from amalgam.model import DeepseekV4
 from amalgam.model.checkpoint import load, save
 from amalgam.model.config import CSA, HCA, SWA
