@@ -32,7 +32,7 @@ def distill(stage: StageRun, settings: Distill) -> None:
     paths = [run.model(settings.teachers[name]) for name in settings.domains]
     with (
         stage.learner(model, settings.optimizer, unfreeze=settings.indexer.unfreeze) as learner,
-        stage.rollouts(model, settings.rollout_workers, settings.sampling.draft) as rollouts,
+        stage.rollouts(model, settings.rollout_workers, settings.rollout, settings.sampling.draft) as rollouts,
         Teachers(paths, **run.fleet.place) as teachers,
         stage.metered([teachers.worker]),
     ):

@@ -38,7 +38,7 @@ def grpo(stage: StageRun, settings: Grpo) -> None:
     }  # fmt: skip
     with (
         stage.learner(model, settings.optimizer, settings.updates, settings.indexer.unfreeze) as learner,
-        stage.rollouts(model, settings.rollout_workers, settings.sampling.draft) as rollouts,
+        stage.rollouts(model, settings.rollout_workers, settings.rollout, settings.sampling.draft) as rollouts,
         stage.grader() as grader,
     ):
         while stage.step < stage.steps:

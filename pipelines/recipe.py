@@ -25,7 +25,7 @@ from pydantic import (
 
 from ..errors import UserError
 from ..rewards.registry import REWARDS, mix
-from ..rl.settings import DEADLINE, IndexerLoss, MtpLoss, Optimization, Sampling
+from ..rl.settings import DEADLINE, EngineRoom, IndexerLoss, MtpLoss, Optimization, Sampling
 from ..settings import FULL, Precision, Settings
 from .base_check import base_problem, has_mtp, preset_problem
 from .recipe_errors import explain, message, suggest
@@ -147,6 +147,7 @@ class Grpo(Successor):
     """Optimizer steps per rollout batch; 1 is on-policy."""
     rollout_workers: PositiveInt = 1
     """Processes that sample."""
+    rollout: EngineRoom = EngineRoom()
     indexer: IndexerLoss = IndexerLoss()
     optimizer: GrpoOptimization = GrpoOptimization()
 
@@ -174,6 +175,7 @@ class Distill(Successor):
     sampling: Sampling = Sampling()
     rollout_workers: PositiveInt = 1
     """Processes that sample."""
+    rollout: EngineRoom = EngineRoom()
     indexer: IndexerLoss = IndexerLoss()
     optimizer: DistillOptimization = DistillOptimization()
 

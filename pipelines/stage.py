@@ -25,7 +25,7 @@ from ..rl.fleet import Fleet
 from ..rl.learner import Learner
 from ..rl.memory import Span
 from ..rl.rollout import Rollouts
-from ..rl.settings import Draft, Optimization
+from ..rl.settings import Draft, EngineRoom, EngineSettings, Optimization
 from ..rl.state import rewind
 from .console import Console, StageLine
 from .recipe import BASE, Recipe
@@ -118,9 +118,10 @@ class StageRun:
                 yield learner
 
     @contextmanager
-    def rollouts(self, model: Path, workers: int, draft: Draft) -> Iterator[Rollouts]:
+    def rollouts(self, model: Path, workers: int, room: EngineRoom, draft: Draft) -> Iterator[Rollouts]:
         """Their journals are in the stage's folder until it is done."""
-        lent = self.run.fleet.rollouts(model, workers, self.folder / "journal", draft)
+        engine = EngineSettings(**room.model_dump(), draft=draft)
+        lent = self.run.fleet.rollouts(model, workers, self.folder / "journal", engine)
         with lent as rollouts, self.metered(rollouts.workers):
             yield rollouts
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..settings import FULL, Precision
 from .learner import Learner
-from .rollout import Rollouts
-from .settings import DEADLINE, Draft, EngineSettings, Optimization
+from .rollout import ENGINE, Rollouts
+from .settings import DEADLINE, EngineSettings, Optimization
 
 
 class Fleet:
@@ -45,10 +45,10 @@ class Fleet:
             yield learner
 
     @contextmanager
-    def rollouts(self, path: Path, workers: int, journal: Path, draft: Draft = "off") -> Iterator[Rollouts]:
+    def rollouts(self, path: Path, workers: int, journal: Path, engine: EngineSettings = ENGINE) -> Iterator[Rollouts]:
         """`workers` rollout workers with the model at `path`, and their journals in the folder `journal`."""
         with self.lend(("rollouts", workers), lambda: Rollouts(workers, **self.place)) as rollouts:
-            rollouts.load(path, journal=journal, settings=EngineSettings(draft=draft))
+            rollouts.load(path, journal=journal, settings=engine)
             yield rollouts
 
     @contextmanager

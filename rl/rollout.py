@@ -25,7 +25,7 @@ from .trajectory import Request, Trajectory
 _LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 1.0  # after which a worker that has nothing to tell says so
 _NO_END = float("inf")
-_ENGINE = EngineSettings()
+ENGINE = EngineSettings()
 
 
 class Rollouts:
@@ -55,7 +55,7 @@ class Rollouts:
         self._router = Router(0)
         self._scratch: Any = None  # a temporary folder, where nobody gives one
 
-    def load(self, path: str | Path, *, journal: Path | None = None, settings: EngineSettings = _ENGINE) -> None:
+    def load(self, path: str | Path, *, journal: Path | None = None, settings: EngineSettings = ENGINE) -> None:
         """Every worker takes the policy of this checkpoint's folder, or preset, as version 0.
 
         `journal`: a folder for this policy's requests alone, on a disk that workers and driver share. What it holds is

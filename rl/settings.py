@@ -112,8 +112,8 @@ class Sampling(Settings):
     """`mtp` lets the model's MTP block propose a token at each step. It changes the speed, never the responses."""
 
 
-class EngineSettings(Settings):
-    """What a rollout engine has room for, and what it writes down. Nothing here changes a response."""
+class EngineRoom(Settings):
+    """What a rollout engine has room for. Nothing here changes a response."""
 
     max_batch: PositiveInt = 256
     """Requests that decode at once; the others wait."""
@@ -127,6 +127,11 @@ class EngineSettings(Settings):
     """
     swap: NonNegativeInt = 2**30
     """Bytes of host memory for what is taken up again later: requests that gave way, prompts of groups."""
+
+
+class EngineSettings(EngineRoom):
+    """And how it goes on, and what it writes down, which changes no response either."""
+
     draft: Draft = "off"
     """As `Sampling.draft`."""
     experts: bool = True

@@ -14,7 +14,7 @@ from amalgam.pipelines.report import _rollout_samples
 from amalgam.pipelines.rollout import length_metrics, sampled_rate, shown_service, write_rollouts
 from amalgam.rewards.problem import Score
 from amalgam.rl.router import Meter
-from amalgam.rl.settings import IndexerLoss, Sampling
+from amalgam.rl.settings import EngineRoom, IndexerLoss, Sampling
 from amalgam.rl.trajectory import Trajectory
 
 PROMPT, RESPONSE = 5, 3
@@ -52,7 +52,7 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, updates: int, groups: 
     settings: Any = SimpleNamespace(
         from_="m", domains=[], prompts=groups, group_size=2, updates=updates, optimizer=None, rollout_workers=1,
         clip_low=0.2, clip_high=0.28, sampling=Sampling(temperature=1.0, max_new_tokens=4, draft="off"),
-        indexer=IndexerLoss(),
+        indexer=IndexerLoss(), rollout=EngineRoom(),
     )  # fmt: skip
     monkeypatch.setattr(module, "speaker", lambda *_: (None, None))
     monkeypatch.setattr(module, "draw", lambda *_: [])
