@@ -65,6 +65,7 @@ class Engine:
         if settings.draft == "mtp":
             from .draft import DraftedBatch as kind  # which is built from Batch
         found = room(model, settings, kind.slack, kind.extra_bytes(model), page)
+        self.context = found.capacity  # most tokens of a request, prompt and response
         self._batch: Any = kind(model, found, settings)
         self._scheduler = Scheduler(
             found.slots,

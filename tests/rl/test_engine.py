@@ -176,6 +176,8 @@ def test_the_noise_is_the_requests_own(model: DeepseekV4, alone: dict):
     other_seed = generate(model, ragged(seed=SEED + 1)[-3:])
     other_high_bits = generate(model, ragged(seed=2**61 + 5)[-3:])
     other_counter = generate(model, [replace(r, id=r.id + 2**40) for r in requests])
+    renamed = generate(model, [replace(r, id=i, noise=r.id) for i, r in enumerate(requests)])
+    assert [t.response_ids.tolist() for t in renamed] == [alone[r.id].response_ids.tolist() for r in requests]
     assert_same(again, [alone[r.id] for r in requests])
     for t, *others in zip(again, other_seed, other_high_bits, other_counter, strict=True):
         assert all(t.response_ids.tolist() != other.response_ids.tolist() for other in others)
@@ -332,7 +334,7 @@ def test_a_journal_that_fails_is_given_up(model: DeepseekV4, alone: dict, caplog
 def test_no_requests_and_one_token(model: DeepseekV4):
     assert generate(model, []) == []
     made = engine(model)
-    assert not made.busy and made.step() == []
+    assert not made.busy and made.step() == [] and made.context == 112
     for t in generate(model, ragged(max_new_tokens=1)):
         assert len(t.response_ids) == 1
         assert len(t.experts) == len(t.prompt_ids) + 1
