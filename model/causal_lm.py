@@ -86,11 +86,11 @@ def _attend_cached(
         pools.append(cache.pool(cache.layers[layer], name, new[0].transpose(0, 1)))
         pools[-1][row] = new[0].transpose(0, 1)
 
-    def past(which: slice, most: int) -> list[Tensor]:
+    def past(which: slice, most: int) -> tuple[Tensor, Tensor]:
         """Keys and values [b, G, most, D] of some requests' first tokens."""
         at = torch.arange(most, device=table.device)
         rows = table[which][:, at // cache.page] * cache.page + at % cache.page
-        return [pool[rows].transpose(1, 2) for pool in pools]
+        return pools[0][rows].transpose(1, 2), pools[1][rows].transpose(1, 2)
 
     if bool((lengths == 1).all()):  # one token each: all requests at once
         q, at = query[0].transpose(0, 1).unsqueeze(2), place.position.unsqueeze(1)  # [B, H, 1, D], [B, 1]

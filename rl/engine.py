@@ -125,11 +125,6 @@ class Engine:
         return True
 
     @property
-    def context(self) -> int:
-        """Most tokens of a request, prompt and response."""
-        return self._scheduler.capacity
-
-    @property
     def busy(self) -> bool:
         """Whether a request is unfinished, or has news."""
         return bool(self._responses or self._news)

@@ -96,7 +96,7 @@ def test_forks_share_the_pages_of_their_prompt(length: int):
     assert pool.cache.length.tolist() == [length, 0, length, 0, 0, length]
     expected, _ = alone(model, [torch.cat([prompt, rest]) for rest in rests])
     for start in range(0, 25, 5):
-        parts = dict(zip((2, 0, 5), (rest[start : start + 5] for rest in rests), strict=True))
+        parts = {slot: rest[start : start + 5] for slot, rest in zip([2, 0, 5], rests, strict=True)}
         for found, wanted in zip(pool.feed(parts), expected, strict=True):
             same(found, wanted[length + start : length + start + 5])
 

@@ -213,7 +213,7 @@ def test_weights_reach_another_model_twice(learner, checkpoint, tmp_path, ranks,
     """What is frozen does not travel, and is checked all the same."""
     ours, worker = learner(ranks, stage), load(checkpoint)
     assert not sent(ours).data, "nothing has changed"
-    versions = []
+    versions, bundle = [], sent(ours)
     for rows in batches(2):
         ours.step(rows, nll, scale=1.0)
         bundle = sent(ours)
