@@ -191,7 +191,9 @@ def test_a_request_never_begins_anew_unseen(pool: FakeRollouts, tmp_path: Path):
     (at,) = [place.index for place in pool._places if pool._router.holds(place.worker)]
     os.kill(pid(pool.workers[at]), signal.SIGKILL)
     shutil.rmtree(tmp_path / "journal")
-    with pytest.raises(RuntimeError, match=f"worker-{at}-\\d+: the journal of a worker that died is not there; is that a"):
+    with pytest.raises(
+        RuntimeError, match=f"worker-{at}-\\d+: the journal of a worker that died is not there; is that a"
+    ):
         list(pool.results())
 
 
