@@ -89,7 +89,12 @@ def check_books(s: Scheduler) -> None:
 def run_step(s: Scheduler, device: Device) -> list[Entry]:
     """One planned step; returns the entries that were fed."""
     before = {e.id: e.known for e in [*s.running, *s.waiting]}
+    started = [e for e in s.running if e.fed]
     plan = s.plan()
+    # One that gives way may have a token in flight, which its prefill will need.
+    assert not any(c.start == 0 and c.entry in started for c in plan.chunks)
+    saved = {move.key for move in plan.moves if isinstance(move, Save)}
+    assert not any(move.key in saved and move.key[0] == "request" for move in plan.moves if isinstance(move, Load))
     for move in plan.moves:
         device.move(move)
     fed = [c.entry for c in plan.chunks] + [e for e, _ in plan.decodes]
@@ -254,6 +259,19 @@ def test_the_youngest_gives_way_and_the_cheaper_way_is_taken(seconds_per_byte: f
     assert s.counts["preemptions"] > 0
     assert s.counts["swaps"] == (s.counts["preemptions"] if swaps else 0)
     assert (s.counts["refed_tokens"] == 0) == swaps
+
+
+def test_one_that_gave_way_waits_for_the_next_step():
+    """Its last token may be in flight, and a prefill needs it."""
+    s, device = Scheduler(4, Pages(12, 4), 48, 64), Device(4)
+    entry = Entry(0, 0, 9, 9, 40)
+    s.add(entry)
+    for _ in range(3):
+        run_step(s, device)
+    fork, s._fork = s._fork, lambda: s._preempt(entry)  # as a plan begins
+    assert run_step(s, device) == [] and s.waiting[0] is entry
+    s._fork = fork
+    assert run_step(s, device) == [entry] and entry.fed == 11
 
 
 def test_what_can_never_run_is_named():
