@@ -72,6 +72,8 @@ class Compressor(nn.Module):
     the next window's entry and the second half its own.
     """
 
+    prefix, pool = "", "entries"  # of its tensors' names in a cache
+
     def __init__(self, config: DeepseekV4Config, dim: int, ratio: int, overlap: bool):
         super().__init__()
         self.ratio, self.dim, self.overlap = ratio, dim, overlap
@@ -96,16 +98,16 @@ class Compressor(nn.Module):
         dtype, norm = self.kv_proj.weight.dtype, self.kv_norm
         return compress(values, scores, self.position_bias, norm.weight, windows, norm.eps, dtype, self.storage)
 
-    def rings(self, x: Tensor, chunk: Chunk, cache: LayerCache, prefix: str) -> list[Tensor]:
+    def rings(self, x: Tensor, chunk: Chunk, cache: LayerCache) -> list[Tensor]:
         """Those of values and scores in `cache`, each [slots, tokens + slack, C]."""
         new = x.new_empty(0, self.position_bias.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
         size = self.tokens + chunk.slack
-        return [chunk.cache.ring(cache, prefix + part, new, size) for part in ("values", "scores")]
+        return [chunk.cache.ring(cache, self.prefix + part, new, size) for part in ("values", "scores")]
 
-    def pooling(self, values: Tensor, scores: Tensor, chunk: Chunk, cache: LayerCache, name: str) -> Pooling:
-        """How what the tokens of a chunk complete goes to the pool `name` of `cache`."""
+    def pooling(self, values: Tensor, scores: Tensor, chunk: Chunk, cache: LayerCache) -> Pooling:
+        """How what the tokens of a chunk complete goes to the pool in `cache`."""
         weight = self.kv_proj.weight
-        pool = chunk.cache.pool(cache, name, weight.new_empty(0, self.dim), self.ratio)
+        pool = chunk.cache.pool(cache, self.pool, weight.new_empty(0, self.dim), self.ratio)
         norm = self.kv_norm
         return Pooling(values, scores, self.position_bias, norm.weight, norm.eps, pool, self.storage)
 
@@ -122,6 +124,8 @@ class IndexerScorer(nn.Module):
 
 class Indexer(Compressor):
     """The lightning indexer: a compressor of its own for keys, and queries from the shared latent (paper 2.3.1)."""
+
+    prefix, pool = "index_", "index_keys"
 
     def __init__(self, config: DeepseekV4Config, ratio: int):
         super().__init__(config, config.index_head_dim, ratio, overlap=True)
@@ -218,33 +222,26 @@ class Attention(nn.Module):
 
         Updates `cache` in place. For few tokens, what has the same input is one launch."""
         rotation, seen = chunk.rotation[self.rope], chunk.seen(self.ratio)
-        compressor = self.compressor
-        indexer = compressor.indexer if isinstance(compressor, CSACompressor) else None
-        kinds = [c for c in (compressor, indexer) if c is not None]
-        rings = [ring for c, p in zip(kinds, ("", "index_"), strict=False) for ring in c.rings(x, chunk, cache, p)]
+        kinds = [] if self.compressor is None else [self.compressor]
+        indexer = None
+        if isinstance(self.compressor, CSACompressor):
+            kinds.append(self.compressor.indexer)
+            if seen.most > self.compressor.indexer.topk:  # else whatever it would choose is all
+                indexer = self.compressor.indexer
+        rings = [ring for kind in kinds for ring in kind.rings(x, chunk, cache)]
+        layers = [layer for kind in kinds for layer in (kind.kv_proj, kind.gate_proj)]
         wanted = [Wanted(self.q_a_proj), Wanted(self.kv_proj)]
-        parts = [linear for c in kinds for linear in (c.kv_proj, c.gate_proj)]
-        wanted += [Wanted(linear, True, into=chunk.into(ring)) for linear, ring in zip(parts, rings, strict=True)]
-        if indexer is not None and seen.most <= indexer.topk:
-            indexer = None  # whatever it would choose is all
+        wanted += [Wanted(layer, True, into=chunk.into(ring)) for layer, ring in zip(layers, rings, strict=True)]
         if indexer is not None:
             wanted.append(Wanted(indexer.scorer.weights_proj, scale=indexer.scorer.scale))
         latent, row, *others = linear_each(x, wanted)
         latent, rows = self._kept(latent, row, rotation, chunk, cache)
-
-        entries = chosen = index_keys = None
-        if compressor is not None:
-            made = [chunk.remember(ring, new, compressor.tokens) for ring, new in zip(rings, others, strict=False)]
-            names = ("entries", "index_keys")
-            pairs = zip(kinds, made[::2], made[1::2], names, strict=False)
-            poolings = [c.pooling(values, scores, chunk, cache, name) for c, values, scores, name in pairs]
-            done = chunk.finished[self.ratio, compressor.tokens]
-            compress_each(poolings, done.windows, done.row)
-            entries, index_keys = poolings[0].pool, poolings[-1].pool
+        pools = self._pools(kinds, rings, others, chunk, cache)
         q, of_index = self._queries(latent, rotation, indexer)
-        if indexer is not None:
-            assert of_index is not None and index_keys is not None
-            chosen = select(of_index, others[-1], index_keys, seen, indexer.topk, indexer.score_dtype)
+        chosen = None
+        if indexer is not None and of_index is not None:
+            chosen = select(of_index, others[-1], pools[1], seen, indexer.topk, indexer.score_dtype)
+        entries = pools[0] if pools else None
         return self._output(self._attend(q, rows, entries, seen, chosen, rotation)[0]), chosen
 
     def _project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,6 +263,20 @@ class Attention(nn.Module):
             row = stored(row, rotation, self.storage)
             row = row if into is None else into.write(row)
         return latent, chunk.remember(ring, row, self.window - 1)
+
+    def _pools(
+        self, kinds: list[Compressor], rings: list[Tensor], new: list[Tensor], chunk: Chunk, cache: LayerCache
+    ) -> list[Tensor]:
+        """The pool [N, D] of each of a layer's compressors, with what a chunk completes: `new` values and scores of its
+        tokens, or what they were written into, in turn, and their rings."""
+        if not kinds:
+            return []
+        found = [chunk.remember(*each, kinds[0].tokens) for each in zip(rings, new, strict=False)]
+        pairs = zip(kinds, found[::2], found[1::2], strict=True)
+        poolings = [kind.pooling(values, scores, chunk, cache) for kind, values, scores in pairs]
+        done = chunk.finished[self.ratio, kinds[0].tokens]
+        compress_each(poolings, done.windows, done.row)
+        return [each.pool for each in poolings]
 
     def _queries(self, latent: Tensor, rotation: Tensor, indexer: Indexer | None) -> tuple[Tensor, Tensor | None]:
         """Queries [T, H, D], and an indexer's [T, Hi, Di]."""

@@ -24,7 +24,7 @@ class Kind(NamedTuple):
 
 
 class Made(NamedTuple):
-    """Where `Wanted` has them by kind, K of each."""
+    """What the layout of a step is made of; lists have K tensors."""
 
     cu_seqlens: Tensor  # int64 [B + 1]
     slots: Tensor  # int64 [B], as the following

@@ -6,7 +6,7 @@ import torch
 from compile_cases import FP32, HEADS, WIDTH, meta, places
 
 from amalgam.kernels.compress import Pooling, Storage
-from amalgam.kernels.fused import compress, hyper, linear_each, norm
+from amalgam.kernels.fused import compress, hyper, layout, linear_each, norm
 from amalgam.kernels.norm import Norm
 from amalgam.kernels.places import Windows
 from amalgam.kernels.project import Into, Product
@@ -51,6 +51,15 @@ def sites() -> None:
         hyper.site_forward(streams, update, *weights, iterations, 1e-6, 1e-6, places(hyper.count_size(TOKENS)))
 
 
+def laid_out() -> None:
+    """The layout of a step, and the cache's lengths after it."""
+    length, table = meta(TOKENS, dtype=torch.int64), meta(TOKENS, 4096, dtype=torch.int32)
+    kinds, frequencies = [layout.Kind(4, 8), layout.Kind(128, 128)], (meta(32, dtype=FP32), meta(32, dtype=FP32))
+    for slots in (None, meta(TOKENS, dtype=torch.int64)):
+        layout.step(length, slots, table, 256, 128, kinds, frequencies)
+        layout.advance(length, length, slots, length)
+
+
 def pools() -> None:
     """Entries and index keys of a CSA layer."""
     windows = Windows(places(TOKENS), places(TOKENS), meta(TOKENS, 32, dtype=torch.complex64), 8)
@@ -68,5 +77,6 @@ CASES: dict[str, Callable[[], None]] = {
     "each product, MoE": entering,
     "each norm": norms,
     "site, one launch": sites,
+    "layout": laid_out,
     "each pool": pools,
 }
