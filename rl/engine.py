@@ -83,7 +83,7 @@ class Engine:
         self._groups: dict[int, list[Response]] = {}
         self._flights: deque[Flight] = deque()
         self._news: dict[Response, None] = {}  # of which something is to be told
-        self._records, self._meter = Records(journal), Meter()
+        self._records, self._meter = Records(journal, settings.sets), Meter()
         self._suspended = Suspended(snapshots, self._batch)
 
     # --- requests come and go
@@ -186,7 +186,7 @@ class Engine:
         """What comes from now on is written to another journal. ValueError while a request is under way."""
         if self.busy:
             raise ValueError("record() while requests are under way: they are in the journal that they began in")
-        self._records = Records(journal)
+        self._records = Records(journal, self.settings.sets)
 
     def metrics(self) -> dict[str, float]:
         """Now: requests `running` and `waiting`, the share of the cache's pages that is in use. Since the engine was

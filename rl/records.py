@@ -25,10 +25,11 @@ def recorded(model: LanguageModel, settings: EngineSettings) -> dict[str, Any]:
 
 class Records:
     """What `draw`, `feed` and `finish` say of a step is written by `flush`, at its end. A journal that fails (its disk
-    is full) is given up, with a line in the log: the engine goes on, and `lost` says so."""
+    is full) is given up, with a line in the log: the engine goes on, and `lost` says so. `sets`: whether tokens come
+    with what they were drawn from."""
 
-    def __init__(self, journal: Any):
-        self._journal, self.lost = journal, False
+    def __init__(self, journal: Any, sets: bool = False):
+        self._journal, self._with_sets, self.lost = journal, sets, False
         self._clear()
 
     def begin(self, request: Request) -> None:
@@ -57,7 +58,7 @@ class Records:
             columns = list(zip(*self._drawn, strict=True)) or [()] * 4
             kinds = (np.int64, np.int32, np.float32, np.int32)
             arrays = [np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
-            more: dict[str, Any] = {"fed": np.array(self._fed, np.int64), "sets": self._sets or None}
+            more: dict[str, Any] = {"fed": np.array(self._fed, np.int64), "sets": self._sets if self._with_sets else None}
             if self._decided:
                 experts = np.concatenate([decided.experts for decided in self._decided])
                 picks = [decided.picks for decided in self._decided if decided.picks is not None]
