@@ -60,10 +60,8 @@ class Scheduler:
     def problem(self, prompt: int, limit: int) -> str | None:
         """Why such a request could never run; None if it can."""
         if limit > self.capacity:
-            return (
-                f"a prompt of {prompt} tokens and a response of up to {limit - prompt} are more than the "
-                f"{self.capacity} tokens that a request may hold"
-            )
+            asked = f"a prompt of {prompt} tokens and a response of up to {limit - prompt}"
+            return f"{asked} are more than the {self.capacity} tokens that a request may hold"
         if (need := self.pool.count(limit)) > self.pool.size:
             return f"{limit} tokens take {need} pages, and the cache has {self.pool.size} of {self.pool.page} tokens"
         return None
@@ -263,7 +261,7 @@ class Scheduler:
         assert entry.slot is not None
         pages = entry.pages[: self.pool.count(entry.fed)]
         size = self.state_bytes + len(pages) * self.page_bytes
-        cheaper = 2 * size * self.seconds_per_byte < entry.fed * self.seconds_per_token
+        cheaper = size > 0 and 2 * size * self.seconds_per_byte < entry.fed * self.seconds_per_token
         self.counts["preemptions"] += 1
         if cheaper and self.kept + size <= self.swap:
             self._moves.append(Save(("request", entry.id), entry.slot, pages, entry.fed))
