@@ -16,19 +16,23 @@ _W = TypeVar("_W")
 
 
 def route(
-    logits: Tensor, *, topk: int, scaling: float, bias: Tensor | None = None, chosen: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, *, topk: int, scaling: float,
+    bias: Tensor | None = None, chosen: Tensor | None = None, tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Expert ids int64 [T, k] and their weights fp32 [T, k] by what the gate gives in fp32, logits [T, E] (paper 2.1;
     DeepSeek's code).
 
-    Affinity s = sqrt(softplus(logits)). Ids: the `topk` highest s + bias, ties to the lowest id; or `chosen`
-    [T, k] (hash layers, replay), where a row that holds -1 falls back to the learned choice. Weights never see the
-    bias: s / (sum of the chosen s + 1e-20) * scaling; with replayed ids they are recomputed, so the gate gets gradient.
+    Affinity s = sqrt(softplus(logits)). Ids: the `topk` highest s + bias, ties to the lowest id; or `chosen` [T, k]
+    (hash layers, replay), where a row that holds -1 falls back to the learned choice; of `tokens` int64 [T], if they
+    are given, the rows in `chosen`, which is then a hash layer's table. Weights never see the bias: s / (sum of the
+    chosen s + 1e-20) * scaling; with replayed ids they are recomputed, so the gate gets gradient.
     """
     if fused(logits):
         from .fused.router import Route
 
-        return Route.apply(logits, bias, chosen, topk, scaling)  # pyright: ignore[reportReturnType]
+        return Route.apply(logits, bias, chosen, tokens, topk, scaling)  # pyright: ignore[reportReturnType]
+    if chosen is not None and tokens is not None:
+        chosen = chosen[tokens]
     if chosen is None or bool((chosen < 0).any()):
         scores = _affinity(logits.detach())
         order = (scores if bias is None else scores + upcast(bias)).sort(dim=-1, descending=True, stable=True)

@@ -94,7 +94,7 @@ class Router(nn.Module):
     def choice(self, logits: Tensor, tokens: Tensor, replay: Tensor | None) -> tuple[Tensor, Tensor]:
         """`forward` from what the gate gives, fp32 [T, E]."""
         if self.hashed:
-            return route(logits, topk=self.topk, scaling=self.scaling, chosen=self.tid2eid[tokens])
+            return route(logits, topk=self.topk, scaling=self.scaling, chosen=self.tid2eid, tokens=tokens)
         bias = self.e_score_correction_bias
         return route(logits, topk=self.topk, scaling=self.scaling, bias=bias, chosen=replay)
 

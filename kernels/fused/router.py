@@ -39,8 +39,9 @@ def _affinity(x):
 
 @triton.jit
 def _route(
-    logits, bias, chosen, ids, weights, rows, experts, scaling,
+    logits, bias, chosen, tokens, ids, weights, rows, experts, scaling,
     R: tl.constexpr, E: tl.constexpr, K: tl.constexpr, TOPK: tl.constexpr, BIAS: tl.constexpr, CHOSEN: tl.constexpr,
+    TABLE: tl.constexpr,
 ):  # fmt: skip
     """Limited by its k reductions over the experts in registers; memory is 4 E bytes a token, read once.
 
@@ -63,7 +64,10 @@ def _route(
         keys = tl.where(keys == best[:, None], -9223372036854775808, keys)
     found = learned
     if CHOSEN:
-        given = tl.load(chosen + slot, mask=real_RK, other=0)
+        own = slot
+        if TABLE:
+            own = tl.load(tokens + r, mask=r < rows, other=0)[:, None] * TOPK + k[None, :]
+        given = tl.load(chosen + own, mask=real_RK, other=0)
         found = tl.where((tl.min(given, 1) < 0)[:, None], learned, given)
     picked = _affinity(tl.load(logits + r[:, None] * experts + found, mask=real_RK, other=0.0))
     total = tl.sum(tl.where(k[None, :] < TOPK, picked, 0.0), 1)
@@ -97,11 +101,18 @@ def _route_backward(
 
 
 class Route(torch.autograd.Function):
-    """Ids int64, weights fp32 [T, k] of logits fp32 [T, E], as in `kernels.moe.route`; `chosen` ids are below E."""
+    """Ids int64, weights fp32 [T, k] of logits fp32 [T, E], as in `kernels.moe.route`; `chosen` ids are below E, and
+    `tokens` rows of them."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, bias: Tensor | None, chosen: Tensor | None, topk: int, scaling: float
+        ctx: Any,
+        logits: Tensor,
+        bias: Tensor | None,
+        chosen: Tensor | None,
+        tokens: Tensor | None,
+        topk: int,
+        scaling: float,
     ) -> tuple[Tensor, Tensor]:
         rows, experts = logits.shape
         if experts > EXPERTS or not 0 < topk <= min(TOPK, experts):
@@ -112,9 +123,10 @@ class Route(torch.autograd.Function):
         width, given = next_power(experts), ids if chosen is None else chosen.to(torch.int64).contiguous()
         if rows:
             _route[(triton.cdiv(rows, TILE // width),)](
-                logits, logits if bias is None else bias, given, ids, weights, rows, experts, scaling,
+                logits, logits if bias is None else bias, given, given if tokens is None else tokens.contiguous(),
+                ids, weights, rows, experts, scaling,
                 R=TILE // width, E=width, K=next_power(topk), TOPK=topk,
-                BIAS=bias is not None, CHOSEN=chosen is not None, num_warps=4, **SAME_BITS,
+                BIAS=bias is not None, CHOSEN=chosen is not None, TABLE=tokens is not None, num_warps=4, **SAME_BITS,
             )  # fmt: skip
         ctx.save_for_backward(logits, ids)
         ctx.scaling = scaling
@@ -122,7 +134,7 @@ class Route(torch.autograd.Function):
         return ids, weights
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         logits, ids = ctx.saved_tensors
         (rows, experts), topk = logits.shape, ids.shape[1]
         grad, width = torch.empty_like(logits), next_power(experts)
@@ -131,4 +143,4 @@ class Route(torch.autograd.Function):
                 logits, ids, grads[1].contiguous(), grad, rows, experts, ctx.scaling,
                 R=TILE // width, E=width, TOPK=topk, num_warps=8,
             )  # fmt: skip
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None

@@ -233,7 +233,7 @@ def expert_layer(
     """The router after the gate's product, and the experts, forward and backward."""
     logits = meta(tokens, experts, dtype=FP32).requires_grad_()
     chosen = meta(tokens, k, dtype=torch.int64)
-    ids, weights = router.Route.apply(logits, meta(experts, dtype=FP32), chosen, k, 1.5)  # pyright: ignore
+    ids, weights = router.Route.apply(logits, meta(experts, dtype=FP32), chosen, None, k, 1.5)  # pyright: ignore
     x = meta(tokens, hidden, dtype=dtype).requires_grad_()
     gate_up = meta(experts, 2 * inner, hidden, dtype=dtype).requires_grad_()
     down = meta(experts, hidden, inner, dtype=dtype).requires_grad_()

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
-from compile_cases import FP32, HEADS, WIDTH, meta, places
+from compile_cases import FP32, HEADS, VOCABULARY, WIDTH, meta, places
 
 from amalgam.kernels.compress import Pooling, Storage
-from amalgam.kernels.fused import compress, hyper, layout, linear_each, norm
+from amalgam.kernels.fused import compress, hyper, layout, linear_each, norm, router
 from amalgam.kernels.norm import Norm
 from amalgam.kernels.places import Windows
 from amalgam.kernels.project import Into, Product
@@ -60,6 +60,12 @@ def laid_out() -> None:
         layout.advance(length, length, slots, length)
 
 
+def hashed() -> None:
+    """A layer's choice by its table."""
+    table, tokens = meta(VOCABULARY, 6, dtype=torch.int64), meta(TOKENS, dtype=torch.int64)
+    router.Route.apply(meta(TOKENS, 256, dtype=FP32), None, table, tokens, 6, 1.5)
+
+
 def pools() -> None:
     """Entries and index keys of a CSA layer."""
     windows = Windows(places(TOKENS), places(TOKENS), meta(TOKENS, 32, dtype=torch.complex64), 8)
@@ -78,5 +84,6 @@ CASES: dict[str, Callable[[], None]] = {
     "each norm": norms,
     "site, one launch": sites,
     "layout": laid_out,
+    "hash layer": hashed,
     "each pool": pools,
 }

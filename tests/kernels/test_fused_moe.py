@@ -155,6 +155,15 @@ def test_router(learned: bool, dtype: torch.dtype):
     assert found.dtype == torch.int64 and torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_a_table_s_rows(kernels: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AMALGAM_KERNELS", kernels)
+    logits, table, tokens = torch.randn(90, 48), torch.randint(48, (7, 3)), torch.randint(7, (90,))
+    found = moe.route(logits, topk=3, scaling=1.5, chosen=table, tokens=tokens)
+    expected = moe.route(logits, topk=3, scaling=1.5, chosen=table[tokens])
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 def test_ties_go_to_the_lowest_expert_and_nan_to_some():
     x, gate = torch.randn(5, 16), torch.randn(4, 16).repeat(4, 1)
     ids, _ = moe.route(project_wide(x, gate), topk=6, scaling=1.0)
@@ -172,7 +181,7 @@ def test_affinities_and_their_gradients_for_any_logit():
     logits = torch.tensor([[-200.0, -86.0, -20.0, -3.0, -1e-3, 0.0, 0.5, 2.0, 19.0, 21.0, 90.0, 300.0] + [0.0] * 4])
     every = torch.arange(16).unsqueeze(0)
     leaf = logits.clone().requires_grad_()
-    _, weights = Route.apply(leaf, None, every, 16, 1.0)  # pyright: ignore
+    _, weights = Route.apply(leaf, None, every, None, 16, 1.0)  # pyright: ignore
     slope = torch.randn(1, 16)
     (grad,) = torch.autograd.grad((weights * slope).sum(), leaf)
     wide = logits.double().requires_grad_()
