@@ -58,7 +58,10 @@ class Records:
             columns = list(zip(*self._drawn, strict=True)) or [()] * 4
             kinds = (np.int64, np.int32, np.float32, np.int32)
             arrays = [np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
-            more: dict[str, Any] = {"fed": np.array(self._fed, np.int64), "sets": self._sets if self._with_sets else None}
+            more: dict[str, Any] = {
+                "fed": np.array(self._fed, np.int64),
+                "sets": self._sets if self._with_sets else None,
+            }
             if self._decided:
                 experts = np.concatenate([decided.experts for decided in self._decided])
                 picks = [decided.picks for decided in self._decided if decided.picks is not None]
