@@ -101,19 +101,22 @@ def attention(setting: Setting) -> Rows:
 
 def decoding(setting: Setting) -> Rows:
     """`attend` of one token of each request, over rings of window rows; it has no gradient."""
-    past = torch.tensor(SIZES.lengths, device=setting.device) - 1
-    room, window = max(SIZES.lengths), setting.config.sliding_window
+    count, window, frequencies = len(SIZES.lengths), setting.config.sliding_window, setting.frequencies()
     for heads, dim, dtype in wide_and_small(setting):
         for kind, ratio, topk in kinds(setting):
-            where = {"window": window, "slack": 1, "room": room, "frequencies": setting.frequencies()}
-            place = step(past, room - 1, **where, compressors={(ratio, ratio)} if ratio else set())
-            seen, entries = place.seen(ratio), len(past) * place.rows(ratio) if ratio else 0
+            compressors = {(ratio, ratio)} if ratio else set()
+            page = page_tokens({ratio} if ratio else set())
+            cache = Cache(count, max(SIZES.lengths), 1, page, 1, torch.device(setting.device), None)
+            cache.length += torch.tensor(SIZES.lengths, device=setting.device) - 1
+            cache.longest = max(SIZES.lengths) - 1
+            place = step(None, cache, window=window, compressors=compressors, frequencies=frequencies)
+            seen, entries = place.seen(ratio), cache.pages * page // ratio if ratio else 0
             assert seen.slots
             how = seen, some_chosen(seen, topk), rotation(place, dim)
-            given = attention_inputs(setting, len(past), heads, dim, len(past) * seen.slots, entries, dtype)
+            given = attention_inputs(setting, count, heads, dim, count * seen.slots, entries, dtype)
             ours = partial(alone, partial(attend, *how))
             errors = compare(given, ours, partial(oracles.attend, *how), dtype, gradients=False)
-            yield from rows(f"decoding, {kind}, {heads} x {dim}", len(past), dtype, errors)
+            yield from rows(f"decoding, {kind}, {heads} x {dim}", count, dtype, errors)
 
 
 def head_mass(setting: Setting) -> Rows:

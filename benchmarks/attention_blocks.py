@@ -122,7 +122,7 @@ def filled_cache(setting: Setting, made: Attention) -> tuple[LayerCache, Callabl
     """
     compressors = {(c.ratio, c.tokens) for c in (made.compressor,) if c is not None}
     ratios = {ratio for ratio, _ in compressors}
-    whole = Cache(1, setting.context, 0, page_tokens(ratios), 1, setting.device, None)
+    whole = Cache(1, setting.context, 0, page_tokens(ratios), 1, torch.device(setting.device), None)
     whole.length += setting.context - 1
     whole.longest = setting.context - 1
     frequencies = setting.frequencies()

@@ -22,7 +22,11 @@ def entries_seen(seen: Seen, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
         real = number < count
     else:
         number, real = chosen.long(), chosen >= 0
-    return seen.entry_first.long().unsqueeze(1) + number, real
+    first = seen.entry_first.long().unsqueeze(1)
+    if seen.table is None:
+        return first + number, real
+    number = number.clamp(min=0)
+    return seen.table[first + number // seen.page].long() * seen.page + number % seen.page, real
 
 
 def marked(places: Tensor, real: Tensor, count: int) -> Tensor:

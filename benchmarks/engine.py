@@ -139,7 +139,7 @@ def decode(setting: Setting) -> Rows:
 def transformers(setting: Setting, model: DeepseekV4, count: int, ms: float) -> Row:
     from training_step import theirs
 
-    other = theirs(setting, model).eval()  # pyright: ignore[reportArgumentType]
+    other: Any = theirs(setting, model).eval()  # pyright: ignore[reportArgumentType]
     other.generation_config.eos_token_id = None
     prompts = np.stack([request.prompt_ids for request in random_requests(setting, count, PROMPT, 1)])
     ids, steps = torch.from_numpy(prompts).long().to(setting.device), TRANSFORMERS.get(count, 4)

@@ -46,9 +46,10 @@ def sites() -> None:
     streams, output = meta(TOKENS, n, width), meta(TOKENS, width)
     update = output, meta(n, TOKENS, dtype=FP32), meta(n, n, TOKENS, dtype=FP32)
     for logits, scales in (((2 + n) * n, 3), (n, 1)):
-        weights = (meta(*s, dtype=FP32) for s in ((logits, n * width), (logits,), (scales,), (width,)))
-        iterations = 20 if scales == 3 else 0
-        hyper.site_forward(streams, update, *weights, iterations, 1e-6, 1e-6, places(hyper.count_size(TOKENS)))
+        fn, base = meta(logits, n * width, dtype=FP32), meta(logits, dtype=FP32)
+        scale, norm = meta(scales, dtype=FP32), meta(width, dtype=FP32)
+        iterations, counts = 20 if scales == 3 else 0, places(hyper.count_size(TOKENS))
+        hyper.site_forward(streams, update, fn, base, scale, norm, iterations, 1e-6, 1e-6, counts)
 
 
 def laid_out() -> None:

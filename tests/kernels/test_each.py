@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amalgam.kernels.compress import Pooling, compress, compress_each
+from amalgam.kernels.compress import Pooling, Storage, compress, compress_each
 from amalgam.kernels.norm import Norm, norm_each, norm_rope, rms_norm
 from amalgam.kernels.places import Windows
 from amalgam.kernels.project import Into, Product, project, project_each, project_wide
@@ -89,7 +89,8 @@ def test_entries(overlap: bool, dtype: torch.dtype):
     number = torch.tensor([0, -1, 5], dtype=torch.int32)
     windows = Windows(torch.tensor([9, 0, 27], dtype=torch.int32), number, turns(4 * number.long()), 9)
     rows, poolings = torch.tensor([4, 0, 2]), []
-    for width, storage in ((64, "fp8"), (32, "fp4")):
+    kinds: list[tuple[int, Storage]] = [(64, "fp8"), (32, "fp4")]
+    for width, storage in kinds:
         channels = width * (1 + overlap)
         values, scores = torch.randn(2, 36, channels)
         pool = torch.zeros(6, width, dtype=dtype)
@@ -97,6 +98,7 @@ def test_entries(overlap: bool, dtype: torch.dtype):
         poolings.append(Pooling(values, scores, bias, torch.rand(width) + 0.5, 1e-6, pool, storage))
     compress_each(poolings, windows, rows)
     for each in poolings:
-        alone = compress(*each[:4], windows, each.eps, dtype, each.storage)
+        given = (each.values, each.scores, each.bias, each.weight)
+        alone = compress(*given, windows, each.eps, dtype, each.storage)
         assert torch.equal(each.pool[rows], alone) and alone[0].any() and alone[2].any()
         assert not each.pool[[0, 1, 3, 5]].any()

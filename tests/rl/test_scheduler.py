@@ -93,8 +93,8 @@ def run_step(s: Scheduler, device: Device) -> list[Entry]:
     plan = s.plan()
     # One that gives way may have a token in flight, which its prefill will need.
     assert not any(c.start == 0 and c.entry in started for c in plan.chunks)
-    saved = [i for i, move in enumerate(plan.moves) if isinstance(move, Save) and move.key[0] == "request"]
-    assert not any(isinstance(move, Load) and move.key == plan.moves[i].key for i in saved for move in plan.moves[i:])
+    saved = [(i, move.key) for i, move in enumerate(plan.moves) if isinstance(move, Save) and move.key[0] == "request"]
+    assert not any(isinstance(move, Load) and move.key == key for i, key in saved for move in plan.moves[i:])
     for move in plan.moves:
         device.move(move)
     fed = [c.entry for c in plan.chunks] + [e for e, _ in plan.decodes]
