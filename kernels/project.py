@@ -83,7 +83,7 @@ def few(x: Tensor) -> bool:
 
 def project_each(x: Tensor, products: Sequence[Product]) -> list[Tensor]:
     """x [T, i] times each weight, or the rows that this was written into. No gradient. Few rows are one launch."""
-    if x.shape[0] and few(x):
+    if products and x.shape[0] and few(x):
         from .fused.linear_each import multiply_each
 
         return multiply_each(x, products)

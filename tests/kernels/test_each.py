@@ -49,6 +49,7 @@ def test_products(rows: int, dtype: torch.dtype):
     assert torch.equal(halves[:, :16], project(x, weights[4]))
     for y, weight in zip(found[5:], weights[5:], strict=True):
         assert torch.equal(y, project(x, weight))
+    assert project_each(x, []) == []
 
 
 @DTYPES
