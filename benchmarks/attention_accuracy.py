@@ -27,6 +27,7 @@ from amalgam.kernels.norm import norm_rope, rms_norm
 from amalgam.kernels.places import Seen, Windows
 from amalgam.kernels.project import project, project_groups, project_wide
 from amalgam.kernels.rope import apply_rope
+from amalgam.model.cache import Cache, page_tokens
 from amalgam.model.layout import Chunk, Packed, packed
 from amalgam.model.step import step
 
