@@ -207,15 +207,17 @@ class Scheduler:
     def _admit(self) -> list[Entry]:
         """Gives slots, and pages for what is known, to the requests that have waited longest.
 
-        A page for each running request stays free, which otherwise would soon be preempted for it (our choice).
+        A page stays free for each running request that may need one more, or it would soon be preempted for it (our
+        choice).
         """
         admitted: list[Entry] = []
+        growing = sum(map(self._may_grow, self.running))
         while self.waiting and self._slots:
             entry = self.waiting[0]
             hold = self.holds.get(entry.group) if entry.fresh else None
             follows = entry.fresh and (hold is not None or self._leader(entry) is not None)
             need = self.pool.count(entry.known) - (entry.shared // self.pool.page if follows else 0)
-            if self.pool.free < need + len(self.running):
+            if self.pool.free < need + growing:
                 if self.running or not self.holds:
                     break
                 self._release(next(iter(self.holds)))
@@ -235,8 +237,12 @@ class Scheduler:
                 self._moves.append(Clear(slot))
             if not (follows and hold):
                 self._moves.append(Place(slot, 0, list(entry.pages)))
+            growing += self._may_grow(entry)
             admitted.append(entry)
         return admitted
+
+    def _may_grow(self, entry: Entry) -> bool:
+        return self.pool.count(entry.limit + self.stride - 1) > len(entry.pages)
 
     def _grow(self, entry: Entry, tokens: int) -> bool:
         """Pages for `tokens` tokens of a running request; False if it is the youngest itself, and there are none."""

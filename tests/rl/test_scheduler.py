@@ -295,3 +295,13 @@ def test_pages_are_counted():
     with pytest.raises(ValueError, match=f"page {b} is free and cannot be shared"):
         pool.share([b])
     assert [pool.count(n) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_all_slots_are_used_where_there_are_pages_for_all(stride: int):
+    """No page waits for requests that have all they may need."""
+    s = Scheduler(4, Pages(4, 16), 16, 100, stride=stride)
+    for i in range(4):
+        s.add(Entry(i, i, 5, 5, 16 - stride + 1))
+    s.plan()
+    assert len(s.running) == 4 and s.pool.free == 0
