@@ -211,7 +211,7 @@ class Scheduler:
         choice).
         """
         admitted: list[Entry] = []
-        growing = sum(map(self._may_grow, self.running))
+        growing = sum(map(self._may_grow, self.running)) if self.waiting and self._slots else 0
         while self.waiting and self._slots:
             entry = self.waiting[0]
             hold = self.holds.get(entry.group) if entry.fresh else None
