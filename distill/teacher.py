@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..rl.cluster import log_to_stderr, wait
+from ..rl.cluster import log_to_stderr, resources, wait
 from ..rl.memory import Span
 from ..rl.packing import Row, collate, plan
 from ..rl.settings import DEADLINE
@@ -59,6 +59,7 @@ class Teachers:
         paths: list[Path],
         *,
         gpus_per_actor: float = 0.0,
+        group: Any = None,
         threads: int = 1,
         precision: Precision = FULL,
         deadline: float = DEADLINE,
@@ -66,7 +67,7 @@ class Teachers:
         import ray
 
         self.paths, self.deadline = [str(p.absolute()) for p in paths], deadline
-        actor = ray.remote(TeacherWorker).options(num_cpus=0, num_gpus=gpus_per_actor)
+        actor = ray.remote(TeacherWorker).options(**resources(gpus_per_actor, group, 0))
         self.worker: Any = actor.remote("cuda" if gpus_per_actor else "cpu", threads, precision)
 
     def heads(self) -> dict[str, np.ndarray]:

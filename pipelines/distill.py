@@ -14,10 +14,10 @@ from .rollout import (
     length_metrics,
     sample,
     sampled_rate,
+    sampling,
     sampling_params,
     shown,
     shown_service,
-    sync,
     write_rollouts,
 )
 from .stage import StageRun, speaker
@@ -31,20 +31,20 @@ def distill(stage: StageRun, settings: Distill) -> None:
     terms = {"indexer_weight": settings.indexer.weight}
     paths = [run.model(settings.teachers[name]) for name in settings.domains]
     with (
-        stage.learner(model, settings.optimizer, unfreeze=settings.indexer.unfreeze) as learner,
         stage.rollouts(model, settings.rollout_workers, settings.rollout, settings.sampling.draft) as rollouts,
+        stage.learner(model, settings.optimizer, unfreeze=settings.indexer.unfreeze) as learner,
         Teachers(paths, **run.fleet.place) as teachers,
         stage.metered([teachers.worker]),
     ):
         learner.share(teachers.heads())
         while stage.step < stage.steps:
             began, step = time.monotonic(), stage.step
-            sync(learner, rollouts, step)
             problems = draw(domains, "train", step, settings.prompts)
-            trajectories = sample(
-                rollouts, encoding, tokenizer, problems,
-                first=step * settings.prompts, group_size=1, params=params,
-            )  # fmt: skip
+            with sampling(learner, rollouts, step, run.fleet.colocated):
+                trajectories = sample(
+                    rollouts, encoding, tokenizer, problems,
+                    first=step * settings.prompts, group_size=1, params=params,
+                )  # fmt: skip
             teacher = [settings.domains.index(t.domain) for t in trajectories]
             documents = [t.row()["tokens"] for t in trajectories]
             hidden = teachers.hidden(documents, teacher, settings.optimizer.micro_batch_tokens)

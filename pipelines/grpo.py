@@ -17,11 +17,11 @@ from .rollout import (
     length_metrics,
     sample,
     sampled_rate,
+    sampling,
     sampling_params,
     score,
     shown,
     shown_service,
-    sync,
     write_rollouts,
 )
 from .stage import StageRun, speaker
@@ -37,18 +37,18 @@ def grpo(stage: StageRun, settings: Grpo) -> None:
         "indexer_weight": settings.indexer.weight,
     }  # fmt: skip
     with (
-        stage.learner(model, settings.optimizer, settings.updates, settings.indexer.unfreeze) as learner,
         stage.rollouts(model, settings.rollout_workers, settings.rollout, settings.sampling.draft) as rollouts,
+        stage.learner(model, settings.optimizer, settings.updates, settings.indexer.unfreeze) as learner,
         stage.grader() as grader,
     ):
         while stage.step < stage.steps:
             began, step = time.monotonic(), stage.step
-            sync(learner, rollouts, step)
             problems = draw(domains, "train", step, settings.prompts)
-            trajectories = sample(
-                rollouts, encoding, tokenizer, problems,
-                first=step * settings.prompts, group_size=settings.group_size, params=params,
-            )  # fmt: skip
+            with sampling(learner, rollouts, step, run.fleet.colocated):
+                trajectories = sample(
+                    rollouts, encoding, tokenizer, problems,
+                    first=step * settings.prompts, group_size=settings.group_size, params=params,
+                )  # fmt: skip
             graded = score(grader, trajectories)
             kept, dropped = group_advantages(trajectories)
             metrics = reward_metrics(trajectories) | length_metrics(trajectories) | rollouts.metrics()

@@ -252,7 +252,11 @@ class ResourceSettings(Settings):
     """What each Ray actor (learner rank, rollout worker) asks for."""
 
     gpus_per_actor: NonNegativeFloat = 0.0
-    """GPUs; 0.5 lets two actors share one, 0 runs on the CPU."""
+    """GPUs; 0.5 lets two actors share one, 0 runs on the CPU. Colocated, any number above 0 means whole GPUs."""
+    placement: Literal["separate", "colocated"] = "separate"
+    """`separate`: learner ranks and rollout workers have GPUs of their own, and all keep their memory. `colocated`: a
+    rank and a worker share a GPU, with a teacher on the first, and take turns with its memory: the learner's goes to
+    the host while the workers sample, theirs while it learns. No result depends on it."""
     threads: PositiveInt = 1
     """CPU threads."""
     deadline: PositiveFloat = DEADLINE
@@ -282,6 +286,11 @@ class Recipe(Settings):
     tracking: TrackingSettings = TrackingSettings()
     resources: ResourceSettings = ResourceSettings()
 
+    def most_actors(self) -> int:
+        """Ranks or rollout workers of a stage, or the one worker of an evaluation."""
+        ranks = [s.optimizer.ranks for s in self.stages.values() if not isinstance(s, Average)]
+        return max(1, *ranks, *(s.rollout_workers for s in self.stages.values() if isinstance(s, Grpo | Distill)))
+
     def inputs(self, stage: str) -> list[str]:
         """The models that a stage needs, each once: names of stages, or "base"."""
         return list(dict.fromkeys(self.stages[stage].references().values()))
@@ -305,7 +314,13 @@ class Recipe(Settings):
         yield from self._name_problems()
         if self.base is not None and (problem := base_problem(self.base)):
             yield ("base",), problem
+        colocated = self.resources.placement == "colocated"
+        if colocated and self.resources.gpus_per_actor and self.stages_at_once > 1:
+            yield ("stages_at_once",), "colocated stages take turns with the GPUs' memory; give 1"
         for name, stage in self.stages.items():
+            if colocated and not isinstance(stage, Average) and stage.optimizer.keeps_shards:
+                problem = "stage 3 keeps shards that a colocated learner cannot offload; give 2"
+                yield ("stages", name, "optimizer", "zero_stage"), problem
             for keys, problem in self._stage_problems(stage):
                 yield ("stages", name, *keys), problem
         try:

@@ -1,7 +1,8 @@
 """From problems to scored trajectories: what GRPO, distillation and evaluation have in common."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,21 @@ def sample(
     return trajectories
 
 
-def sync(learner: Learner, rollouts: Rollouts, version: int) -> None:
-    """The workers sample with the learner's weights from here on, as that version."""
+@contextmanager
+def sampling(learner: Learner, rollouts: Rollouts, version: int, colocated: bool) -> Iterator[None]:
+    """Inside, the workers sample with the learner's weights, as that version. Colocated, they have the device's memory
+    inside, and the learner has it outside; while the weights change hands, both have theirs."""
+    if colocated:
+        rollouts.reload()
     handle = learner.weights(version, rollouts.receivers)
     rollouts.sync(handle, version, later=lambda: learner.weights(version))
+    if colocated:
+        learner.offload()
+        rollouts.restore()
+    yield
+    if colocated:
+        rollouts.offload()
+        learner.reload()
 
 
 def sampling_params(settings: Sampling, seed: int) -> SamplingParams:

@@ -73,7 +73,8 @@ def run_recipe(recipe: Recipe, runs: Path) -> Path:
         write_json(folder / "versions.json", versions())
         start_ray()
         resources = recipe.resources
-        with Fleet(resources.gpus_per_actor, resources.threads, recipe.precision, resources.deadline) as fleet:
+        place = resources.gpus_per_actor, resources.threads, recipe.precision, resources.deadline
+        with Fleet(*place, recipe.most_actors() if resources.placement == "colocated" else 0) as fleet:
             run = Run(recipe, folder, fleet, tracker, console, domains)
             _walk(run)
         tracker.close()

@@ -119,10 +119,13 @@ class StageRun:
 
     @contextmanager
     def rollouts(self, model: Path, workers: int, room: EngineRoom, draft: Draft) -> Iterator[Rollouts]:
-        """Their journals are in the stage's folder until it is done."""
+        """Their journals are in the stage's folder until it is done. Colocated, they start out offloaded, so that a
+        learner can be lent."""
         engine = EngineSettings(**room.model_dump(), draft=draft)
         lent = self.run.fleet.rollouts(model, workers, self.folder / "journal", engine)
         with lent as rollouts, self.metered(rollouts.workers):
+            if self.run.fleet.colocated:
+                rollouts.offload()
             yield rollouts
 
     @contextmanager

@@ -10,10 +10,13 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors import UserError
+
 # Several actors share the cores: a thread pool in each would only make them wait for each other.
 _WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 # Weights, rollouts and batches of models that fit a CPU run; Ray spills to disk what goes beyond.
 _CPU_OBJECT_STORE_BYTES = 200_000_000
+_SHARE = 0.01  # of a GPU, by Ray's books: who has its memory is settled by turns, and idle ones have none
 _LAST_LINES = 20  # of a dead actor's log
 _session: dict[str, str] = {}  # of the Ray that was started or joined: "session_dir", "node_ip_address", ...
 
@@ -67,6 +70,29 @@ def _authenticate(private: bool) -> None:
     from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
 
     Config.initialize("")  # Ray has read its environment when it was imported, which may have been long ago
+
+
+def gpu_group(gpus: int, deadline: float) -> Any:
+    """A placement group of whole GPUs, on as few machines as can be. UserError for more than the cluster has."""
+    import ray
+    from ray.util import placement_group
+
+    have = int(ray.cluster_resources().get("GPU", 0))
+    if gpus > have:
+        raise UserError(f"resources.placement: colocated takes {gpus} GPUs, and there are {have}")
+    group = placement_group([{"GPU": 1}] * gpus)
+    wait(group.ready(), f"{gpus} GPUs to be free", deadline)
+    return group
+
+
+def resources(gpus: float, group: Any, index: int) -> dict[str, Any]:
+    """An actor's options: so many GPUs to itself, or that GPU of the group, shared with all that are put there."""
+    if group is None:
+        return {"num_cpus": 0, "num_gpus": gpus}
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+    return {"num_cpus": 0, "num_gpus": _SHARE, "scheduling_strategy": place}
 
 
 def wait(refs: Any, what: str, deadline: float) -> Any:

@@ -7,7 +7,7 @@ it. On a GPU a step is launched before the tokens of the last one are read: what
 thrown away.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -61,12 +61,36 @@ class Engine:
         settings = settings or EngineSettings()
         self.model, self.end_ids, self.tokenizer, self.settings = model, tuple(end_ids), tokenizer, settings
         self.version = 0
-        kind = Batch
+        self._snapshots, self._page = snapshots, page
+        self._counts: Counter[str] = Counter()
+        self.restore()
+        # A drafted step's outcome decides what the next one feeds.
+        self._lag = self._batch.stride == 1 and (self._batch.device.type == "cuda" if lag is None else lag)
+        self._responses: dict[int, Response] = {}
+        self._groups: dict[int, list[Response]] = {}
+        self._flights: deque[Flight] = deque()
+        self._news: dict[Response, None] = {}  # of which something is to be told
+        self._records, self._meter = Records(journal, settings.sets), Meter()
+
+    # --- memory comes and goes
+
+    def release(self) -> None:
+        """Gives up the cache and the graphs, until `restore`. ValueError while requests are under way."""
+        if self.busy:
+            raise ValueError("release() while requests are under way: their cache is in use")
+        self._land(0)
+        self._batch = self._suspended = None
+
+    def restore(self) -> None:
+        """Makes the cache, of the memory that is free now; graphs are recorded as they are needed. No request's tokens
+        depend on it. ValueError for one without room for one request."""
+        model, settings, kind = self.model, self.settings, Batch
         if settings.draft == "mtp":
             from .draft import DraftedBatch as kind  # which is built from Batch
-        found = room(model, settings, kind.slack, kind.extra_bytes(model), page)
+        found = room(model, settings, kind.slack, kind.extra_bytes(model), self._page)
         self.context = found.capacity  # most tokens of a request, prompt and response
         self._batch: Any = kind(model, found, settings)
+        self._suspended: Any = Suspended(self._snapshots, self._batch)
         self._scheduler = Scheduler(
             found.slots,
             Pages(found.pages, found.page),
@@ -77,19 +101,14 @@ class Engine:
             page_bytes=found.page_bytes,
             swap=settings.swap,
         )
-        # A drafted step's outcome decides what the next one feeds.
-        self._lag = kind.stride == 1 and (self._batch.device.type == "cuda" if lag is None else lag)
-        self._responses: dict[int, Response] = {}
-        self._groups: dict[int, list[Response]] = {}
-        self._flights: deque[Flight] = deque()
-        self._news: dict[Response, None] = {}  # of which something is to be told
-        self._records, self._meter = Records(journal, settings.sets), Meter()
-        self._suspended = Suspended(snapshots, self._batch)
+        self._scheduler.counts = self._counts
 
     # --- requests come and go
 
     def submit(self, request: Request) -> None:
         """Takes a request on. ValueError, in one line, for one that could never run, or whose id is in use."""
+        if self._batch is None:
+            raise RuntimeError(f"request {request.id}: the engine has given up its cache; restore() it first")
         params, prompt = request.params, request.prompt_ids
         known = len(prompt) + (0 if request.past is None else len(request.past.response_ids))
         entry = Entry(request.id, request.group, len(prompt), known, len(prompt) + params.max_new_tokens)

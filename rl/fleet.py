@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..settings import FULL, Precision
+from .cluster import gpu_group
 from .learner import Learner
 from .rollout import ENGINE, Rollouts
 from .settings import DEADLINE, EngineSettings, Optimization
@@ -20,13 +21,23 @@ class Fleet:
     """A context manager that ends all its processes, also where ending one fails.
 
     `gpus_per_actor`, `threads`, `precision` and `deadline` (seconds of one call) are those of every process.
+    `colocated`: so many GPUs are shared: the i-th is that of every learner's rank i and of every rollout worker i. On
+    a CPU there is none to share, but all else is alike: whoever is idle is offloaded, and whoever is lent takes turns.
     """
 
     def __init__(
-        self, gpus_per_actor: float = 0.0, threads: int = 1, precision: Precision = FULL, deadline: float = DEADLINE
+        self,
+        gpus_per_actor: float = 0.0,
+        threads: int = 1,
+        precision: Precision = FULL,
+        deadline: float = DEADLINE,
+        colocated: int = 0,
     ):
+        self.colocated = colocated > 0
+        self._group = gpu_group(colocated, deadline) if colocated and gpus_per_actor else None
         self.place: dict[str, Any] = {
-            "gpus_per_actor": gpus_per_actor, "threads": threads, "precision": precision, "deadline": deadline,
+            "gpus_per_actor": gpus_per_actor, "group": self._group,
+            "threads": threads, "precision": precision, "deadline": deadline,
         }  # fmt: skip
         self._idle: dict[Any, list[Any]] = {}
         self._all: list[Any] = []
@@ -43,6 +54,8 @@ class Fleet:
             again=lambda learner: learner.load(path, optimization, total_steps, unfreeze),
         ) as learner:
             yield learner
+            if self.colocated:
+                learner.offload()
 
     @contextmanager
     def rollouts(self, path: Path, workers: int, journal: Path, engine: EngineSettings = ENGINE) -> Iterator[Rollouts]:
@@ -50,6 +63,8 @@ class Fleet:
         with self.lend(("rollouts", workers), lambda: Rollouts(workers, **self.place)) as rollouts:
             rollouts.load(path, journal=journal, settings=engine)
             yield rollouts
+            if self.colocated:
+                rollouts.offload()
 
     @contextmanager
     def lend(
@@ -77,3 +92,7 @@ class Fleet:
         with ExitStack() as ends:
             for member in self._all:
                 ends.callback(member.close)
+            if self._group is not None:
+                from ray.util import remove_placement_group
+
+                remove_placement_group(self._group)

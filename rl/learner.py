@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..settings import FULL, Precision
-from .cluster import wait
+from .cluster import resources, wait
 from .learner_worker import LearnerWorker
 from .losses import COMMON, Loss, add
 from .packing import Row, plan, stack
@@ -25,7 +25,7 @@ class Learner:
 
     A context manager. Every call ends within `deadline` seconds, or in a TimeoutError that says what it
     waited for. An exception in a rank is raised here as itself. Paths must mean the same on every rank's
-    machine. `workers` are the Ray actors.
+    machine. `workers` are the Ray actors. `gpus_per_actor`, `group`: `cluster.resources`'.
     """
 
     def __init__(
@@ -36,16 +36,18 @@ class Learner:
         unfreeze: tuple[str, ...] = (),
         *,
         gpus_per_actor: float = 0.0,
+        group: Any = None,
         threads: int = 1,
         precision: Precision = FULL,
         deadline: float = DEADLINE,
     ):
-        self._gpus, self._threads, self._precision, self._deadline = gpus_per_actor, threads, precision, deadline
+        self._gpus, self._group = gpus_per_actor, group
+        self._threads, self._precision, self._deadline = threads, precision, deadline
         self.workers: list[Any] = []
         self._places: list[Place] = []
         self._way: Way | None = None
         self._sending: list[Any] = []  # a broadcast's calls
-        self._offloaded = False
+        self._offloaded, self._published = False, -1  # the version that was last
         try:
             self.load(path, optimization, total_steps, unfreeze)
         except BaseException:
@@ -69,7 +71,7 @@ class Learner:
         """
         from ..model.config import resolve
 
-        self._offloaded = False
+        self._offloaded, self._published = False, -1
         folder = str(resolve(path).absolute())
         if len(self.workers) != optimization.ranks:
             self.close()
@@ -107,11 +109,14 @@ class Learner:
 
         With `receivers`, these take them by the fastest way there is between the learner and them, all at the same
         time and before the learner's next call, which waits for it. Without, whoever has the reference does, at any
-        time: the weights stay in the object store.
+        time: the weights stay in the object store. So they get there from an offloaded learner too, if they are those
+        that it published last.
         """
         import ray
 
-        self._settle()
+        if receivers or not (self._offloaded and version == self._published):
+            self._settle()
+            self._published = version
         what, way = f"the learner to publish version {version} of its weights", choose(self._places, receivers)
         if receivers and way != self._way:
             _log.info("weights go to %d workers by %s (rl/transport.py)", len(receivers), way)
@@ -127,7 +132,7 @@ class Learner:
 
     def offload(self) -> int:
         """Hands the ranks' device memory over: weights, masters and moments go to the host's, until `reload`; the bytes
-        of all ranks. Only `load` and `reload` may follow."""
+        of all ranks. Only `load`, `reload` and `weights` may follow."""
         taken = sum(self._all("offload", "the learner to offload its memory"))
         self._offloaded = True
         return taken
@@ -166,8 +171,11 @@ class Learner:
         import ray
 
         device = "cuda" if self._gpus else "cpu"
-        actor = ray.remote(LearnerWorker).options(num_cpus=0, num_gpus=self._gpus)
-        self.workers = [actor.remote(rank, ranks, device, self._threads) for rank in range(ranks)]
+        actor = ray.remote(LearnerWorker)
+        self.workers = [
+            actor.options(**resources(self._gpus, self._group, rank)).remote(rank, ranks, device, self._threads)
+            for rank in range(ranks)
+        ]
         try:
             self._places = self._all("place", f"{ranks} learner processes to start")
             hosts = [place.host for place in self._places]

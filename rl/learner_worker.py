@@ -40,7 +40,7 @@ from .settings import Optimization
 from .stage_3 import Objective, detached, let_go
 from .state import Shapes, read_state, write_state
 from .training_graph import TrainingGraphs, why_not
-from .transport import Handle, Place, Sender, Way, here
+from .transport import Handle, Place, Sender, Way, from_host, here
 
 _BUCKET_ELEMENTS = 50_000_000  # of one reduction; DeepSpeed's default would allocate 2 GB for it
 
@@ -171,7 +171,7 @@ class LearnerWorker:
         }
 
     def share(self, arrays: dict[str, np.ndarray]) -> None:
-        self._shared = tensors(arrays, self._device)
+        self._shared, self._offloaded = tensors(arrays, self._device), None
         if self._graphs:
             self._graphs.clear()  # which read what was shared before
 
@@ -291,6 +291,8 @@ class LearnerWorker:
 
     def weights(self, version: int, way: Way, receivers: list[Place]) -> tuple[None, Handle | None]:
         """Two results, so that the driver can wait for the first without fetching the second."""
+        if self._offloaded and self._offloaded.away:
+            return None, from_host(self._model, self._handle, self._offloaded) if self._rank == 0 else None
         own = [place for place in receivers if way != "ipc" or place.gpu == self.place().gpu]
         with self._gathered():
             if self._rank and way != "ipc":
@@ -311,6 +313,7 @@ class LearnerWorker:
         if self._graphs:
             self._graphs.clear()
         self._model.zero_grad()
+        self._sender.take_back()
         if self._offloaded is None:
             optimizer = self._engine.basic_optimizer
             self._offloaded = Offload([*tensors_of(self._masters, self._model, optimizer), *self._shared.values()])

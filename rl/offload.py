@@ -43,6 +43,15 @@ class Offload:
                 _bytes(storage).copy_(host, non_blocking=True)
         self._wait()
 
+    @property
+    def away(self) -> bool:
+        return any(not storage.nbytes() for storage, _ in self._held)
+
+    def host(self, tensor: Tensor) -> Tensor:
+        """uint8: the bytes of a contiguous tensor whose memory is away, where they are now."""
+        key, begin = tensor.untyped_storage()._cdata, tensor.storage_offset() * tensor.itemsize
+        return next(host for storage, host in self._held if storage._cdata == key)[begin : begin + tensor.nbytes]
+
     def _wait(self) -> None:
         for device in {storage.device for storage, _ in self._held if storage.device.type == "cuda"}:
             torch.cuda.synchronize(device)

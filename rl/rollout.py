@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..settings import FULL, Precision
-from .cluster import last_words, wait
+from .cluster import last_words, resources, wait
 from .rollout_worker import CALLS, RolloutWorker
 from .router import MAX_DEATHS, Deaths, Meter, Report, Router, room, settle, unsampled
 from .settings import DEADLINE, EngineSettings
@@ -43,14 +43,17 @@ class Rollouts:
         workers: int,
         *,
         gpus_per_actor: float = 0.0,
+        group: Any = None,
         threads: int = 1,
         precision: Precision = FULL,
         deadline: float = DEADLINE,
     ):
-        self._gpus, self._threads, self._precision, self._deadline = gpus_per_actor, threads, precision, deadline
+        self._gpus, self._group = gpus_per_actor, group
+        self._threads, self._precision, self._deadline = threads, precision, deadline
         self._calls: dict[Any, _Call] = {}  # by Ray's reference: what has not been answered
         self._places = [_Place(i) for i in range(workers)]
-        self.workers = [self._start() for _ in self._places]  # the actors, by place
+        self.workers = [self._start(place) for place in self._places]  # the actors, by place
+        self._offloaded = False  # until `restore`
         self._loads = 0  # so far
         self._router = Router(0)
         self._scratch: Any = None  # a temporary folder, where nobody gives one
@@ -66,6 +69,7 @@ class Rollouts:
         if len(self._router):
             raise RuntimeError(f"{len(self._router)} requests have not ended: no other policy can be loaded yet")
         self._until(lambda: not any(place.starts for place in self._places))  # of a worker only one load at a time
+        self._offloaded = False
         self._path, self._settings = str(resolve(path).absolute()), settings
         self._handle, self._later, self._version, self._cache = None, None, 0, "keep"
         self._router, self._deaths, self._meter = Router(room(settings.max_batch)), Deaths(), Meter()
@@ -101,6 +105,26 @@ class Rollouts:
             self._handle = None
         self._later = later
         self._until(lambda: self._is_synced(version))
+
+    def offload(self) -> None:
+        """All workers hand their device memory over: weights, caches and graphs. `reload` brings the weights back, for
+        `sync`, and `restore` the rest, for requests. One that dies in between takes none before `restore`."""
+        if len(self._router):
+            raise RuntimeError(f"{len(self._router)} requests have not ended: their workers' memory is in use")
+        self._until(lambda: not any(place.starts for place in self._places))
+        if not self._offloaded:
+            self._offloaded = True
+            self._all("hand its memory over", "offload")
+
+    def reload(self) -> None:
+        self._all("take its weights back", "reload")
+
+    def restore(self) -> None:
+        self._offloaded = False
+        self._all("make its cache", "restore")
+        for place in self._places:
+            if not place.serves and not place.starts:
+                self._prepare(place)
 
     def submit(self, requests: list[Request]) -> None:
         """Puts them on their way; `results` has what becomes of them. ValueError for an id that is on its way."""
@@ -238,10 +262,11 @@ class Rollouts:
 
     # --- workers come and go
 
-    def _start(self) -> Any:
+    def _start(self, place: "_Place") -> Any:
         import ray
 
-        actor = ray.remote(self.kind).options(num_cpus=0, num_gpus=self._gpus, max_concurrency=CALLS)
+        where = resources(self._gpus, self._group, place.index)
+        actor = ray.remote(self.kind).options(**where, max_concurrency=CALLS)
         return actor.remote("cuda" if self._gpus else "cpu", self._threads, self._precision, self._deadline)
 
     def _prepare(self, place: "_Place") -> None:
@@ -272,9 +297,9 @@ class Rollouts:
         self._catch_up(place)
 
     def _is_synced(self, version: int) -> bool:
-        """Whether those that serve have it, and one does."""
+        """Whether those that serve have it, and one does, unless all have died that could before `restore`."""
         serving = [place.version == version for place in self._places if place.serves]
-        return bool(serving) and all(serving)
+        return (bool(serving) or self._offloaded) and all(serving)
 
     def _died(self, place: "_Place", why: Exception) -> None:
         """What its worker had goes on elsewhere, and another worker starts."""
@@ -295,19 +320,25 @@ class Rollouts:
             raise RuntimeError(f"rollout worker {place.index} {how_often}; the last: {words or why}") from why
         line = f"its last words: {words.splitlines()[-1]}" if words else str(why).splitlines()[0]
         _LOG.warning("rollout worker %d died; its %d requests go on; %s", place.index, len(held), line)
-        self.workers[place.index] = self._start()
-        self._prepare(place)
+        self.workers[place.index] = self._start(place)
+        place.starts = False
+        if not self._offloaded:
+            self._prepare(place)
 
     def _forget(self) -> None:
         """All has been delivered: journals begin anew, and what the dead left is removed."""
         if not self._journals_used:
             return
-        serving = [place for place in self._places if place.serves]
-        refs = [self._call(place, "begin a new journal", self._actor(place).forget.remote()) for place in serving]
-        self._until(lambda: not any(ref in self._calls for ref in refs))
+        self._all("begin a new journal", "forget")
         for folder in set(self._folder.iterdir()) - {place.folder for place in self._places}:
             shutil.rmtree(folder)
         self._journals_used = False
+
+    def _all(self, what: str, method: str) -> None:
+        """A call of all that serve, until it is answered by those that do not die of it."""
+        serving = [place for place in self._places if place.serves]
+        refs = [self._call(place, what, getattr(self._actor(place), method).remote()) for place in serving]
+        self._until(lambda: not any(ref in self._calls for ref in refs))
 
     def _scratch_folder(self) -> Path:
         self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="amalgam-journal-")

@@ -115,10 +115,12 @@ class RolloutWorker:
         self._call(lambda engine: engine.update(lambda model: receive(model, handle), handle.version, cache))
 
     def offload(self) -> int:
-        """The device memory of the policy's weights goes to the host's, until `reload`; the bytes."""
+        """The engine gives up its cache and its graphs, until `restore`, and the device memory of the policy's weights
+        goes to the host's, until `reload`; the bytes of these."""
         from .offload import Offload, tensors_of
 
         def out(engine: Any) -> int:
+            engine.release()
             self._offloaded = self._offloaded or Offload(tensors_of(engine.model))
             return self._offloaded.out()
 
@@ -126,6 +128,9 @@ class RolloutWorker:
 
     def reload(self) -> None:
         self._call(lambda _: self._offloaded.back())
+
+    def restore(self) -> None:
+        self._call(lambda engine: engine.restore())
 
     def forget(self) -> None:
         """Nothing is unfinished, and all that had finished was taken in: the journal begins anew."""

@@ -52,9 +52,14 @@ class Optimization(Settings):
     micro_batch_tokens: PositiveInt = 4096
     """Most tokens in one packed forward and backward of a rank; a step takes as many of them as it needs."""
 
+    @property
+    def keeps_shards(self) -> bool:
+        """Whether a rank has parts of the weights alone."""
+        return self.zero_stage == 3 and self.ranks > 1
+
     def problem(self, dtype: str) -> str | None:
         """Why a model that computes in that dtype cannot be trained so; None where it can."""
-        if self.zero_stage == 3 and self.ranks > 1 and dtype != "float32":
+        if self.keeps_shards and dtype != "float32":
             return f"3 shards float32 weights, and precision.compute is {dtype}; give 2, or precision.compute: float32"
         return None
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..model.tensors import distinct
 from .broadcast import BUCKET, Group, Meeting
+from .offload import Offload
 from .weights import Intake, Manifest, SyncError, as_bytes, buckets, describe, fill, padded
 
 SECONDS = 120.0
@@ -118,6 +119,10 @@ class Sender:
             return Lent(*common, self._lend(_raw(model, handle), to))
         return InStore(*common, tuple(each.cpu().numpy() for each in _raw(model, handle)))
 
+    def take_back(self) -> None:
+        """What was lent: all receivers have it."""
+        self._lent = None
+
     def send(self, model: nn.Module, handle: Broadcast, seconds: float = SECONDS) -> None:
         """The sender's part of a broadcast; it ends when all have checked it. After a failure a new group meets."""
         try:
@@ -197,6 +202,12 @@ class Receiver:
         whole = torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (size,), (1,))
         for p in buckets((handle.manifest[index].nbytes for index in handle.moved), size)[0]:
             yield whole[p.place : p.place + p.size]
+
+
+def from_host(model: nn.Module, handle: Handle, offloaded: Offload) -> InStore:
+    """The same weights through the store, after they were offloaded."""
+    data = (offloaded.host(each).numpy() for each in _raw(model, handle))
+    return InStore(handle.version, handle.manifest, handle.moved, tuple(data))
 
 
 def publish(model: nn.Module, version: int) -> InStore:

@@ -43,7 +43,9 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, updates: int, groups: 
     stage: Any = SimpleNamespace(
         name="s", step=0, steps=1, folder=tmp_path, commit=commit, finish=lambda _: None,
         facts={"metrics": {"reward": 0}},
-        run=SimpleNamespace(model=lambda _: None, domains={}, seed=lambda _: 0),
+        run=SimpleNamespace(
+            model=lambda _: None, domains={}, seed=lambda _: 0, fleet=SimpleNamespace(colocated=False)
+        ),
         log=SimpleNamespace(samples=lambda *_: None),
         learner=lambda *_: nullcontext(SimpleNamespace(step=learn, weights=lambda _: None, save_model=lambda _: None)),
         rollouts=lambda *_: nullcontext(SimpleNamespace(metrics=lambda: Meter().read(1.0, 0))),
@@ -56,7 +58,7 @@ def step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, updates: int, groups: 
     )  # fmt: skip
     monkeypatch.setattr(module, "speaker", lambda *_: (None, None))
     monkeypatch.setattr(module, "draw", lambda *_: [])
-    monkeypatch.setattr(module, "sync", lambda *_: None)
+    monkeypatch.setattr(module, "sampling", lambda *_: nullcontext())
     monkeypatch.setattr(module, "score", lambda *_: 1.0)
     monkeypatch.setattr(module, "sample", lambda *_, **__: [trajectory(i, i // 2) for i in range(2 * groups)])
     module.grpo(stage, settings)

@@ -143,6 +143,11 @@ MISTAKES = {
         "3",
         "r.yaml:19: stages.average: 3 is not a mapping; give a mapping ({KEY: VALUE}, or {})",
     ),
+    "colocated side by side": (
+        "tracking: {wandb: off}",
+        "stages_at_once: 2\nresources: {placement: colocated, gpus_per_actor: 1}",
+        "r.yaml:24: stages_at_once: colocated stages take turns with the GPUs' memory; give 1",
+    ),
     "unknown reference": (
         "from: sft-{domain}",
         "from: sftt-strings",
@@ -267,6 +272,19 @@ def test_a_mistake_gets_one_exact_line(mistake: str):
     right, wrong, message = MISTAKES[mistake]
     assert SMALL.count(right) >= 1
     assert errors(SMALL.replace(right, wrong, 1)) == [message]
+
+
+def test_colocated_shards_are_refused_where_they_are_asked_for():
+    text = SMALL.replace("lr: 1e-4", "{zero_stage: 3, ranks: 2}") + "resources: {placement: colocated}\n"
+    problem = "stage 3 keeps shards that a colocated learner cannot offload; give 2"
+    assert errors(text) == [f"r.yaml:18: stages.grpo-{{domain}}.optimizer.zero_stage: {problem}"]
+    assert load(text.replace("ranks: 2", "ranks: 1")).most_actors() == 1
+    assert (
+        load(
+            text.replace("3, ranks: 2", "2, ranks: 2").replace("steps: 20", "rollout_workers: 3\n    steps: 2")
+        ).most_actors()
+        == 3
+    )
 
 
 def test_a_base_that_is_named_but_absent():

@@ -280,6 +280,24 @@ def test_no_interruption_changes_a_bit(
         assert ours[name] == found, name
 
 
+def test_colocated_stages_find_the_same(recipe_file: Path, whole: Path, tmp_path: Path):
+    """Bit for bit: each kind of stage that samples, in the run that is otherwise done."""
+    recipe = load_recipe(str(recipe_file), ["resources.placement=colocated"])
+    run = Path(shutil.copytree(whole, tmp_path / recipe.name))
+    (run / "recipe.yaml").write_text(resolved_yaml(recipe))
+    again = ("grpo-words", "merged")
+    for name in again:
+        shutil.rmtree(run / "stages" / name)
+        (run / "evaluations" / f"{name}.json").unlink()
+    kept = [line for line in (run / "metrics.jsonl").open() if json.loads(line)["stage"] not in again]
+    (run / "metrics.jsonl").write_text("".join(kept))
+    run_recipe(recipe, tmp_path)
+    ours, theirs = outcome(run), outcome(whole)
+    assert ours.keys() == theirs.keys()
+    for name, found in theirs.items():
+        assert ours[name] == found, name
+
+
 # ---- bad input
 
 

@@ -55,7 +55,7 @@ class Engine:
 
     def __init__(self, folder: Path, journal: Journal, max_batch: int, seconds: float):
         self.folder, self.journal, self.max_batch, self.seconds = folder, journal, max_batch, seconds
-        self.version, self.steps = 0, 0
+        self.version, self.steps, self.held = 0, 0, {"weights", "cache"}
         self._known: dict[int, tuple[Request, list[int], list[int]]] = {}
         self._cancelled: set[int] = set()
 
@@ -89,6 +89,7 @@ class Engine:
         return {"running": running, "waiting": waiting, **use}
 
     def step(self) -> list[Any]:
+        assert self.held == {"weights", "cache"}
         time.sleep(self.seconds)
         self._hang()
         self.steps += 1
@@ -138,7 +139,20 @@ class Worker(RolloutWorker):
         return Engine(Path(path), self.new_journal(), settings.max_batch, wanted["seconds"])
 
     def update(self, handle: Any, cache: str = "keep") -> None:
-        self._call(lambda engine: engine.update(lambda _: None, handle, cache))
+        def take(engine: Engine) -> None:
+            assert "weights" in engine.held
+            engine.update(lambda _: None, handle, cache)
+
+        self._call(take)
+
+    def offload(self) -> int:
+        return self._call(lambda engine: engine.held.clear()) or 0
+
+    def reload(self) -> None:
+        self._call(lambda engine: engine.held.add("weights"))
+
+    def restore(self) -> None:
+        self._call(lambda engine: engine.held.add("cache"))
 
 
 class FakeRollouts(Rollouts):

@@ -41,6 +41,18 @@ def test_the_deadline_is_every_process_s(monkeypatch: pytest.MonkeyPatch):
         assert fleet.place["deadline"] == 7.0
 
 
+def test_colocated_nobody_idle_holds_memory(monkeypatch: pytest.MonkeyPatch):
+    members = {name: MagicMock() for name in ("Learner", "Rollouts")}
+    for name, member in members.items():
+        monkeypatch.setattr(fleet_module, name, lambda *_, member=member, **__: member)
+    for colocated in (0, 3):
+        with Fleet(colocated=colocated) as fleet:
+            assert (fleet.colocated, fleet.place["group"]) == (colocated > 0, None)
+            with fleet.rollouts(Path(), 1, Path()), fleet.learner(Path(), Optimization(lr=1.0), 1):
+                assert not any(member.offload.called for member in members.values())
+        assert [member.offload.call_count for member in members.values()] == [int(colocated > 0)] * 2
+
+
 def test_only_what_was_lent_before_is_made_ready_again():
     readied: list[Member] = []
     with Fleet() as fleet:

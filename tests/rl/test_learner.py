@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from ray import cloudpickle
 from safetensors.torch import load_file
@@ -240,9 +241,13 @@ def test_a_learner_that_was_offloaded_goes_on_bit_equal(learner, ranks, stage):
         for rows in batches(2):
             ours.step(rows, nll, scale=1.0)
             if away:
+                published = sent(ours)
                 assert ours.offload() > ranks * 4 * 40_000
+                again = ray.get(ours.weights(published.version))
+                assert [d.tobytes() for d in again.data] == [d.tobytes() for d in published.data]
+                assert (again.manifest, again.moved) == (published.manifest, published.moved)
                 with pytest.raises(RuntimeError, match="reload it first"):
-                    ours.weights(1)
+                    ours.weights(published.version + 1)
                 ours.reload()
         manifests.append(sent(ours).manifest)
     assert manifests[0] == manifests[1]

@@ -150,6 +150,40 @@ def test_a_worker_that_starts_later_asks_for_a_handle_of_its_own(pool: FakeRollo
     assert {v for t in [*found, *pool.generate(requests(8, 2))] for v in t.versions.tolist()} == {4}
 
 
+@pytest.mark.parametrize("dead", [1, 2])
+def test_workers_that_die_while_offloaded_take_no_memory_before_the_others(pool: FakeRollouts, dead: int):
+    """And then have the last version; one that starts when memory is handed over has to be there first."""
+    wanted = requests(8, 3)
+    expected = [response(r) for r in wanted]
+    os.kill(pid(pool.workers[1]), signal.SIGKILL)
+    assert [t.response_ids.tolist() for t in pool.generate(wanted)] == expected
+    pool.offload()
+    assert (pool.deaths, held(pool)) == (1, [set(), set()])
+    pool.offload()  # once
+    for worker in pool.workers[:dead]:
+        os.kill(pid(worker), signal.SIGKILL)
+    pool.reload()
+    pool.sync(5, 5, later=lambda: 5)
+    assert (pool.deaths, len(pool.receivers)) == (1 + dead, 2 - dead)
+    assert held(pool) == [None] * dead + [{"weights"}] * (2 - dead)
+    pool.restore()
+    found = pool.generate(wanted)
+    assert [t.response_ids.tolist() for t in found] == expected
+    assert {v for t in found for v in t.versions.tolist()} == {5}
+    pool.submit(wanted)
+    with pytest.raises(RuntimeError, match="^24 requests have not ended: their workers' memory is in use"):
+        pool.offload()
+    assert len(list(pool.results())) == len(wanted)
+    pool.offload()
+    assert held(pool) == [set(), set()]
+
+
+def held(pool: FakeRollouts) -> list[Any]:
+    """What of each worker's is on the device; None: it has loaded nothing."""
+    what: Any = lambda worker: worker.engine and worker.engine.held  # noqa: E731
+    return [wait(worker.__ray_call__.remote(what), "what a worker holds", 60.0) for worker in pool.workers]
+
+
 def test_cancelled_and_impossible_requests_end_by_themselves(pool: FakeRollouts):
     """Some with a worker, some still here, some with a worker that dies; the others are as they would be."""
     wanted = requests(20, 4, limit=150)
