@@ -28,7 +28,8 @@ class Offload:
             host.copy_(_bytes(storage), non_blocking=True)
         self._wait()
         for storage, _ in self._held:
-            storage.resize_(0)
+            if storage.resizable():  # of a CPU's, numpy may hold some; they stay
+                storage.resize_(0)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.ipc_collect()

@@ -15,6 +15,7 @@ from itertools import accumulate
 from math import prod
 from pathlib import Path
 
+import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -96,7 +97,8 @@ def _parts(shapes: Shapes, tensors: Iterable[Tensor]) -> Iterator[bytes | memory
     header += b" " * (-len(header) % 8)
     yield len(header).to_bytes(8, "little") + header
     for tensor in tensors:
-        yield tensor.detach().cpu().contiguous().reshape(-1).numpy().data
+        # Tensor.numpy would forbid that the memory is ever offloaded
+        yield np.from_dlpack(tensor.detach().cpu().contiguous().reshape(-1)).data
 
 
 def _entries(index: Path) -> list[dict]:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..model.tensors import distinct
 from .broadcast import BUCKET, Group, Meeting
 from .offload import Offload
 from .weights import Intake, Manifest, SyncError, as_bytes, buckets, describe, fill, padded
@@ -117,7 +116,8 @@ class Sender:
             return Broadcast(*common, self._meet([place.name for place in to]), capacity)
         if way == "ipc":
             return Lent(*common, self._lend(_raw(model, handle), to))
-        return InStore(*common, tuple(each.cpu().numpy() for each in _raw(model, handle)))
+        # Tensor.numpy would forbid that the memory is ever offloaded
+        return InStore(*common, tuple(np.from_dlpack(each.cpu()) for each in _raw(model, handle)))
 
     def take_back(self) -> None:
         """What was lent: all receivers have it."""
@@ -227,7 +227,7 @@ def _intake(model: nn.Module, handle: Handle) -> Intake:
 
 
 def _raw(model: nn.Module, handle: Handle) -> list[Tensor]:
-    state = distinct(model)
+    state = model.state_dict()
     return [as_bytes(state[handle.manifest[index].name]) for index in handle.moved]
 
 

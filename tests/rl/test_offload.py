@@ -25,6 +25,18 @@ def test_tensors_are_themselves_again_with_what_shares_their_memory():
     assert torch.equal(whole[2:4], tensors[1])
 
 
+def test_what_numpy_holds_stays():
+    ours, theirs = torch.randn(6), torch.randn(5)
+    part, array, expected = ours[2:], theirs.numpy(), [ours.clone(), theirs.clone()]
+    held = Offload([ours, theirs])
+    assert held.out() == 44
+    assert held.away and array.tolist() == theirs.tolist()
+    assert held.host(part).tolist() == expected[0][2:].view(torch.uint8).tolist()
+    held.back()
+    assert not held.away
+    assert all(torch.equal(a, b) for a, b in zip((ours, theirs), expected, strict=True))
+
+
 @pytest.mark.gpu
 def test_a_gpus_memory_is_free_meanwhile():
     torch.cuda.synchronize()
