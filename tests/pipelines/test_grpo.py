@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
 from amalgam.pipelines import grpo as module
 from amalgam.pipelines.report import _rollout_samples
-from amalgam.pipelines.rollout import length_metrics, sampled_rate, shown_service, write_rollouts
+from amalgam.pipelines.rollout import length_metrics, sampled_rate, sampling, shown_service, write_rollouts
 from amalgam.rewards.problem import Score
 from amalgam.rl.router import Meter
 from amalgam.rl.settings import EngineRoom, IndexerLoss, Sampling
@@ -82,6 +83,19 @@ def test_the_rate_counts_what_was_sampled(monkeypatch: pytest.MonkeyPatch):
     """Not the prompt, which a group has once."""
     monkeypatch.setattr("time.monotonic", lambda: 12.0)
     assert sampled_rate([trajectory(i, 0) for i in range(4)], began=10.0) == 4 * RESPONSE / 2
+
+
+def test_colocated_each_has_the_memory_when_it_needs_it():
+    both = MagicMock()
+    for colocated in (False, True):
+        with sampling(both.learner, both.rollouts, 3, colocated):
+            both.sample()
+    names = [call[0] for call in both.method_calls]
+    assert names[:3] == ["learner.weights", "rollouts.sync", "sample"]
+    assert names[3:] == [
+        "rollouts.reload", "learner.weights", "rollouts.sync", "learner.offload", "rollouts.restore", "sample",
+        "rollouts.offload", "learner.reload",
+    ]  # fmt: skip
 
 
 def test_drafts_are_counted_over_all_tokens():

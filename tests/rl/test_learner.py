@@ -243,7 +243,7 @@ def test_a_learner_that_was_offloaded_goes_on_bit_equal(learner, ranks, stage):
             if away:
                 published = sent(ours)
                 assert ours.offload() > ranks * 4 * 40_000
-                again = ray.get(ours.weights(published.version))
+                again: Any = ray.get(ours.weights(published.version))
                 assert [d.tobytes() for d in again.data] == [d.tobytes() for d in published.data]
                 assert (again.manifest, again.moved) == (published.manifest, published.moved)
                 with pytest.raises(RuntimeError, match="reload it first"):

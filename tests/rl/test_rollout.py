@@ -80,6 +80,29 @@ def test_trajectories_come_in_the_requests_order_with_their_text(pool: Rollouts,
         assert t.text == tokenizer.decode(ids[:-1] if t.finish == "stop" else ids, skip_special_tokens=False)
 
 
+def test_memory_that_was_handed_over_comes_back(pool: Rollouts):
+    """Weights with `reload`, the cache with `restore`; the same tokens then, whatever happened meanwhile."""
+    expected = pool.generate(requests())
+    for _ in range(2):
+        pool.offload()
+        assert held(pool) == [(0, False)] * 2
+        pool.reload()
+        assert all(weights > 0 and not cache for weights, cache in held(pool))
+        pool.restore()
+        assert all(weights > 0 and cache for weights, cache in held(pool))
+        assert_same(pool.generate(requests()), expected)
+
+
+def held(pool: Rollouts) -> list[tuple[int, bool]]:
+    """Of each worker: bytes of weights, and whether it has a cache."""
+
+    def look(worker: Any) -> tuple[int, bool]:
+        sizes = [p.untyped_storage().nbytes() for p in worker.engine.model.parameters()]
+        return sum(sizes), worker.engine._batch is not None
+
+    return [wait(worker.__ray_call__.remote(look), "what a worker holds", 60.0) for worker in pool.workers]
+
+
 def test_fewer_requests_than_workers(pool: Rollouts):
     first = requests()[:1]
     (alone,) = pool.generate(first)
