@@ -481,24 +481,3 @@ def test_one_that_was_swapped_goes_on_from_its_snapshot(model: DeepseekV4, tmp_p
         assert_same(other.generate([replace(request, past=past)], 3), [whole])
         assert (other.metrics()["prefilled_tokens"] == 0) == (not torn)
         assert torn or not list(tmp_path.glob("*.snapshot"))
-
-
-@pytest.mark.parametrize("settings", [{}, {"max_batch": 2, "lag": True}])
-def test_a_cache_that_was_given_up_is_made_anew(model: DeepseekV4, alone: dict, settings: dict, tmp_path: Path):
-    requests = ragged()
-    ours = engine(model, snapshots=tmp_path, **settings)
-    before = ours._batch.cache
-    for _ in range(2):
-        assert_same(ours.generate(requests, 3), [alone[r.id] for r in requests])
-        forks = ours.metrics()["forks"]
-        ours.release()
-        assert [ours._batch, ours._suspended] == [None, None]
-        with pytest.raises(RuntimeError, match=f"^request {requests[0].id}: the engine has given up its cache"):
-            ours.submit(requests[0])
-        ours.update(lambda _: None, 3, cache="rebuild")
-        ours.restore()
-        assert ours._batch.cache is not before
-        assert ours.metrics()["forks"] == forks > 0
-    ours.submit(requests[0])
-    with pytest.raises(ValueError, match=r"^release\(\) while requests are under way"):
-        ours.release()
