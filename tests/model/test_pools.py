@@ -1,0 +1,170 @@
+"""Entries and keys kept as bytes: whatever requests do, the bits of a cache in the model's dtype."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from amalgam.kernels.cache_formats import cache_entry_bytes, index_key_bytes
+from amalgam.model import DeepseekV4, pools
+from amalgam.model.attention import Compressor
+from amalgam.model.cache import Cache, probe
+from amalgam.model.precision import set_precision, store_weights
+from amalgam.settings import Precision
+
+from .. import tiny
+from .test_cache import borders
+from .test_graph import Trace
+
+KEPT = {"entries", "index_keys"}
+PAGE = 28  # tokens: 7 entries and keys of CSA, 4 entries of HCA
+
+
+def made(dtype: torch.dtype, in_bytes: bool = True) -> DeepseekV4:
+    model = tiny.model(0, **tiny.FUSED).eval()
+    set_precision(model, Precision(indexer="fp4", kv="fp8"))
+    store_weights(model)
+    for module in model.modules():
+        if isinstance(module, Compressor):
+            module.in_bytes &= in_bytes
+    return model.to(dtype)
+
+
+@pytest.fixture(params=["reference", "triton", "triton, few at once"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("AMALGAM_KERNELS", request.param.split(",")[0])
+    if "few" in request.param:
+        monkeypatch.setattr(pools, "SCRATCH", 5000)
+    return request.param
+
+
+def kinds(cache: Cache) -> dict[str, list[torch.dtype]]:
+    return {name: [layer[name].dtype for layer in cache.layers if name in layer] for name in KEPT}
+
+
+class Twins:
+    """The same requests in a cache of bytes and in a wide one, in 6 slots, on pages that are given out at random."""
+
+    def __init__(self, dtype: torch.dtype, draw: random.Random):
+        self.models = [made(dtype, in_bytes) for in_bytes in (True, False)]
+        self.caches = [model.new_cache(6, 112, 2, pages=40, page=PAGE) for model in self.models]
+        self.free, self.pages = draw.sample(range(1, 40), 39), {slot: [] for slot in range(6)}
+        self.length = dict.fromkeys(range(6), 0)
+
+    def grow(self, slot: int, tokens: int) -> None:
+        own = self.pages[slot]
+        while len(own) * PAGE < tokens:
+            own.append(self.free.pop())
+        for cache in self.caches:
+            cache.table[slot, : len(own)] = torch.tensor(own, dtype=torch.int32)
+
+    def feed(self, counts: dict[int, int]) -> list[Tensor]:
+        """Random tokens: what the two models give."""
+        parts = [torch.randint(512, (count,)) for count in counts.values()]
+        for slot, count in counts.items():
+            self.length[slot] += count
+            self.grow(slot, self.length[slot])
+        slots, found = torch.tensor(list(counts)), []
+        for model, cache in zip(self.models, self.caches, strict=True):
+            if set(counts.values()) == {1}:
+                found.append(model.decode(torch.cat(parts), cache, slots).hidden)
+            else:
+                found.append(model.extend(torch.cat(parts), borders(parts), cache, slots).hidden)
+        return found
+
+    def fork(self, source: int, target: int) -> None:
+        full = self.length[source] // PAGE
+        self.pages[target], self.length[target] = self.pages[source][:full], self.length[source]
+        self.grow(target, self.length[source])
+        for cache in self.caches:
+            cache.copy_state(source, torch.tensor([target]))
+            if self.length[source] % PAGE:
+                last = [torch.tensor([self.pages[slot][full]]) for slot in (source, target)]
+                cache.copy_pages(*last)
+
+    def move(self, source: int, target: int) -> None:
+        old, self.pages[source] = self.pages[source], []
+        kept = [cache.take(source, torch.tensor(old)) for cache in self.caches]
+        for cache in self.caches:
+            cache.clear(torch.tensor([source]))
+        self.length[target], self.length[source] = self.length[source], 0
+        self.grow(target, self.length[target])
+        for cache, state in zip(self.caches, kept, strict=True):
+            cache.put(target, torch.tensor(self.pages[target]), state, self.length[target])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@torch.no_grad()
+def test_the_bits_of_a_wide_cache(dtype: torch.dtype, kernels: str):
+    """Long chunks of one and of several, short ones, steps, forks, moves. In fp32 entries stay wide, and keys do not."""
+    draw = random.Random(3)
+    twins = Twins(dtype, draw)
+    steps = [{2: 50}, {0: 9, 5: 1}, {2: 1, 0: 1, 5: 1}, {5: 3, 2: 2, 0: 0}, {0: 1}, {5: 13, 0: 6, 2: 2}]
+    for i, counts in enumerate([*steps, {0: 1, 2: 1, 5: 1}, {4: 1, 2: 1, 3: 1, 5: 1}, {4: 2, 3: 3}, {4: 1, 3: 1}]):
+        if i == len(steps):
+            twins.fork(2, 4)
+            twins.move(0, 1)
+            twins.move(1, 3), twins.fork(5, 0)
+        found, expected = twins.feed(counts)
+        assert torch.equal(found, expected), counts
+    wide = {name: [torch.uint8 if name == "index_keys" or dtype == torch.bfloat16 else dtype] for name in KEPT}
+    assert kinds(twins.caches[0]) == {"entries": 2 * wide["entries"], "index_keys": wide["index_keys"]}
+    assert kinds(twins.caches[1]) == {"entries": 2 * [dtype], "index_keys": [dtype]}
+
+
+@torch.no_grad()
+def test_what_is_not_finite_stays_with_its_request(kernels: str):
+    """Three requests beside each other: the one whose entries become NaN is NaN, the others go on as if alone."""
+    model, found = made(torch.bfloat16), []
+    for bad in (False, True):
+        cache = model.new_cache(3, 60, page=PAGE)
+        torch.manual_seed(5)
+        model.extend(torch.randint(512, (3 * 30,)), torch.arange(0, 91, 30), cache)
+        if bad:
+            for layer in cache.layers:
+                for name in layer.keys() & {"values", "index_values"}:
+                    layer[name][1] = torch.nan
+        steps = [model.decode(torch.randint(512, (3,)), cache).hidden for _ in range(8)]
+        found.append(torch.stack(steps))
+        cache.scrub(torch.tensor([1]), cache.table[1].long())
+        assert all(tensor.isfinite().all() for layer in cache.layers for tensor in layer.values())
+    fine, spoilt = found
+    assert torch.equal(fine[:, [0, 2]], spoilt[:, [0, 2]])
+    assert spoilt[-1, 1].isnan().any() and fine.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_step_asks_for_nothing_and_has_one_shape(kernels: str):
+    """So it may be recorded, with a part of the requests at a time too."""
+    if kernels == "reference":
+        pytest.skip("the reference is never recorded")
+    model, traces = made(torch.bfloat16), []
+    for lengths in ([27, 1, 6], [2, 12, 9], [29, 3, 29]):
+        cache, tokens = model.new_cache(3, 30, page=PAGE), torch.randint(512, (3,))
+        model.extend(torch.randint(512, (sum(lengths),)), torch.tensor([0, *lengths]).cumsum(0), cache)
+        cache.longest = cache.capacity - 1
+        with Trace() as trace:
+            model.decode(tokens, cache)
+        traces.append(trace.operations)
+    assert traces[0] == traces[1] == traces[2]
+
+
+@torch.no_grad()
+def test_bytes_of_a_page():
+    entry, key = cache_entry_bytes(16, 8), index_key_bytes(16)
+    assert (entry, key) == (32, 9)  # 8 codes, 8 times bf16, a scale, up to a multiple of 8; half of 16 and a scale
+    assert probe(made(torch.bfloat16), 0, PAGE)[1] == (7 + 4) * entry + 7 * key
+    assert probe(made(torch.float32), 0, PAGE)[1] == (7 + 4) * 16 * 4 + 7 * key
+    assert probe(made(torch.bfloat16, in_bytes=False), 0, PAGE)[1] == (7 + 4) * 16 * 2 + 7 * 16 * 2
+
+
+@torch.no_grad()
+def test_only_models_that_hold_what_is_stored_keep_bytes():
+    """And nothing that is kept in full."""
+    learner, full = tiny.model(0, **tiny.FUSED), tiny.model(0, **tiny.FUSED)
+    set_precision(learner, Precision(indexer="fp4", kv="fp8"))
+    store_weights(full)
+    for model in (learner, full):
+        _, cache = model.bfloat16().prefill(torch.arange(9), torch.tensor([0, 9]), 9)
+        assert kinds(cache) == {"entries": 2 * [torch.bfloat16], "index_keys": [torch.bfloat16]}
