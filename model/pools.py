@@ -129,7 +129,7 @@ class InRow:
 
     def complete(self, entries: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
         most = self._chunk.most // ratio
-        of_requests = entries.view(self._chunk.past.numel(), stretch(most), -1)
+        of_requests = entries.view(self._chunk.past.numel(), stretch(most), entries.shape[1])
         return self._chunk.complete_of(of_requests[:, :most], ratio)
 
 
