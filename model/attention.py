@@ -253,7 +253,7 @@ class Attention(nn.Module):
         if not pools:
             return self._output(self._attend(q, rows, None, seen, None, rotation)[0]), None
         parts = pools[0].chosen(chunk, self.ratio, chosen)
-        out = [self._attend(q[at], rows, entries, *own, rotation[at])[0] for at, entries, *own in parts]
+        out = [self._attend(q[at], rows, entries, own, some, rotation[at])[0] for at, entries, own, some in parts]
         return self._output(joined(out)), chosen
 
     def _project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
