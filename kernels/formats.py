@@ -36,6 +36,13 @@ def encode_fp8(x: Tensor, tile: tuple[int, int] = FP8_TILE) -> tuple[Tensor, Ten
     return _from_tiles(values, x.shape).to(torch.float8_e4m3fn), _as_scales(exponent)
 
 
+def encode_fp4(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_fp4`, but that a group with a NaN or an infinity gets a NaN scale."""
+    _check_groups(x)
+    values, exponent = _scaled_fp4(x)
+    return _packed(_from_tiles(values, x.shape)), _as_scales(exponent)
+
+
 def encode_fp4_as_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [..., N, K] rounded to FP4, then stored as `fp4_to_fp8` does, without the errors of either.
 
@@ -91,18 +98,21 @@ def quantize_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     The rule is scale = 2^ceil(log2(max(amax, 6 * 2^-126) / 6)); computed in fp32. ValueError: K not a multiple of 32,
     or a group that holds a NaN or an infinity.
     """
-    _check_groups(weight)
-    values, exponent = _scaled_fp4(weight)
-    _refuse(exponent == 128, "", "holds a NaN or an infinity", FP4_TILE)
-    return _packed(_from_tiles(values, weight.shape)), _as_scales(exponent)
+    packed, scales = encode_fp4(weight)
+    _refuse(scales.view(torch.uint8) == 255, "", "holds a NaN or an infinity", FP4_TILE)
+    return packed, scales
 
 
 def dequantize_fp4(packed: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The inverse of `quantize_fp4`: [..., N, K/2] -> [..., N, K]; exact and strict as `dequantize_fp8`."""
-    values = _unpacked(packed)
-    _check_scales(scales, values.shape, FP4_TILE)
-    values = _in_tiles(values, FP4_TILE) * scales.float()[..., :, None, :, None]
-    return _checked(values.reshape(*packed.shape[:-1], -1).to(dtype), scales, FP4_TILE)
+    _check_scales(scales, torch.Size((*packed.shape[:-1], 2 * packed.shape[-1])), FP4_TILE)
+    return _checked(decode_fp4(packed, scales, dtype), scales, FP4_TILE)
+
+
+def decode_fp4(packed: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`dequantize_fp4` without its errors: NaN where a scale is."""
+    values = _in_tiles(_unpacked(packed), FP4_TILE) * scales.float()[..., :, None, :, None]
+    return values.reshape(*packed.shape[:-1], -1).to(dtype)
 
 
 def round_fp8(x: Tensor, tile: tuple[int, int] = FP8_TILE) -> Tensor:

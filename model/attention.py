@@ -21,6 +21,7 @@ from ..kernels.rope import apply_rope
 from ..kernels.upcast import upcast
 from .cache import LayerCache
 from .layout import Chunk, Packed
+from .pools import Format, Pool, joined
 from .stored import StoredFp8, StoredRounded
 
 
@@ -83,6 +84,7 @@ class Compressor(nn.Module):
         self.position_bias = nn.Parameter(torch.zeros(ratio, channels))
         self.kv_norm = RMSNorm(dim, config.rms_norm_eps)
         self.storage: Storage = "full"  # how an entry is kept
+        self.in_bytes = False  # whether a cache keeps that in bytes, where nothing is lost (pools.py)
 
     @property
     def tokens(self) -> int:
@@ -104,10 +106,15 @@ class Compressor(nn.Module):
         size = self.tokens + chunk.slack
         return [chunk.cache.ring(cache, self.prefix + part, new, size) for part in ("values", "scores")]
 
-    def pooling(self, values: Tensor, scores: Tensor, chunk: Chunk, cache: LayerCache) -> Pooling:
-        """How what the tokens of a chunk complete goes to the pool in `cache`."""
-        weight = self.kv_proj.weight
-        pool = chunk.cache.pool(cache, self.pool, weight.new_empty(0, self.dim), self.ratio)
+    def kept(self, chunk: Chunk, cache: LayerCache) -> Pool:
+        """The pool in `cache`."""
+        weight, rope = self.kv_proj.weight, 2 * chunk.rotation["compress"].shape[1]
+        exact = self.storage == "fp4" or weight.dtype == torch.bfloat16
+        how = Format(self.dim, weight.dtype, self.storage if self.in_bytes and exact else "full", rope)
+        return Pool(chunk.cache.pool(cache, self.pool, how.none(weight), self.ratio), how)
+
+    def pooling(self, values: Tensor, scores: Tensor, pool: Tensor) -> Pooling:
+        """How what is complete goes to the rows [N, dim] of `pool`."""
         norm = self.kv_norm
         return Pooling(values, scores, self.position_bias, norm.weight, norm.eps, pool, self.storage)
 
@@ -240,9 +247,14 @@ class Attention(nn.Module):
         q, of_index = self._queries(latent, rotation, indexer)
         chosen = None
         if indexer is not None and of_index is not None:
-            chosen = select(of_index, others[-1], pools[1], seen, indexer.topk, indexer.score_dtype)
-        entries = pools[0] if pools else None
-        return self._output(self._attend(q, rows, entries, seen, chosen, rotation)[0]), chosen
+            topk, dtype, weights = indexer.topk, indexer.score_dtype, others[-1]
+            parts = pools[1].whole(chunk, self.ratio)
+            chosen = joined([select(of_index[at], weights[at], keys, own, topk, dtype) for at, keys, own in parts])
+        if not pools:
+            return self._output(self._attend(q, rows, None, seen, None, rotation)[0]), None
+        parts = pools[0].chosen(chunk, self.ratio, chosen)
+        out = [self._attend(q[at], rows, entries, own, some, rotation[at])[0] for at, entries, own, some in parts]
+        return self._output(joined(out)), chosen
 
     def _project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The latent [T, q_lora_rank], queries [T, H, D] and the row [T, D] that is key and value."""
@@ -266,17 +278,24 @@ class Attention(nn.Module):
 
     def _pools(
         self, kinds: list[Compressor], rings: list[Tensor], new: list[Tensor], chunk: Chunk, cache: LayerCache
-    ) -> list[Tensor]:
-        """The pool [N, D] of each of a layer's compressors, with what a chunk completes: `new` values and scores of its
+    ) -> list[Pool]:
+        """The pool of each of a layer's compressors, with what a chunk completes: `new` values and scores of its
         tokens, or what they were written into, in turn, and their rings."""
         if not kinds:
             return []
         found = [chunk.remember(*each, kinds[0].tokens) for each in zip(rings, new, strict=False)]
-        pairs = zip(kinds, found[::2], found[1::2], strict=True)
-        poolings = [kind.pooling(values, scores, chunk, cache) for kind, values, scores in pairs]
         done = chunk.finished[self.ratio, kinds[0].tokens]
-        compress_each(poolings, done.windows, done.row)
-        return [each.pool for each in poolings]
+        pools = [kind.kept(chunk, cache) for kind in kinds]
+        rows, where = [pool.rows for pool in pools], done.row
+        if apart := any(pool.in_bytes for pool in pools):  # what becomes bytes is made of numbers that stand elsewhere
+            where = torch.arange(done.row.numel(), device=done.row.device)
+            rows = [kind.kv_proj.weight.new_empty(where.numel(), kind.dim) for kind in kinds]
+        parts = zip(kinds, found[::2], found[1::2], rows, strict=True)
+        compress_each([kind.pooling(*each) for kind, *each in parts], done.windows, where)
+        if apart:
+            for pool, made in zip(pools, rows, strict=True):
+                pool.write(done.row, made)
+        return pools
 
     def _queries(self, latent: Tensor, rotation: Tensor, indexer: Indexer | None) -> tuple[Tensor, Tensor | None]:
         """Queries [T, H, D], and an indexer's [T, Hi, Di]."""

@@ -172,6 +172,9 @@ class Chunk:
     finished: dict[tuple[int, int], "Finished"] = field(default_factory=dict)  # by ratio and ring's size without slack
     _seen_entries: dict[int, Tensor] = field(default_factory=dict)
     _rings: dict[int, Tensor] = field(default_factory=dict)
+    in_row: dict[int, tuple[Tensor, Tensor]] = field(
+        default_factory=dict
+    )  # by ratio: what pools.py finds for all layers
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -200,10 +203,11 @@ class Chunk:
     def short(self) -> bool:
         return self.longest <= self.slack + 1
 
-    def paged(self, numbers: Tensor, ratio: int) -> Tensor:
-        """Where in a pool the requests' entries of these `numbers` [B, n] are, one for `ratio` tokens: int64 [B, n]."""
-        size = self.cache.page // ratio
-        pages = self.cache.table[self.slots].long().gather(1, numbers // size)
+    def paged(self, numbers: Tensor, ratio: int, requests: Tensor | None = None) -> Tensor:
+        """Where in a pool the requests' entries of these `numbers` [B, n] are, one for `ratio` tokens: int64 [B, n];
+        `requests` int64 [B] (None: all, in order)."""
+        size, slots = self.cache.page // ratio, self.slots if requests is None else self.slots[requests]
+        pages = self.cache.table[slots].long().gather(1, numbers // size)
         return pages * size + numbers % size
 
     # --- rings of a request's last tokens
@@ -312,6 +316,10 @@ class Chunk:
         numbers = torch.arange(self.most // ratio, device=entries.device).expand(self.past.numel(), -1)
         rows = self.paged(numbers, ratio)
         return entries[rows if self.short else rows[self._blocks[0]]], self._complete(ratio)
+
+    def complete_of(self, entries: Tensor, ratio: int) -> tuple[Tensor, Tensor]:
+        """`complete` of the requests' entries [B, E, D]."""
+        return entries if self.short else entries[self._blocks[0]], self._complete(ratio)
 
     def _complete(self, ratio: int) -> Tensor:
         if ratio not in self._seen_entries:

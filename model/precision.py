@@ -66,7 +66,8 @@ def set_precision(model: DeepseekV4, precision: Precision) -> None:
 
 
 def store_weights(model: LanguageModel) -> None:
-    """For a model that only runs forward: of each weight in low precision, what deployment stores takes its place.
+    """For a model that only runs forward: of each weight in low precision, what deployment stores takes its place, and
+    of what its decoding cache holds in pages, the bytes (pools.py).
 
     The rounding is of the weight's own dtype: a model that was trained in fp32 has to be in fp32 here, and may be cast
     after. Nothing to do at full precision, or where it was done.
@@ -79,6 +80,9 @@ def store_weights(model: LanguageModel) -> None:
 def store_each(model: nn.Module, masters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a state dict, one after another; of a weight in low precision, those of what takes its place."""
     kinds: dict[str, type[Stored]] = {"fp8": StoredFp8, "fp4": StoredFp4}
+    for module in model.modules():
+        if isinstance(module, Compressor):
+            module.in_bytes = True
     for name, tensor in masters:
         owner, _, attribute = name.rpartition(".")
         module, kind = model.get_submodule(owner), None

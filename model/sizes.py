@@ -48,6 +48,7 @@ class CacheBytes:
 
 def cache_bytes(config: DeepseekV4Config, tokens: int) -> CacheBytes:
     """What the main model's layers keep of a request of `tokens` tokens, in V4's layouts: 584 bytes a row, 68 a key.
+    Our cache keeps entries and keys so (pools.py), and window rows in the model's dtype.
 
     At 1,048,576 tokens 3.4 GiB for Flash, 4.9 GiB for Pro.
     """

@@ -1,7 +1,8 @@
 """Triton kernels of `kernels.cache_formats`: rows become bytes of a cache, and bytes rows, in one pass over memory.
 
 The bytes are those of `pack_cache_entries` and `pack_index_keys`. What is not finite is no error here: it becomes the
-scale that means NaN, and is read as NaN. Legend: R rows of a program, D channels of a row, G that share a scale.
+scale that means NaN, and is read as NaN. A place of -1 is not read, nor what would be read written.
+Legend: R rows of a program, D channels of a row, G that share a scale.
 """
 
 from typing import Any
@@ -64,8 +65,9 @@ def _read_entries(
     R: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     r, d = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, D)
-    real, first = (r < rows)[:, None], (d < plain)[None, :]
-    row = tl.load(where + r, mask=r < rows, other=0)[:, None] * BYTES
+    row = tl.load(where + r, mask=r < rows, other=-1)[:, None]
+    real, first = row >= 0, (d < plain)[None, :]
+    row = row * BYTES
     codes = tl.load(cache + row + d[None, :], mask=real & first, other=0).to(tl.float8e4nv, bitcast=True)
     g = tl.arange(0, D // G)[None, :]
     scales = tl.load(cache + row + wide + g, mask=real & (g * G < plain), other=0)
@@ -99,8 +101,8 @@ def _read_keys(
     cache, where, y, rows, R: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BYTES: tl.constexpr
 ):  # fmt: skip
     r, d = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R), tl.arange(0, D)
-    real = (r < rows)[:, None]
-    row = tl.load(where + r, mask=r < rows, other=0)[:, None] * BYTES
+    row = tl.load(where + r, mask=r < rows, other=-1)[:, None]
+    real, row = row >= 0, row * BYTES
     pairs = tl.load(cache + row + tl.arange(0, D // 2)[None, :], mask=real, other=0).to(tl.int32)
     codes = tl.reshape(tl.join(pairs & 15, pairs >> 4), [R, D])
     size = codes & 7

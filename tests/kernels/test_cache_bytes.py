@@ -156,6 +156,31 @@ def test_the_reference_reads_and_writes_places(monkeypatch: pytest.MonkeyPatch):
     cache = torch.zeros(7, cache_formats.index_key_bytes(32), dtype=torch.uint8)
     cache_formats.write_index_keys(cache, where, keys)
     assert torch.equal(cache_formats.read_index_keys(cache, where, 32, torch.float32), formats.round_fp4(keys))
+    rows[1, 5], rows[2, 40], keys[3, 7] = torch.nan, torch.inf, -torch.inf
+    cache_formats.write_cache_entries(entries, where, rows, 16)
+    cache_formats.write_index_keys(cache, where, keys)
+    found = cache_formats.read_cache_entries(entries, where, 48, 16)
+    assert found[1, :32].isnan().all() and found[2, 40].isinf() and int(found.isfinite().sum()) == 4 * 48 - 33
+    assert cache_formats.read_index_keys(cache, where, 32).isnan().all(1).tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("wish", ["triton", "reference"])
+def test_what_nobody_wants_is_not_read(wish: str, monkeypatch: pytest.MonkeyPatch):
+    """A place of -1 leaves the others as they are."""
+    monkeypatch.setenv("AMALGAM_KERNELS", wish)
+    rows, where = torch.randn(9, 64, device=DEVICE), places(9, 20)
+    entries = torch.zeros(20, cache_formats.cache_entry_bytes(64, 16), dtype=torch.uint8, device=DEVICE)
+    keys = torch.zeros(20, cache_formats.index_key_bytes(64), dtype=torch.uint8, device=DEVICE)
+    cache_formats.write_cache_entries(entries, where, rows, 16)
+    cache_formats.write_index_keys(keys, where, rows)
+    some = where.clone()
+    some[::2] = -1
+    for read in (
+        lambda places: cache_formats.read_cache_entries(entries, places, 64, 16),
+        lambda places: cache_formats.read_index_keys(keys, places, 64),
+    ):
+        found = read(some)
+        assert found.shape == (9, 64) and torch.equal(found[1::2], read(where)[1::2])
 
 
 @pytest.mark.parametrize("wish", ["triton", "reference"])

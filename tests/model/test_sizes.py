@@ -6,7 +6,9 @@ import torch
 from amalgam.model import DeepseekV4
 from amalgam.model.cache import POOLS
 from amalgam.model.config import config_of
+from amalgam.model.precision import set_precision, store_weights
 from amalgam.model.sizes import cache_bytes, parameter_counts
+from amalgam.settings import Precision
 
 from .. import tiny
 
@@ -47,21 +49,23 @@ def test_cache_of_a_million_tokens(name: str, gib: str, share: str):
 
 
 def test_the_accounting_is_that_of_a_real_cache():
-    """Every row of every tensor that decoding keeps, priced by its kind, gives the same sums; but for the page of
-    entries and keys that is nobody's."""
+    """Entries and keys of a model that holds what deployment stores take these bytes; window rows, which it keeps in
+    its dtype, are priced as FP8. But for the page that is nobody's."""
     model = tiny.model(0, index_head_dim=32)
+    set_precision(model, Precision(indexer="fp4", kv="fp8"))
+    store_weights(model)
+    model.bfloat16()
     cache = model.new_cache(1, 112, page=28)
     model.extend(torch.arange(30), torch.tensor([0, 30]), cache)
-    row, key = 8 + 2 * 8 + 1 + 7, 32 // 2 + 1  # FP8, bf16, a scale, padding; FP4 and a scale
-    kinds = ("rows", "entries", "index_keys", "values", "scores", "index_values", "index_scores")
-    priced: dict[str, int] = dict.fromkeys(kinds, 0)
+    row = 8 + 2 * 8 + 1 + 7  # FP8, bf16, a scale, padding
+    taken: dict[str, int] = {}
     for layer in cache.layers:
         for name, tensor in layer.items():
-            each = {"rows": row, "entries": row, "index_keys": key}.get(name, tensor.shape[2] * 4)
-            rows = (cache.pages - 1) * tensor.shape[1] if name in POOLS else tensor.shape[1]
-            priced[name] += rows * each
+            size = tensor.shape[1] * row if name == "rows" else tensor[1:].nbytes if name in POOLS else tensor.nbytes
+            taken[name] = taken.get(name, 0) + size
     counted = cache_bytes(model.config, 112)
-    assert counted.window + counted.csa + counted.hca == priced.pop("rows") + priced.pop("entries")
-    assert counted.index_keys == priced.pop("index_keys")
-    assert counted.waiting == sum(priced.values())
+    assert counted.window == taken.pop("rows")
+    assert counted.csa + counted.hca == taken.pop("entries")
+    assert counted.index_keys == taken.pop("index_keys")
+    assert counted.waiting == sum(taken.values())
     assert counted.total == sum((counted.window, counted.csa, counted.hca, counted.index_keys, counted.waiting))

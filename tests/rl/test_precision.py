@@ -9,11 +9,13 @@ import torch
 
 from amalgam.distill.teacher import Teachers
 from amalgam.model import DeepseekV4
+from amalgam.model.attention import Compressor
 from amalgam.model.checkpoint import load
 from amalgam.rl import transport
+from amalgam.rl.engine import Engine
 from amalgam.rl.fleet import Fleet
 from amalgam.rl.packing import collate
-from amalgam.rl.settings import Optimization
+from amalgam.rl.settings import EngineSettings, Optimization
 from amalgam.rl.trajectory import Request, SamplingParams, Trajectory
 from amalgam.settings import Precision
 
@@ -77,3 +79,22 @@ def test_a_fleet_trains_samples_and_teaches_with_its_precision(tmp_path):
         ours, full = (load(path, precision=p)(tokens, cu).hidden.numpy() for p in (V4, Precision()))
     np.testing.assert_allclose(states, ours, rtol=0, atol=2e-5)
     assert abs(states - full).max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_an_engine_whose_cache_is_bytes_gives_the_same_responses(tmp_path, dtype: torch.dtype):
+    """As with the cache in the model's dtype, in which a page takes more memory; groups are forked, some wait."""
+    path, found, pages = tiny.checkpoint(tmp_path / "model", 0, moe_intermediate_size=32, index_head_dim=32), [], []
+    for in_bytes in (True, False):
+        model = load(path, dtype=dtype, precision=V4, stored=True)
+        for module in model.modules():
+            if isinstance(module, Compressor):
+                module.in_bytes &= in_bytes
+        engine = Engine(model, (tiny.END,), settings=EngineSettings(context=112, max_batch=4, picks=True), page=28)
+        found.append(engine.generate(requests(), 1))
+        pages.append(engine._batch.cache.page_bytes)
+    assert pages[0] < pages[1]
+    for one, other in zip(*found, strict=True):
+        assert one.response_ids.tolist() == other.response_ids.tolist()
+        for name in ("logprobs", "experts", "picks"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
