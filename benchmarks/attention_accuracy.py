@@ -28,7 +28,8 @@ from amalgam.kernels.places import Seen, Windows
 from amalgam.kernels.project import project, project_groups, project_wide
 from amalgam.kernels.rope import apply_rope
 from amalgam.model.cache import Cache, page_tokens
-from amalgam.model.layout import Chunk, Packed, packed
+from amalgam.model.chunks import Chunk
+from amalgam.model.layout import Packed, packed
 from amalgam.model.step import step
 
 NEAR = 1e-5  # of the largest index score: entries whose scores differ by less may be chosen for each other

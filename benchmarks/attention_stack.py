@@ -8,8 +8,9 @@ from transformers import DeepseekV4Config
 
 from amalgam.model import DeepseekV4
 from amalgam.model.cache import Cache
+from amalgam.model.chunks import Chunk, chunk
 from amalgam.model.config import CSA, HCA, SWA, config_of
-from amalgam.model.layout import Chunk, chunk, packed
+from amalgam.model.layout import packed
 from amalgam.model.step import step
 
 KINDS = (SWA, CSA, HCA)

@@ -1,4 +1,4 @@
-"""Where the queries of a batch stand, and where what they may see lies in memory. model/layout.py makes these.
+"""Where the queries of a batch stand, and where what they may see lies in memory: model/layout.py, model/chunks.py.
 
 A document's tokens, its window rows (one a token) and its compressed entries (entry n is made of tokens n ratio ... of
 its window of `ratio`) are numbered from 0. Shapes: T queries, N entries to make, Q blocks of M queries.

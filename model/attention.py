@@ -20,7 +20,8 @@ from ..kernels.project import Into, Product, project, project_each, project_grou
 from ..kernels.rope import apply_rope
 from ..kernels.upcast import upcast
 from .cache import LayerCache
-from .layout import Chunk, Packed
+from .chunks import Chunk
+from .layout import Packed
 from .pools import Format, Pool, joined
 from .stored import StoredFp8, StoredRounded
 

@@ -25,8 +25,9 @@ from ..kernels.upcast import upcast
 from ..settings import FULL
 from .attention import Attention, CSACompressor, Indexer, RMSNorm, linear
 from .cache import Cache, LayerCache, page_tokens
+from .chunks import Chunk, chunk
 from .language_model import LanguageModel, Output
-from .layout import Chunk, Packed, chunk, packed, packed_by_sizes
+from .layout import Packed, packed, packed_by_sizes
 from .step import step
 from .stored import StoredFp4, StoredFp8
 
@@ -340,7 +341,7 @@ class DeepseekV4(LanguageModel):
         return self._extend(tokens, step(slots, cache, **self.places()), slots)
 
     def places(self) -> dict[str, Any]:
-        """What the layouts of chunks (layout.py) are told about the model."""
+        """What the layouts of chunks (chunks.py) are told about the model."""
         return {
             "window": self.config.sliding_window,
             "compressors": self.compressors,

@@ -23,8 +23,9 @@ from transformers import DeepseekV4Config
 from ..kernels.losses import packed_logprobs
 from .attention import RMSNorm, linear
 from .cache import Cache, LayerCache, page_tokens
+from .chunks import Chunk, chunk
 from .deepseek_v4 import Block, DeepseekV4, HyperHead
-from .layout import Chunk, Packed, chunk
+from .layout import Packed
 
 
 class MTP(Block):

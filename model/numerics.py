@@ -30,9 +30,9 @@ from ..kernels.swiglu import swiglu
 from ..kernels.upcast import upcast
 from .attention import Attention, Compressor, CSACompressor, Indexer, RMSNorm
 from .cache import LayerCache
+from .chunks import Chunk
 from .deepseek_v4 import DeepseekV4, HyperConnection, HyperHead, MoE, Router, SharedExpert
 from .language_model import Output
-from .layout import Chunk
 
 Numerics = Literal["deepseek", "transformers"]
 

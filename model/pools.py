@@ -27,7 +27,7 @@ from ..kernels.cache_formats import (
 from ..kernels.compress import Storage
 from ..kernels.dispatch import fused
 from ..kernels.places import Seen
-from .layout import Chunk
+from .chunks import Chunk
 
 TILE = 128  # entries that a kernel fetches at once, at most
 SCRATCH = 2**28  # bytes of what is read at once, but that one request's are read together (our choice)

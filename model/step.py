@@ -6,7 +6,8 @@ from torch import Tensor
 from ..kernels.dispatch import fused
 from ..kernels.places import Windows
 from .cache import Cache
-from .layout import Chunk, Finished, Frequencies, check_room, laid_out, requests_of
+from .chunks import Chunk, Finished, check_room, laid_out, requests_of
+from .layout import Frequencies
 
 
 def step(

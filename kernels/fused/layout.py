@@ -1,6 +1,6 @@
-"""Triton kernels of model/layout.py's `step` and of the cache's lengths: all that a decoding step's places need.
+"""Triton kernels of model/step.py's `step` and of the cache's lengths: all that a decoding step's places need.
 
-What is computed is `layout.step`'s, but that the entry which a request may finish stands at the request's own number.
+What is computed is `step`'s, but that the entry which a request may finish stands at the request's own number.
 Legend: B requests, K kinds of compressors, R of the requests in a program.
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from amalgam.model import layout
+from amalgam.model import chunks
 
 from .. import tiny
 
@@ -44,13 +44,13 @@ def test_every_run_s_gradients_have_the_same_bits(bits, stack):
 
 def test_a_cache_that_loses_an_entry_shows(bits, stack, monkeypatch: pytest.MonkeyPatch):
     """Every entry is written where what is no entry should be."""
-    kept = layout._finished
+    kept = chunks._finished
 
-    def losing(*args) -> layout.Finished:
+    def losing(*args) -> chunks.Finished:
         found = kept(*args)
-        return layout.Finished(found.windows, torch.zeros_like(found.row))
+        return chunks.Finished(found.windows, torch.zeros_like(found.row))
 
-    monkeypatch.setattr(layout, "_finished", losing)
+    monkeypatch.setattr(chunks, "_finished", losing)
     counts = bits.forward_counts(stack, [2, 19], tail=5, largest=7, seed=0)
     assert counts["alone"].differing == 0 < counts["token by token"].differing
 

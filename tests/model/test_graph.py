@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amalgam.model import DeepseekV4
+from amalgam.model.chunks import Chunk, chunk
 from amalgam.model.graph import DecodeGraph, DecodeGraphs
-from amalgam.model.layout import Chunk, chunk
 
 from .. import tiny
 

@@ -13,7 +13,7 @@ from amalgam.kernels.cache_formats import cache_entry_bytes, index_key_bytes
 from amalgam.model import DeepseekV4, pools
 from amalgam.model.attention import Compressor
 from amalgam.model.cache import Cache, probe
-from amalgam.model.layout import chunk
+from amalgam.model.chunks import chunk
 from amalgam.model.precision import set_precision, store_weights
 from amalgam.model.step import step
 from amalgam.settings import Precision
