@@ -5,7 +5,7 @@ import math
 from .trajectory import Request
 
 
-def request_problem(request: Request, vocabulary: int, has_tokenizer: bool) -> str | None:
+def request_problem(request: Request, vocabulary: int, has_tokenizer: bool, sets: bool) -> str | None:
     """Why no engine with such a model can run it; None if one can."""
     params, prompt, past = request.params, request.prompt_ids, request.past
     if not (0 <= request.id < 2**63 and 0 <= request.counter < 2**63):
@@ -33,4 +33,6 @@ def request_problem(request: Request, vocabulary: int, has_tokenizer: bool) -> s
         return f"allowed: want bool [{vocabulary}], not all of it False"
     if past is not None and not len(past.response_ids) == len(past.logprobs) == len(past.versions):
         return "its past has tokens, log-probs and versions of different lengths"
+    if sets and past is not None and len(past.response_ids) != len(past.sets or ()):
+        return "the engine writes down sets, and its past does not have one for each token"
     return None

@@ -113,7 +113,8 @@ class Engine:
         known = len(prompt) + (0 if request.past is None else len(request.past.response_ids))
         entry = Entry(request.id, request.group, len(prompt), known, len(prompt) + params.max_new_tokens)
         group = self._groups.get(request.group, [])
-        problem = request_problem(request, self.model.lm_head.weight.shape[0], self.tokenizer is not None)
+        vocabulary, tokenizes = self.model.lm_head.weight.shape[0], self.tokenizer is not None
+        problem = request_problem(request, vocabulary, tokenizes, self.settings.sets)
         if request.id in self._responses:
             problem = "there is an unfinished request of that id"
         elif group and not np.array_equal(group[0].prompt.ids, prompt):

@@ -447,6 +447,15 @@ def test_what_can_never_run_is_refused(model: DeepseekV4):
     assert not made.busy
 
 
+def test_a_past_without_the_sets_that_are_written_down_is_refused(model: DeepseekV4):
+    one = np.zeros(1, np.int32)
+    past, made = Past(one + 7, one.astype(np.float32), one), engine(model, sets=True)
+    with pytest.raises(ValueError, match="sets, and its past does not have one for each token$"):
+        made.submit(replace(ragged()[5], past=past))
+    made.submit(replace(ragged()[5], past=replace(past, sets=[one + 7])))
+    assert made.busy
+
+
 def test_a_budget_without_room_for_one_request_is_refused(model: DeepseekV4):
     need = small(model, 1, 4)
     assert engine(model, memory=need, max_batch=1)._scheduler.pool.size == 4
